@@ -1,0 +1,64 @@
+"""What a target model must offer to be decomposed."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_hydra.section import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number measured on a trained target and the closed interval in which it must lie."""
+
+    name: str
+    value: float
+    lower: float
+    upper: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value lies in the interval; NaN never does."""
+        return self.lower <= self.value <= self.upper
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownAnswer:
+    """What a correct decomposition of a toy target looks like. Sites are named by module path.
+
+    Attributes:
+        probe: one row per input feature: that feature alone, at magnitude 0.75.
+        identity: sites where each feature has one subcomponent of its own, with their number of features.
+        dense: sites where a fixed number of subcomponents is needed by many inputs, with that number.
+        directions: per site, the input vector that each feature sends there, `[n_features, d_in]`; the
+            feature's column of the weight matrix is `W @ directions[j]`.
+        cosine_decides: whether MMCS and ML2R are part of the verdict (TMS) or only reported (ResidMLP).
+        expected_alive: number of subcomponents that should be alive, per site.
+    """
+
+    probe: Float[Tensor, "n_features n_inputs"]
+    identity: dict[str, int]
+    dense: dict[str, int]
+    directions: dict[str, Float[Tensor, "n_features d_in"]]
+    cosine_decides: bool
+    expected_alive: dict[str, int]
+
+
+@dataclasses.dataclass(kw_only=True)
+class TargetSpec(Section):
+    """The target model: how to build it and, for toys, how to train it and what its decomposition should be."""
+
+    def build(self, generator: torch.Generator) -> nn.Module:
+        """The untrained module, its weights drawn from the generator."""
+        raise NotImplementedError
+
+    def certify(self, module: nn.Module) -> list[Measurement]:
+        """Measurements that decide whether a trained target is fit to be decomposed; empty: nothing to check."""
+        return []
+
+    def known_answer(self, module: nn.Module) -> KnownAnswer | None:
+        """The known answer for this trained target, or None where nobody knows it."""
+        return None

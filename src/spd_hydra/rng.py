@@ -1,0 +1,68 @@
+"""Random numbers that are a pure function of (key, position): no hidden state, same on every device.
+
+A key is a pair of 32-bit words derived from (seed, purpose, step). A uniform number is a hash of
+key, row and column. So any slice of a batch can be drawn on its own (a rank draws its rows), a
+resumed run needs no generator state, and the draw is elementwise integer arithmetic that a
+compiler fuses into the kernel that uses the numbers.
+"""
+
+import hashlib
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+_GOLDEN = -1640531527  # 2**32 / golden ratio, odd: consecutive numbers land far apart
+
+
+def key(seed: int, purpose: str, step: int = 0) -> Int32[Tensor, "2"]:
+    """The key of one purpose at one step, on the CPU."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
+    """A 63-bit seed for torch's own generators, or for the next try of something seeded."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """A CPU generator for initial weights, which are drawn once and then moved to the device."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose))
+
+
+def fold_in(key: Int32[Tensor, "2"], number: int) -> Int32[Tensor, "2"]:
+    """A new key for the `number`-th use of a key."""
+    word = (number * 0x9E3779B9) % 2**32
+    return _mix(_mix(key ^ (word - 2**32 if word >= 2**31 else word)) + key.flip(-1))
+
+
+def uniform(
+    key: Int32[Tensor, "2"], rows: Int32[Tensor, "*positions"], columns: int
+) -> Float[Tensor, "*positions columns"]:
+    """Independent draws from U[0, 1), one per row index and column, in steps of 2^-24.
+
+    Args:
+        key: from `key` or `fold_in`.
+        rows: index of each position in the *global* batch; equal rows give equal numbers.
+        columns: number of draws per row.
+    """
+    row_words = _mix(_mix(rows * _GOLDEN ^ key[0]) + key[1])
+    column_index = torch.arange(columns, dtype=torch.int32, device=rows.device)
+    column_words = _mix(_mix(column_index * _GOLDEN ^ key[1]) + key[0])
+    words = _mix(row_words[..., None] ^ column_words)
+    return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def _mix(word: Int32[Tensor, "*any"]) -> Int32[Tensor, "*any"]:
+    """Bijective 32-bit mixer (multiply, xor-shift; constants by C. Wellons, public domain)."""
+    word = (word ^ _shift_right(word, 16)) * 0x7FEB352D
+    word = (word ^ _shift_right(word, 15)) * (0x846CA68B - 2**32)
+    return word ^ _shift_right(word, 16)
+
+
+def _shift_right(word: Int32[Tensor, "*any"], bits: int) -> Int32[Tensor, "*any"]:
+    """Logical shift: torch's shift of signed words copies the sign bit."""
+    return (word >> bits) & ((1 << (32 - bits)) - 1)
