@@ -1,0 +1,1 @@
+"""The configuration files as a package, so that Hydra finds them wherever spd_hydra is installed."""

@@ -1,0 +1,1 @@
+"""Stochastic Parameter Decomposition of neural networks, configured with Hydra."""
