@@ -49,14 +49,14 @@ class KnownAnswer:
 
 @dataclasses.dataclass(kw_only=True)
 class TargetSpec(Section):
-    """The target model: how to build it and, for toys, how to train it and what its decomposition should be."""
+    """The target model: how to build it; for toys also how to train it and what it decomposes into."""
 
     def build(self, generator: torch.Generator) -> nn.Module:
         """The untrained module, its weights drawn from the generator."""
         raise NotImplementedError
 
     def certify(self, module: nn.Module) -> list[Measurement]:
-        """Measurements that decide whether a trained target is fit to be decomposed; empty: nothing to check."""
+        """Measurements that decide whether a trained target is fit for decomposition; empty: no checks."""
         return []
 
     def known_answer(self, module: nn.Module) -> KnownAnswer | None:
