@@ -59,7 +59,7 @@ constraints: $(INSTALLED_DEV) ## write the installed versions to constraints.txt
 
 clean: ## remove caches and build products; outputs/ and .venv stay
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	find src conf tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove .venv as well
 	rm -rf $(VENV)
