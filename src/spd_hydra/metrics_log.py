@@ -1,0 +1,70 @@
+"""The metrics of a run: one JSON object per line, appended as they come."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spd_hydra import atomic
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row and hand it to the operating system; after a torn line it begins on a line of its own."""
+    line = to_json(row).encode() + b"\n"
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            line = b"\n" + line
+        file.write(line)
+
+
+def read_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Every whole line with the row it holds, in the order of writing; torn lines are passed over."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append((line, row))
+    return rows
+
+
+def truncate(path: Path, step: int) -> int:
+    """Drop the rows of later steps than this, and torn lines; returns how many rows were dropped.
+
+    The rows that stay keep their bytes.
+    """
+    if not path.exists():
+        return 0
+    rows = read_rows(path)
+    kept = [line for line, row in rows if row["step"] <= step]
+    atomic.replace(path, b"".join(line + b"\n" for line in kept))
+    return len(rows) - len(kept)
+
+
+def sync(path: Path) -> None:
+    """Return when the rows are on the disk."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def to_json(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

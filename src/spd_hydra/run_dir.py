@@ -1,0 +1,289 @@
+"""The directory of one run: made once, written by one process at a time, every file whole.
+
+config.yaml  environment.json  metrics.jsonl  status.json  summary.json
+checkpoints/  figures/  report.html
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from spd_hydra import atomic, metrics_log
+from spd_hydra.lock import FileLock, LockedError
+from spd_hydra.metrics_log import to_json
+from spd_hydra.redaction import redact, redact_text
+from spd_hydra.section import ConfigError
+
+_NAME_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_DEEPEST_NAME = 4
+_CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+_STATUS, _SUMMARY, _LOCK = "status.json", "summary.json", ".lock"
+
+
+class RunDirectoryError(RuntimeError):
+    """A run directory cannot be used: it is taken, read-only, gone, or holds something else."""
+
+
+class Status(Enum):
+    """How far a run has come."""
+
+    running = "running"
+    done = "done"
+    failed = "failed"
+
+
+class RunDirectory:
+    """One run's directory. Made by `create`, `at` or `open`, which lock it for this process, or by `view`.
+
+    A lock ends with `close`, with the `with` block, or with the process, however that ends.
+    """
+
+    def __init__(self, path: Path, lock: FileLock | None = None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> Self:
+        """Make `<root>/<name>/<date>_<time>_<random>` and lock it.
+
+        Raises:
+            ConfigError: the name would lead out of the root.
+            RunDirectoryError: nothing can be written there.
+        """
+        parent = _inside(root, name)
+        path = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            raise _cannot("make the run directory", path, error) from error
+        return cls._locked(path)
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """Take a directory that a sweep prepared for this run: made if missing, holding no run and no data.
+
+        Raises:
+            RunDirectoryError: it holds a run or other files, is taken, or cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _require_unused(path)
+            directory = cls._locked(path)
+        except OSError as error:
+            raise _cannot("use the run directory", path, error) from error
+        try:
+            _require_unused(path)  # another process may have held the lock, and finished, in between
+        except BaseException:
+            directory.close()
+            raise
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Lock the directory of a run that was begun, to resume or to analyse it.
+
+        Raises:
+            RunDirectoryError: there is no run in it, another process writes to it, or it is read-only.
+        """
+        _require_run(path)
+        return cls._locked(path)
+
+    @classmethod
+    def view(cls, path: Path) -> Self:
+        """The directory of a run for reading only, whoever writes to it.
+
+        Raises:
+            RunDirectoryError: there is no run in it.
+        """
+        _require_run(path)
+        return cls(path)
+
+    @classmethod
+    def _locked(cls, path: Path) -> Self:
+        try:
+            lock = FileLock(path / _LOCK)
+        except LockedError as error:
+            raise RunDirectoryError(
+                f"{path} is being written by {error}. Two runs cannot share a directory: wait for that one, "
+                "stop it, or start a new run"
+            ) from None
+        except OSError as error:
+            raise _cannot("write to the run directory", path, error) from error
+        try:
+            for leftover in path.glob(".*.tmp"):  # of a writer that was killed; nobody else holds the lock
+                leftover.unlink()
+            atomic.replace(path / ".probe", b"")
+            (path / ".probe").unlink()
+        except OSError as error:
+            lock.release()
+            raise _cannot("write to the run directory", path, error) from error
+        return cls(path, lock)
+
+    def close(self) -> None:
+        """Let another process write here."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Where the pictures lie."""
+        return self.path / "figures"
+
+    def write_config(self, text: str) -> None:
+        """Save the resolved configuration; the text stays as it is unless it holds secrets."""
+        plain = yaml.safe_load(text)
+        shown = redact(plain)
+        if shown != plain:
+            text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+        self._replace(_CONFIG, text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Save what `describe_environment` found."""
+        self._replace(_ENVIRONMENT, to_json(redact(environment), indent=2))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Save the result of the run."""
+        self._replace(_SUMMARY, to_json(summary, indent=2))
+
+    def write_status(self, status: Status, step: int, error: str | None = None) -> None:
+        """Say how far the run is. The time of the first start survives resumes."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        before = self.read_status() or {}
+        content = {
+            "status": status.value,
+            "step": step,
+            "error": None if error is None else redact_text(error),
+            "started": before.get("started", now),
+            "updated": now,
+            "finished": None if status is Status.running else now,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        self._replace(_STATUS, to_json(content, indent=2))
+
+    def read_status(self) -> dict[str, Any] | None:
+        """What `write_status` last wrote; a killed run still says `running`, see `is_being_written`."""
+        return self._read_json(_STATUS)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What was last written by `write_summary`."""
+        return self._read_json(_SUMMARY)
+
+    def read_config(self) -> str:
+        """The text of the saved configuration."""
+        with self._errors("read", _CONFIG) as path:
+            return path.read_text()
+
+    def is_being_written(self) -> bool:
+        """Whether a process holds the lock of this directory."""
+        return FileLock.is_held(self.path / _LOCK)
+
+    def append_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Add a row to the metrics, given to the operating system at once; NaN and infinity become null."""
+        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        assert not {"step", "split"} & values.keys(), "a metric may not be called step or split"
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        with self._errors("write", _METRICS) as path:
+            metrics_log.append_row(path, {"step": step, "split": split, **numbers})
+
+    def sync_metrics(self) -> None:
+        """Return when the metrics are on the disk: before a checkpoint, which must not be ahead of them."""
+        with self._errors("write", _METRICS) as path:
+            metrics_log.sync(path)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of the metrics in the order in which they were written; torn lines are passed over."""
+        with self._errors("read", _METRICS) as path:
+            return [row for _, row in metrics_log.read_rows(path)]
+
+    def truncate_metrics(self, step: int) -> int:
+        """Drop the rows of later steps than this, and torn lines, when going on from a checkpoint.
+
+        Returns:
+            The number of rows that were dropped.
+        """
+        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        with self._errors("write", _METRICS) as path:
+            return metrics_log.truncate(path, step)
+
+    @contextlib.contextmanager
+    def _errors(self, what: str, name: str) -> Iterator[Path]:
+        try:
+            yield self.path / name
+        except OSError as error:
+            raise _cannot(what, self.path / name, error) from error
+
+    def _replace(self, name: str, data: bytes | str) -> None:
+        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        with self._errors("write", name) as path:
+            atomic.replace(path, data)
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        with self._errors("read", name) as path:
+            if not path.exists():
+                return None
+            try:
+                return dict(json.loads(path.read_text()))
+            except ValueError as error:
+                raise RunDirectoryError(f"{path} is not JSON: {error}") from error
+
+
+def _inside(root: Path, name: str) -> Path:
+    parts = name.split("/")
+    if len(parts) > _DEEPEST_NAME or not all(_NAME_PART.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"name: got {name!r}, must be letters, digits and _ . + - beginning with a letter or digit, "
+            f"with at most {_DEEPEST_NAME - 1} separating /"
+        )
+    path = root.absolute()
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ConfigError(f"name: got {name!r}, but {path} is a link, which may lead out of the out_dir")
+    return path
+
+
+def _require_unused(path: Path) -> None:
+    # Hydra and SLURM put their own logs and hidden folders there before the run begins.
+    for entry in sorted(path.iterdir()):
+        if not entry.name.startswith(".") and entry.suffix not in {".log", ".out", ".err"}:
+            raise RunDirectoryError(
+                f"{path} already holds {entry.name}: a new run needs a directory of its own. "
+                f"To go on with a run use resume={path}"
+            )
+
+
+def _require_run(path: Path) -> None:
+    if not (path / _CONFIG).is_file():
+        reason = f"it has no {_CONFIG}" if path.is_dir() else "there is no such directory"
+        raise RunDirectoryError(f"{path} is not the directory of a run: {reason}")
+
+
+def _cannot(what: str, path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"cannot {what} {path}: {error.strerror or error}. Check that it exists, is writable and has room, "
+        "or choose another place with out_dir="
+    )
