@@ -1,1 +1,8 @@
+"""What people read after a run or a sweep: a page, a table in the terminal."""
 
+from spd_hydra.report.page import write_report
+from spd_hydra.report.sweep import sweep_rows, sweep_table
+from spd_hydra.report.sweep_page import write_sweep
+from spd_hydra.report.verdict import verdict_lines, verdict_table
+
+__all__ = ["sweep_rows", "sweep_table", "verdict_lines", "verdict_table", "write_report", "write_sweep"]

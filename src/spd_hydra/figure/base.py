@@ -1,0 +1,108 @@
+"""The registry of figures, and drawing all of them that apply to an evaluation into PNG files."""
+
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spd_hydra import atomic
+from spd_hydra.figure.style import drawing_style
+from spd_hydra.metric.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+History = Sequence[Mapping[str, Any]]  # rows of metrics.jsonl: step, split, "<group>/<name>": number
+Draw = Callable[[Evaluation, History], "Figure | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureKind:
+    """One kind of figure; `draw` returns None for an evaluation that has nothing to show of it."""
+
+    name: str
+    caption: str  # one sentence that tells what to look for
+    draw: Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure that was written to a PNG file."""
+
+    name: str
+    caption: str
+    path: Path
+
+
+_figures: dict[str, FigureKind] = {}
+
+
+def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
+    """Decorator: add a drawing function to the figures of every report.
+
+    Args:
+        name: file name without suffix, e.g. `losses`.
+        caption: the sentence under the figure, saying what to look for.
+
+    Raises:
+        ValueError: another function already has that name.
+    """
+
+    def add(draw: Draw) -> Draw:
+        known = _figures.get(name)
+        if known is not None and known.draw.__module__ != draw.__module__:
+            raise ValueError(f"figure {name} is already drawn by {known.draw.__module__}")
+        _figures[name] = FigureKind(name=name, caption=caption, draw=draw)
+        return draw
+
+    return add
+
+
+def figures() -> list[FigureKind]:
+    """Every registered figure in the order of the report."""
+    return list(_figures.values())
+
+
+def draw_all(evaluation: Evaluation, history: History, directory: Path) -> list[Drawn]:
+    """Draw every figure that applies into `<directory>/<name>.png` and tell which were written.
+
+    Needs no display and changes no global setting of matplotlib. A figure that fails is logged as a
+    warning and left out: a picture is never a reason to lose a run.
+
+    Args:
+        evaluation: what to draw.
+        history: rows of the metrics log for the curves; may be empty.
+        directory: made if it does not exist.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for kind in figures():
+        path = directory / f"{kind.name}.png"
+        try:
+            with drawing_style():
+                picture = kind.draw(evaluation, history)
+                if picture is None:
+                    continue
+                _save(picture, path)
+        except Exception:
+            log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
+            continue
+        drawn.append(Drawn(name=kind.name, caption=kind.caption, path=path))
+    return drawn
+
+
+def _save(picture: "Figure", path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(picture)
+    layout = picture.get_layout_engine()
+    if layout is not None:  # savefig would draw everything twice to lay it out once
+        layout.execute(picture)
+        picture.set_layout_engine("none")
+    png = io.BytesIO()
+    canvas.print_png(png, metadata={"Software": None})
+    atomic.replace(path, png.getvalue())

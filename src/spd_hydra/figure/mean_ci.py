@@ -1,0 +1,94 @@
+"""Mean causal importance per subcomponent, largest first, on a linear and a logarithmic axis."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.columns import expected_of
+from spd_hydra.figure.style import MUTED, colour_of, counted, new_figure, panels, plain, shortened
+from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE_UP_TO = 3  # sites; beyond, two sites share a row
+
+
+@figure(
+    "mean_ci",
+    "Mean causal importance of every subcomponent, sorted: a cliff after the expected number means that the "
+    "rest is dead, a long slope means that several subcomponents still share the work of one.",
+)
+def draw(evaluation: Evaluation, history: History) -> "Figure | None":
+    """Per site the sorted means, filled where alive (g above the threshold anywhere), and the alive count."""
+    sites = evaluation.sites
+    if not sites:
+        return None
+    pairs = 1 if len(sites) <= WIDE_UP_TO else 2
+    down = -(-len(sites) // pairs)
+    picture = new_figure(height=(2.3 if pairs == 1 else 2.5) * down + 0.4)
+    axes = panels(picture, down, 2 * pairs, used=2 * len(sites))
+    alive = (
+        f"alive: g > {evaluation.ci_threshold:g} anywhere in {counted(evaluation.n_positions, 'position')}"
+    )
+    picture.suptitle(f"filled = {alive}", fontsize=10, color=MUTED)
+    for place, (name, site) in enumerate(sites.items()):
+        expected = expected_of(evaluation, name)
+        linear, logarithmic = axes[2 * place], axes[2 * place + 1]
+        last_row = place + pairs >= len(sites)
+        for panel in (linear, logarithmic):
+            _draw_sorted(panel, site, colour_of(place), expected)
+            panel.set_xlabel("rank" if last_row else "")
+        linear.set_ylim(bottom=-0.04 * linear.get_ylim()[1])
+        between = ": " if pairs == 1 else "\n"
+        linear.set_title(f"{plain(shortened(name, 30))}{between}{_count(site, expected)}")
+        linear.set_ylabel("mean g")
+        _make_logarithmic(logarithmic, site, evaluation)
+    return picture
+
+
+def _count(site: SiteEvaluation, expected: int | None) -> str:
+    alive = int((site.density > 0).sum())
+    return f"{alive} of {len(site.density)} alive" + ("" if expected is None else f", {expected} expected")
+
+
+def _draw_sorted(panel: "Axes", site: SiteEvaluation, colour: str, expected: int | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    order = np.argsort(-site.mean_ci, kind="stable")
+    rank, values, alive = np.arange(1, len(order) + 1), site.mean_ci[order], site.density[order] > 0
+    size = 4.5 if len(order) <= 100 else 2.5
+    panel.plot(rank[alive], values[alive], "o", color=colour, markersize=size)
+    panel.plot(
+        rank[~alive], values[~alive], "o", markerfacecolor="white", markeredgecolor=MUTED, markersize=size,
+        markeredgewidth=0.8, zorder=1.5,
+    )  # fmt: skip
+    if expected is not None:
+        panel.axvline(expected + 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (4, 2)))
+    panel.set_xlim(0, len(order) + 1)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    panel.grid(visible=True, axis="y")
+
+
+def _make_logarithmic(panel: "Axes", site: SiteEvaluation, evaluation: Evaluation) -> None:
+    """Below threshold / positions a mean cannot hide a single alive position: that line is drawn."""
+    from matplotlib.ticker import NullLocator
+
+    zero = int((site.mean_ci <= 0).sum())
+    positive = site.mean_ci[site.mean_ci > 0]
+    panel.set_title("log scale" + (f", {zero} exactly 0" if zero else ""), color=MUTED)
+    if not len(positive):
+        return
+    panel.set_yscale("log")
+    panel.yaxis.set_minor_locator(NullLocator())
+    surely_dead = evaluation.ci_threshold / max(evaluation.n_positions, 1)
+    bottom = max(min(float(positive.min()), surely_dead or np.inf) / 3, 1e-12)
+    panel.set_ylim(bottom, max(2 * float(positive.max()), 10 * bottom))
+    if surely_dead > 0:
+        panel.axhline(surely_dead, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+        panel.text(
+            0.985, surely_dead * 1.15, "threshold / positions", color=MUTED, fontsize=8, ha="right",
+            va="bottom", transform=panel.get_yaxis_transform(),
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""L0 and alive subcomponents over the training steps, beside their known values."""
+
+from typing import TYPE_CHECKING, Any
+
+from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.columns import expected_of
+from spd_hydra.figure.curves import Series, label_steps, series, thinned
+from spd_hydra.figure.style import (
+    FAINT,
+    INK,
+    MUTED,
+    colour_of,
+    new_figure,
+    panels,
+    plain,
+    plain_decades,
+    shortened,
+)
+from spd_hydra.metric.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KNOWN = (0, (4, 3))
+MOST_SITES = 8  # beyond, single sites are grey and only the total has a colour
+
+
+@figure(
+    "sparsity",
+    "Subcomponents active per position (L0) and alive at all over training, dashed where the known answer "
+    "is: both should come down to the dashed lines and stay there, and one that still falls at the end asks "
+    "for more steps.",
+)
+def draw(evaluation: Evaluation, history: History) -> "Figure | None":
+    """Curves per site; ideal L0 from the metrics `l0_ideal/<site>`, expected alive counts from the checks."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    l0, alive = _merged(history, "l0"), _merged(history, "alive")
+    if not l0 and not alive:
+        return None
+    picture = new_figure(height=3.7)
+    left, right = panels(picture, 1, 2)
+    ideal = {
+        key.removeprefix("l0_ideal/"): value
+        for key, value in evaluation.metrics.items()
+        if key.startswith("l0_ideal/")
+    }
+    expected = {site: e for site in evaluation.sites if (e := expected_of(evaluation, site)) is not None}
+    names = list(dict.fromkeys([*evaluation.sites, *l0, *alive]))
+    _draw_curves(left, l0, names, ideal)
+    left.set(title=f"L0: active per position (g > {evaluation.ci_threshold:g})", ylabel="subcomponents")
+    plain_decades(left)
+    _draw_curves(right, alive, names, {site: float(number) for site, number in expected.items()})
+    right.set_title("alive: active anywhere in the evaluation data")
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    entries: dict[str, Any] = {}
+    for panel in (left, right):
+        entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if ideal or expected:
+        entries["known answer"] = Line2D([], [], color=MUTED, linewidth=1.1, linestyle=KNOWN)
+    picture.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=min(len(entries), 5)
+    )
+    return picture
+
+
+def _merged(history: History, group: str) -> dict[str, Series]:
+    """Evaluations measure more data than a training batch; where a name has none, its training rows serve."""
+    return {**series(history, "train", group), **series(history, "eval", group)}
+
+
+def _draw_curves(axes: "Axes", found: dict[str, Series], names: list[str], known: dict[str, float]) -> None:
+    many = len([name for name in names if name != "total"]) > MOST_SITES
+    grey_label = "single sites"
+    for index, name in enumerate(names):
+        colour = INK if name == "total" else FAINT if many else colour_of(index)
+        if name in found:
+            steps, values = thinned(found[name])
+            label = plain(shortened(name, 30))
+            if many and name != "total":
+                label, grey_label = grey_label, "_nolegend_"
+            marker = "o" if len(steps) <= 40 else ""
+            axes.plot(steps, values, color=colour, marker=marker, markersize=3.5, label=label,
+                      linewidth=1.0 if many and name != "total" else 1.6)  # fmt: skip
+        if name in known and not many:
+            axes.axhline(known[name], color=colour, linewidth=1.1, linestyle=KNOWN)
+    label_steps(axes)
+    if not found:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=MUTED)

@@ -1,0 +1,70 @@
+"""Numbers, durations and tables as people read them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+NOTHING = "–"
+
+
+def number(value: Any) -> str:
+    """A number with about four digits, or – for anything else: 0.2512, 1.0000, 27.6, 1.30e-05, 10,000, –."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NOTHING
+    if math.isnan(value):
+        return "nan"
+    if isinstance(value, int) or (
+        value == int(value) if math.isfinite(value) and abs(value) < 1e9 else False
+    ):
+        return f"{int(value):,}"
+    if 0.1 <= abs(value) < 10:
+        return f"{value:.4f}"  # ratios near 1 line up below each other
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds in units that fit: 3.2 s, 4 min 05 s, 2 h 10 min."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; the mean alone of a single value, – of none."""
+    if not values:
+        return NOTHING
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return number(mean)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.4g} ± {spread:.2g}"
+
+
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  "
+) -> list[str]:
+    """Lines of a table for the terminal, the first `left` columns aligned to the left, the others right."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return (indent + "  ".join(aligned)).rstrip()
+
+    return [line(header), indent + "  ".join("─" * width for width in widths), *map(line, rows)]
+
+
+def clipped(text: str, width: int) -> str:
+    """The text, its middle replaced by … where it is wider than allowed."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"

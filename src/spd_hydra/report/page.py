@@ -1,0 +1,230 @@
+"""The report of a run: one HTML file that needs nothing else."""
+
+import base64
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_hydra import atomic
+from spd_hydra.figure.base import Drawn, History
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.report.html import render
+from spd_hydra.report.numbers import NOTHING, duration, number
+from spd_hydra.report.verdict import headline, reasons, site_rows, tolerances
+
+_STATE: dict[Any, str] = {True: "solved", False: "unsolved"}
+CSS_PIXELS = 96 / 160  # figures have 160 dots per inch, a page has 96
+LONGEST_BLOCK = 60_000  # characters of a diff or a list
+IN_HEADER = ("command", "device", "device_name", "cpu", "python", "torch", "platform", "host")
+
+
+def write_report(
+    path: Path,
+    *,
+    summary: Mapping[str, Any],
+    evaluation: Evaluation,
+    history: History,
+    figures: Sequence[Drawn],
+    config_text: str,
+    environment: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> None:
+    """Write the report of a run as one self-contained HTML file, replacing an older one in one step.
+
+    Args:
+        path: the file, usually `<run>/report.html`.
+        summary: the content of summary.json.
+        evaluation: the last evaluation.
+        history: rows of metrics.jsonl.
+        figures: what `draw_all` returned; the pictures go into the file.
+        config_text: the resolved configuration as YAML.
+        environment: the content of environment.json.
+        warnings: sentences that the reader must see.
+
+    Raises:
+        OSError: the file cannot be written; an older report is then still there.
+    """
+    pictures, missing = _pictures(figures)
+    facts, blocks = _environment(environment)
+    page = render(
+        "report_template.html",
+        title=f"{summary.get('experiment', 'run')}, seed {summary.get('seed', NOTHING)}",
+        state=_STATE.get(summary.get("solved"), "unknown"),
+        headline=headline(summary),
+        reasons=reasons(summary),
+        tolerances=tolerances(summary),
+        sites=site_rows(summary),
+        key_numbers=_key_numbers(summary, evaluation),
+        target=_target(summary.get("target") or {}),
+        losses=summary.get("losses") or {},
+        thresholds=summary.get("thresholds") or {},
+        evaluation=evaluation,
+        pictures=pictures,
+        metrics=metric_rows(history),
+        config_text=config_text,
+        facts=facts,
+        blocks=blocks,
+        warnings=[*warnings, *missing],
+    )
+    atomic.replace(path, page)
+
+
+def metric_rows(history: History) -> list[dict[str, Any]]:
+    """Every logged quantity with its last value and, where better has a meaning, its best value and step."""
+    points: dict[tuple[str, str], dict[int, float]] = {}
+    for row in history:
+        for name, value in row.items():
+            if name not in {"step", "split"} and isinstance(value, int | float):
+                points.setdefault((name, str(row.get("split", ""))), {})[int(row.get("step", 0))] = float(
+                    value
+                )
+    rows = []
+    for (name, split), values in sorted(points.items()):
+        last = max(values)
+        cost = _cost(name)
+        best = None if cost is None else min(values, key=lambda step: (cost(values[step]), step))
+        rows.append(
+            {
+                "name": name,
+                "split": split,
+                "last": number(values[last]),
+                "best": NOTHING if best is None else number(values[best]),
+                "best_step": NOTHING if best is None else number(best),
+            }
+        )
+    return rows
+
+
+def _cost(name: str) -> Any:
+    """What to minimise to find the best value of a quantity; None where neither way is better."""
+    last = name.rpartition("/")[2]
+    if last.startswith("ml2r"):
+        return lambda value: abs(value - 1)
+    if last.startswith("mmcs") or "recovered" in name:
+        return lambda value: -value
+    if name.startswith("loss/") or "error" in last or last.startswith(("kl", "ce")):
+        return lambda value: value
+    return None
+
+
+def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dict[str, str]]:
+    """The cards under the verdict: name, value, and what it should be."""
+    thresholds, seconds = summary.get("thresholds") or {}, summary.get("seconds") or {}
+    alive = [n for site, n in (summary.get("alive") or {}).items() if site != "total"]
+    l0 = {site: x for site, x in (summary.get("l0") or {}).items() if site != "total"}
+    expected = [row["expected"] for row in site_rows(summary) if row["expected"] is not None]
+    ideal = [v for k, v in evaluation.metrics.items() if k.startswith("l0_ideal/") and k != "l0_ideal/total"]
+    plain = f"; plain {number(evaluation.ml2r_plain)}" if evaluation.ml2r_plain is not None else ""
+    cards = [
+        (
+            "MMCS",
+            number(summary.get("mmcs")),
+            f"at least {thresholds['mmcs']:g}" if "mmcs" in thresholds else "",
+        ),
+        (
+            "ML2R",
+            number(summary.get("ml2r")),
+            (f"1 ± {thresholds['ml2r']:g}" if "ml2r" in thresholds else "ideally 1") + plain,
+        ),
+        (
+            "Alive",
+            number(sum(alive)) if alive else NOTHING,
+            f"{sum(expected)} expected" if expected else "all sites",
+        ),
+        (
+            "L0",
+            number(float(sum(l0.values()))) if l0 else NOTHING,
+            f"ideally {number(float(sum(ideal)))}"
+            if len(ideal) == len(l0) and ideal
+            else "per position, all sites",
+        ),
+        (
+            "Total loss",
+            number((summary.get("losses") or {}).get("total")),
+            f"after {number(summary.get('steps'))} steps",
+        ),
+        ("Time", duration(seconds.get("total")), _parts(seconds)),
+        ("Speed", number(summary.get("steps_per_second")), "steps per second"),
+    ]
+    return [{"name": name, "value": value, "note": note} for name, value, note in cards if value != NOTHING]
+
+
+def _parts(seconds: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total")
+
+
+def _target(target: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate: whether it holds, its plain facts, and its measurements where there are some."""
+    measured = [dict(m) for m in target.get("measurements") or [] if isinstance(m, Mapping)]
+    for measurement in measured:
+        value, lower, upper = (measurement.get(key) for key in ("value", "lower", "upper"))
+        inside = None not in (value, lower, upper) and lower <= value <= upper  # type: ignore[operator]
+        measurement["passed"] = bool(measurement.get("passed", inside))
+    facts = {k: v for k, v in target.items() if k not in {"certified", "measurements"}}
+    return {
+        "certified": target.get("certified"),
+        "facts": {
+            k: number(v) if isinstance(v, float) else _as_text(v)
+            for k, v in facts.items()
+            if not isinstance(v, dict | list)
+        },
+        "measurements": measured,
+    }
+
+
+def _pictures(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Figures as data, their text as large as the page's, and warnings about missing ones."""
+    pictures: list[dict[str, Any]] = []
+    missing = []
+    for figure in figures:
+        try:
+            png = figure.path.read_bytes()
+            width, height = struct.unpack(">II", png[16:24])
+        except (OSError, struct.error):
+            missing.append(f"The figure {figure.name} could not be read from {figure.path}.")
+            continue
+        pictures.append(
+            {
+                "name": figure.name,
+                "caption": figure.caption,
+                "data": base64.b64encode(png).decode("ascii"),
+                "width": round(width * CSS_PIXELS),
+                "height": round(height * CSS_PIXELS),
+            }
+        )
+    return pictures, missing
+
+
+def _environment(environment: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Short facts, the most asked for first, and long texts (packages, diff) to unfold."""
+    facts: dict[str, str] = {}
+    blocks: dict[str, str] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name} {key}".strip(), inner)
+        elif isinstance(value, list | tuple) or (
+            isinstance(value, str) and ("\n" in value or len(value) > 400)
+        ):
+            text = value if isinstance(value, str) else "\n".join(_as_text(item) for item in value)
+            cut = f"\n… {len(text) - LONGEST_BLOCK:,} more characters" if len(text) > LONGEST_BLOCK else ""
+            if text.strip() and name == "command":
+                facts[name] = text
+            elif text.strip():
+                blocks[name] = text[:LONGEST_BLOCK] + cut
+        elif value is not None and value != "":
+            facts[name] = _as_text(value)
+
+    first = [key for key in IN_HEADER if key in environment]
+    for key in [*first, *(key for key in environment if key not in IN_HEADER)]:
+        add(str(key), environment[key])
+    return facts, blocks
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,243 @@
+"""A sweep's jobs as rows: read from their directories, also where some failed or never began."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spd_hydra.report.numbers import NOTHING, clipped, mean_and_spread, number, text_table
+
+WIDTH = 100
+NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
+QUANTITIES = ["mmcs", "ml2r", "alive", "l0", "loss", "seconds", "steps_per_second"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One job of a sweep.
+
+    Attributes:
+        state: `done`, `running`, `failed`, or `missing` for a job that left no status.
+        overrides: what the job was given, by key; the seed is among them where it was swept.
+        numbers: totals over sites and single values of the summary; empty unless the job is done.
+        report: the job's report, relative to the sweep's directory, or None.
+    """
+
+    job: int
+    state: str
+    overrides: dict[str, str] = field(default_factory=dict)
+    experiment: str | None = None
+    seed: int | None = None
+    solved: bool | None = None
+    strict: bool | None = None
+    certified: bool | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    report: str | None = None
+
+    @property
+    def setting(self) -> tuple[tuple[str, str], ...]:
+        """Everything that was overridden but the seed: jobs with equal settings are repetitions."""
+        found = {key: value for key, value in self.overrides.items() if key != "seed"}
+        return tuple(sorted(found.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepGroup:
+    """Jobs that differ only in their seeds; `judged` of them ended with a verdict, `solved` with success."""
+
+    setting: tuple[tuple[str, str], ...]
+    rows: list[SweepRow]
+    judged: int
+    solved: int
+    spread: dict[str, str]  # mean ± standard deviation over the finished jobs, by quantity
+
+    @property
+    def fraction(self) -> str:
+        """The solved fraction with its 95 % interval: `18 of 20, 90 % [70, 97]`."""
+        if not self.judged:
+            return NOTHING
+        low, high = wilson_interval(self.solved, self.judged)
+        share = 100 * self.solved / self.judged
+        return f"{self.solved} of {self.judged}, {share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+    @property
+    def unfinished(self) -> str:
+        """How many jobs did not end well, by state: `1 failed, 2 running`."""
+        states = [row.state for row in self.rows if row.state != "done"]
+        return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+
+    def label(self, only: Sequence[str] | None = None) -> str:
+        """The overrides, all or those whose keys are named."""
+        shown = [f"{key}={value}" for key, value in self.setting if only is None or key in only]
+        return " ".join(shown) or "all jobs"
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of Wilson for a fraction of successes.
+
+    centre ± half = (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = successes / trials = x / n.
+
+    Raises:
+        ValueError: not 0 ≤ successes ≤ trials, or no trials.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"got {successes} successes of {trials} trials, must be 0 ≤ successes ≤ trials ≥ 1")
+    share, z = successes / trials, NORMAL_95
+    scale = 1 + z**2 / trials
+    centre = (share + z**2 / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def sweep_rows(sweep_dir: Path, overrides: Mapping[int, Sequence[str]] | None = None) -> list[SweepRow]:
+    """Read what every job of a sweep has left so far, in the order of the jobs.
+
+    Args:
+        sweep_dir: holds a folder `<n>` per job, in it status.json, summary.json, overrides.json.
+        overrides: of each job, where the caller knows them; jobs without a folder are listed too.
+    """
+    given = dict(overrides or {})
+    found = {int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()}
+    return [_row(sweep_dir, job, given.get(job)) for job in sorted(found | given.keys())]
+
+
+def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
+    """Repetitions together, in the order of their first job."""
+    settings = dict.fromkeys(row.setting for row in rows)
+    groups = []
+    for setting in settings:
+        own = [row for row in rows if row.setting == setting]
+        judged = [row for row in own if row.state == "done" and row.solved is not None]
+        values = {key: [row.numbers[key] for row in own if key in row.numbers] for key in QUANTITIES}
+        groups.append(
+            SweepGroup(
+                setting=setting,
+                rows=own,
+                judged=len(judged),
+                solved=sum(bool(row.solved) for row in judged),
+                spread={key: mean_and_spread(found) for key, found in values.items()},
+            )
+        )
+    return groups
+
+
+def varying_keys(rows: Sequence[SweepRow]) -> list[str]:
+    """The override keys that tell the jobs apart, the seed excepted."""
+    settings = [dict(row.setting) for row in rows]
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> str:
+    """The sweep for the terminal: a line per job, then a line per setting with the solved fraction."""
+    if not rows:
+        return "no jobs\n"
+    keys = varying_keys(rows)
+    header = ["job", "setting", "state", "solved", "seed", "MMCS", "ML2R", "alive", "L0", "loss", "seconds"]
+    cells = []
+    for row in rows:
+        setting = (
+            " ".join(f"{key}={value}" for key, value in row.setting if key in keys)
+            or row.experiment
+            or NOTHING
+        )
+        values = [number(row.numbers.get(key)) for key in ("mmcs", "ml2r", "alive", "l0", "loss", "seconds")]
+        seed = NOTHING if row.seed is None else str(row.seed)
+        cells.append([str(row.job), setting, row.state, _yes_no(row.solved), seed, *values])
+    other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
+    room = max(WIDTH - 4 - other, 8)
+    cells = [[line[0], clipped(line[1], room), *line[2:]] for line in cells]
+    lines = ["", *text_table(header, cells, left=4), ""]
+    for group in sweep_groups(rows):
+        facts = [f"solved {group.fraction}"]
+        facts += [f"MMCS {group.spread['mmcs']}"] if group.spread["mmcs"] != NOTHING else []
+        facts += [group.unfinished] if group.unfinished else []
+        text = "; ".join(facts)
+        lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
+    errors = [f"  job {row.job}: {row.error}" for row in rows if row.error]
+    if errors:
+        lines += ["", *(clipped(line, WIDTH) for line in errors)]
+    return "\n".join([*lines, ""])
+
+
+def _yes_no(value: bool | None) -> str:
+    return NOTHING if value is None else "yes" if value else "no"
+
+
+def _row(sweep_dir: Path, job: int, given: Sequence[str] | None) -> SweepRow:
+    directory = sweep_dir / str(job)
+    overrides = _overrides(given if given is not None else _read(directory / "overrides.json"))
+    status, summary = _read(directory / "status.json"), _read(directory / "summary.json")
+    seed = overrides.get("seed", "")
+    row = SweepRow(
+        job=job,
+        state="missing",
+        overrides=overrides,
+        experiment=overrides.get("experiment"),
+        seed=int(seed) if seed.lstrip("-").isdecimal() else None,
+        report=f"{job}/report.html" if (directory / "report.html").is_file() else None,
+    )
+    if not isinstance(status, Mapping):
+        return row
+    state = str(status.get("status"))
+    if state in {"failed", "running"} or not isinstance(summary, Mapping):
+        ended = "failed" if state in {"failed", "done"} else "running"
+        lost = "ended without a readable summary.json" if state == "done" else None
+        return dataclasses.replace(row, state=ended, error=_first_line(status.get("error")) or lost)
+    target = summary.get("target") or {}
+    return dataclasses.replace(
+        row,
+        state="done",
+        experiment=summary.get("experiment", row.experiment),
+        seed=summary.get("seed", row.seed),
+        solved=summary.get("solved"),
+        strict=summary.get("strict"),
+        certified=target.get("certified"),
+        numbers=_numbers(summary),
+    )
+
+
+def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Single numbers of a summary; those by site as sums, errors by tolerance."""
+    found: dict[str, Any] = {
+        "steps": summary.get("steps"),
+        "mmcs": summary.get("mmcs"),
+        "ml2r": summary.get("ml2r"),
+        "loss": (summary.get("losses") or {}).get("total"),
+        "seconds": (summary.get("seconds") or {}).get("total"),
+        "steps_per_second": summary.get("steps_per_second"),
+    }
+    for key in ("alive", "l0"):
+        sites = {site: value for site, value in (summary.get(key) or {}).items() if site != "total"}
+        found[key] = sum(sites.values()) if sites else None
+        found |= {f"{key}.{site}": value for site, value in sites.items()}
+    for check in summary.get("checks") or []:
+        name = f"error_{check['tolerance']:g}"
+        found[name] = found.get(name, 0) + check["error"]
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+def _overrides(given: Any) -> dict[str, str]:
+    """Overrides by key, from Hydra's `key=value` texts or from an object."""
+    if isinstance(given, Mapping):
+        return {str(key): str(value) for key, value in given.items()}
+    if not isinstance(given, list | tuple):
+        return {}
+    pairs = [str(text).lstrip("+").partition("=") for text in given]
+    return {key: value for key, _, value in pairs if key}
+
+
+def _first_line(text: Any) -> str | None:
+    return next((line.strip() for line in str(text or "").splitlines() if line.strip()), None)
+
+
+def _read(path: Path) -> Any:
+    """The JSON in a file, or None where there is none yet or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,62 @@
+"""A sweep as files: sweep.csv for further work, sweep.html to look at."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_hydra import atomic
+from spd_hydra.report.html import render
+from spd_hydra.report.sweep import QUANTITIES, SweepRow, sweep_groups, varying_keys
+
+
+def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
+    """Write sweep.csv and sweep.html, one row per job, replacing older ones, and return their paths.
+
+    The page groups jobs that differ only in the seed: mean ± standard deviation, and the solved fraction
+    with its 95 % interval (Wilson).
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    table, page = sweep_dir / "sweep.csv", sweep_dir / "sweep.html"
+    atomic.replace(table, _as_csv(rows))
+    keys = varying_keys(rows)
+    shown = [name for name in QUANTITIES if any(name in row.numbers for row in rows)]
+    content = render(
+        "sweep_template.html",
+        title=f"Sweep {sweep_dir.absolute().name}",
+        states={state: sum(row.state == state for row in rows) for state in _states(rows)},
+        keys=keys,
+        shown=shown,
+        rows=rows,
+        groups=sweep_groups(rows),
+    )
+    atomic.replace(page, content)
+    return table, page
+
+
+def _states(rows: Sequence[SweepRow]) -> list[str]:
+    return [
+        state for state in ("done", "running", "failed", "missing") if any(row.state == state for row in rows)
+    ]
+
+
+def _as_csv(rows: Sequence[SweepRow]) -> str:
+    overrides = dict.fromkeys(
+        key for row in rows for key in row.overrides if key not in {"seed", "experiment"}
+    )
+    names = dict.fromkeys(name for row in rows for name in row.numbers)
+    fixed = ["job", "state", "experiment", "seed"]
+    header = [*fixed, *overrides, "solved", "strict", "certified", *names, "error", "report"]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        values: list[Any] = [getattr(row, name) for name in fixed]
+        values += [row.overrides.get(key) for key in overrides]
+        values += [row.solved, row.strict, row.certified]
+        values += [row.numbers.get(name) for name in names]
+        writer.writerow(["" if value is None else value for value in [*values, row.error, row.report]])
+    return text.getvalue()

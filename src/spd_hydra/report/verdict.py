@@ -1,0 +1,185 @@
+"""Was the known answer found? In words, and as a table for the terminal."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spd_hydra.report.numbers import NOTHING, clipped, duration, number, text_table
+
+WIDTH = 100
+_CERTIFIED: dict[Any, str] = {True: "certified", False: "NOT certified"}
+GREEN, RED, RESET = "\033[1;32m", "\033[1;31m", "\033[0m"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The verdict in one sentence: solved, not solved, or that nobody knows the answer."""
+    solved = summary.get("solved")
+    if solved is None:
+        return "No known answer: this target has none to compare with."
+    if not solved:
+        return "Not solved: the decomposition is not the known answer."
+    if summary.get("strict"):
+        return f"Solved: the known answer was found, also at the strict tolerance{_strictest(summary)}."
+    return f"Solved: the known answer was found, but not at the strict tolerance{_strictest(summary)}."
+
+
+def reasons(summary: Mapping[str, Any]) -> list[str]:
+    """What stands between this run and a solved one, a sentence each; empty where nothing does.
+
+    MMCS and ML2R count unless the summary's thresholds say `cosine_decides: false`.
+    """
+    if summary.get("solved") is None:
+        return []
+    found = []
+    target, thresholds = summary.get("target") or {}, summary.get("thresholds") or {}
+    if target.get("certified") is False:
+        found.append("The target itself is not certified, so its decomposition proves nothing.")
+    checks = summary.get("checks") or []
+    loosest = thresholds.get("tolerance", max((check["tolerance"] for check in checks), default=None))
+    for check in checks:
+        if check["tolerance"] == loosest and check["error"] > 0:
+            entries = "1 entry is" if check["error"] == 1 else f"{check['error']} entries are"
+            answer = known_answer(check)
+            found.append(f"{check['site']}: {entries} wrong at tolerance {loosest:g} ({answer}).")
+    if thresholds.get("cosine_decides", True):
+        mmcs, ml2r = summary.get("mmcs"), summary.get("ml2r")
+        least, most = thresholds.get("mmcs"), thresholds.get("ml2r")
+        if mmcs is not None and least is not None and not mmcs >= least:
+            found.append(
+                f"MMCS {number(mmcs)} is below {least:g}: some feature has no subcomponent of its direction."
+            )
+        if ml2r is not None and most is not None and not abs(ml2r - 1) <= most:
+            found.append(
+                f"ML2R {number(ml2r)} is further from 1 than {most:g}: subcomponents have the wrong size."
+            )
+    return found
+
+
+def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The verdict in words: the headline, then one line for each reason against it."""
+    return [headline(summary), *reasons(summary)]
+
+
+def known_answer(check: Mapping[str, Any]) -> str:
+    """What is expected at a site: `identity of 5` or `dense of 2`."""
+    return f"{check['name']} of {check['expected']}"
+
+
+def tolerances(summary: Mapping[str, Any]) -> list[float]:
+    """The tolerances of the checks, strictest first."""
+    return sorted({check["tolerance"] for check in summary.get("checks") or []})
+
+
+def site_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per site: known answer, errors by tolerance, alive subcomponents, L0."""
+    alive, l0 = summary.get("alive") or {}, summary.get("l0") or {}
+    checks = summary.get("checks") or []
+    names = dict.fromkeys([*(check["site"] for check in checks), *alive, *l0])
+    rows = []
+    for site in names:
+        own = [check for check in checks if check["site"] == site]
+        rows.append(
+            {
+                "site": site,
+                "known": known_answer(own[0]) if own else NOTHING,
+                "expected": own[0]["expected"] if own else None,
+                "errors": {check["tolerance"]: check["error"] for check in own},
+                "alive": alive.get(site),
+                "l0": l0.get(site),
+            }
+        )
+    return rows
+
+
+def verdict_table(
+    summary: Mapping[str, Any], report: Path | str | None = None, *, colour: bool | None = None
+) -> str:
+    """The verdict for the terminal, at most 100 columns wide but for the path of the report.
+
+    Args:
+        summary: the content of summary.json.
+        report: path to print at the end.
+        colour: whether to colour the verdict; by default only on a terminal without NO_COLOR.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    first = headline(summary)
+    if colour and summary.get("solved") is not None:
+        word, rest = first.split(":", 1)
+        first = f"{GREEN if summary['solved'] else RED}{word}{RESET}:{rest}"
+    name, seed, steps = summary.get("experiment", "run"), summary.get("seed", NOTHING), summary.get("steps")
+    lines = ["", clipped(f"{name}, seed {seed}, {number(steps)} steps", WIDTH), first]
+    for reason in reasons(summary):
+        lines += textwrap.wrap(reason, WIDTH, initial_indent="  · ", subsequent_indent="    ")
+    lines += ["", *_site_table(summary), "", *_facts(summary)]
+    if report is not None:
+        lines += ["", f"  report  {report}"]
+    return "\n".join([*lines, ""])
+
+
+def _strictest(summary: Mapping[str, Any]) -> str:
+    found = tolerances(summary)
+    return f" {found[0]:g}" if found else ""
+
+
+def _site_table(summary: Mapping[str, Any]) -> list[str]:
+    columns = tolerances(summary)
+    header = ["site", "known answer", *(f"error at {t:g}" for t in columns), "alive", "L0"]
+    rows = [
+        [
+            row["site"],
+            row["known"],
+            *(number(row["errors"].get(t)) for t in columns),
+            number(row["alive"]),
+            number(row["l0"]),
+        ]
+        for row in site_rows(summary)
+    ]
+    if not rows:
+        return []
+    others = sum(max(len(line[i]) for line in [header, *rows]) + 2 for i in range(1, len(header)))
+    rows = [[clipped(row[0], WIDTH - 2 - others), *row[1:]] for row in rows]
+    return text_table(header, rows, left=2)
+
+
+def _facts(summary: Mapping[str, Any]) -> list[str]:
+    """Key numbers, one topic per line, wrapped."""
+    thresholds, target = summary.get("thresholds") or {}, summary.get("target") or {}
+    seconds, losses = summary.get("seconds") or {}, summary.get("losses") or {}
+    topics: list[tuple[str, list[str]]] = []
+    if summary.get("mmcs") is not None:
+        wanted = f" (≥ {thresholds['mmcs']:g})" if "mmcs" in thresholds else ""
+        size = f" (1 ± {thresholds['ml2r']:g})" if "ml2r" in thresholds else ""
+        topics.append(
+            ("MMCS", [f"{number(summary['mmcs'])}{wanted}", f"ML2R {number(summary.get('ml2r'))}{size}"])
+        )
+    if losses:
+        topics.append(("losses", [f"{name} {number(value)}" for name, value in losses.items()]))
+    if target:
+        certified = _CERTIFIED.get(target.get("certified"), "not checked")
+        seed = [f"seed {target['seed']}"] if "seed" in target else []
+        topics.append(("target", [certified, *seed]))
+    if seconds:
+        parts = [f"{name} {duration(value)}" for name, value in seconds.items()]
+        speed = summary.get("steps_per_second")
+        topics.append(("time", [*parts, *([f"{number(speed)} steps/s"] if speed is not None else [])]))
+    label = max((len(name) for name, _ in topics), default=0)
+    lines: list[str] = []
+    for name, parts in topics:
+        lines += _joined(parts, f"  {name.ljust(label)}  ", " " * (label + 4))
+    return lines
+
+
+def _joined(parts: list[str], first: str, following: str) -> list[str]:
+    """The parts with commas, broken only between them so that a number never leaves its name."""
+    lines, line = [], first
+    for index, part in enumerate(parts):
+        piece = part + ("," if index < len(parts) - 1 else "")
+        if len(line) + len(piece) > WIDTH and line.strip() and line not in {first, following}:
+            lines.append(line.rstrip())
+            line = following
+        line += piece + " "
+    return [*lines, line.rstrip()]

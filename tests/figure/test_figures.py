@@ -1,0 +1,351 @@
+import dataclasses
+import logging
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+
+from spd_hydra.figure import base, draw_all, figure, figures
+from spd_hydra.figure.activation_density import binned
+from spd_hydra.figure.base import FigureKind
+from spd_hydra.figure.causal_importance import draw as draw_causal_importance
+from spd_hydra.figure.columns import columns_of, wrong_entries
+from spd_hydra.figure.curves import series, thinned
+from spd_hydra.figure.losses import draw as draw_losses
+from spd_hydra.figure.neuron_contributions import agreement
+from spd_hydra.figure.neuron_contributions import draw as draw_contributions
+from spd_hydra.figure.sparsity import draw as draw_sparsity
+from spd_hydra.figure.tms_polygon import draw as draw_polygon
+from spd_hydra.figure.tms_polygon import plane_vectors
+from spd_hydra.figure.weights import balanced
+from spd_hydra.figure.weights import draw as draw_weights
+from spd_hydra.metric.evaluation import SiteCheck, SiteEvaluation
+
+TMS_FIGURES = [
+    "tms_polygon",
+    "causal_importance",
+    "weights",
+    "ci_histogram",
+    "mean_ci",
+    "activation_density",
+    "losses",
+    "sparsity",
+]
+
+
+def _images(picture: Any) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for axes in picture.axes for image in axes.images]
+
+
+def _texts(picture: Any) -> str:
+    found = [text.get_text() for axes in picture.axes for text in (axes.title, *axes.texts)]
+    found += [part._suptitle.get_text() for part in (picture, *picture.subfigs) if part._suptitle]
+    return "\n".join(found)
+
+
+def _site(C: int, *, alive: list[int], order: list[int] | None = None) -> SiteEvaluation:
+    density = np.zeros(C)
+    density[alive] = 0.1
+    return SiteEvaluation(
+        weight=np.zeros((3, 4)), V=np.zeros((4, C)), U=np.zeros((C, 3)), mean_ci=density, density=density,
+        histogram=np.array([10, 1]), order=np.array(range(C) if order is None else order),
+    )  # fmt: skip
+
+
+# ---- all figures ------------------------------------------------------------------------------------
+
+
+def test_every_figure_that_applies_is_a_png_of_readable_size(synthetic: Any, tmp_path: Path) -> None:
+    drawn = draw_all(synthetic.tms(), synthetic.history(), tmp_path / "figures")
+    assert [one.name for one in drawn] == TMS_FIGURES
+    for one in drawn:
+        data = one.path.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert data[:8] == b"\x89PNG\r\n\x1a\n", one.name
+        assert 700 <= width <= 1700, one.name
+        assert 300 <= height <= 3000, one.name
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
+        f"{n}.png" for n in TMS_FIGURES
+    )
+
+
+def test_drawing_again_gives_the_same_bytes(synthetic: Any, tmp_path: Path) -> None:
+    evaluation = synthetic.language_model(n_sites=1)
+    first = draw_all(evaluation, [], tmp_path / "a")
+    second = draw_all(evaluation, [], tmp_path / "b")
+    assert [one.path.read_bytes() for one in first] == [one.path.read_bytes() for one in second]
+
+
+def test_captions_are_single_sentences() -> None:
+    for kind in figures():
+        assert kind.caption.endswith("."), kind.name
+        assert ". " not in kind.caption, kind.name
+        assert kind.caption[0].isupper(), kind.name
+
+
+def test_a_figure_that_fails_is_left_out_with_a_warning(
+    synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(evaluation: Any, history: Any) -> None:
+        raise ZeroDivisionError
+
+    kinds = {"broken": FigureKind(name="broken", caption="", draw=broken), "losses": base._figures["losses"]}
+    monkeypatch.setattr(base, "_figures", kinds)
+    with caplog.at_level(logging.WARNING):
+        drawn = draw_all(synthetic.tms(), synthetic.history(), tmp_path)
+    assert [one.name for one in drawn] == ["losses"]
+    assert "broken" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["losses.png"]
+
+
+def test_two_figures_cannot_have_one_name() -> None:
+    with pytest.raises(ValueError, match=r"losses is already drawn by spd_hydra\.figure\.losses"):
+        figure("losses", "Another.")(lambda evaluation, history: None)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(synthetic: Any, tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams.copy())
+    draw_all(synthetic.language_model(n_sites=1), synthetic.history(), tmp_path)
+    assert dict(matplotlib.rcParams.copy()) == before
+
+
+def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(tmp_path: Path) -> None:
+    script = f"""
+import sys, pathlib
+import numpy as np
+from spd_hydra.figure import draw_all
+from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
+assert "matplotlib" not in sys.modules, "loaded by the import"
+ones = np.ones(3)
+site = SiteEvaluation(weight=np.ones((2, 4)), V=np.ones((4, 3)), U=np.ones((3, 2)), mean_ci=ones,
+                      density=ones, histogram=np.array([1, 2]), order=np.arange(3))
+evaluation = Evaluation(step=1, n_positions=10, ci_threshold=0.1, metrics={{}}, sites={{"a": site}})
+assert len(draw_all(evaluation, [], pathlib.Path({str(tmp_path)!r}))) == 5
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules, "pyplot was loaded"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_language_models_and_residual_mlps_are_drawn_without_a_warning(
+    synthetic: Any, tmp_path: Path
+) -> None:
+    mlp = draw_all(synthetic.resid_mlp(), synthetic.history(), tmp_path / "mlp")
+    language = draw_all(synthetic.language_model(n_sites=9), [], tmp_path / "lm")
+    assert {"neuron_contributions", "causal_importance"} <= {one.name for one in mlp}
+    assert [one.name for one in language] == ["weights", "ci_histogram", "mean_ci", "activation_density"]
+
+
+# ---- which apply ------------------------------------------------------------------------------------
+
+
+def test_polygons_need_two_hidden_dimensions(synthetic: Any) -> None:
+    assert draw_polygon(synthetic.resid_mlp(), []) is None
+
+
+def test_heatmaps_need_probes(synthetic: Any) -> None:
+    assert draw_causal_importance(synthetic.language_model(n_sites=1), []) is None
+
+
+def test_scatter_needs_contributions(synthetic: Any) -> None:
+    assert draw_contributions(synthetic.tms(), []) is None
+
+
+def test_curves_need_history(synthetic: Any) -> None:
+    assert draw_losses(synthetic.tms(), []) is None
+    assert draw_sparsity(synthetic.tms(), []) is None
+
+
+# ---- what they show ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_heatmaps_show_the_probes_in_the_order_of_the_site(synthetic: Any, solved: bool) -> None:
+    evaluation = synthetic.tms(solved=solved)
+    images = _images(draw_causal_importance(evaluation, []))
+    site = evaluation.sites["embed"]
+    np.testing.assert_array_equal(images[0], site.probe_lower[:, site.order])
+    np.testing.assert_array_equal(images[1], site.probe_upper[:, site.order])
+
+
+def test_heatmaps_of_a_solved_run_are_the_identity(synthetic: Any) -> None:
+    lower = _images(draw_causal_importance(synthetic.tms(), []))[0]
+    np.testing.assert_allclose(lower[:, :5], np.eye(5), atol=0.04)
+
+
+def test_heatmaps_name_the_input_magnitude_and_the_errors(synthetic: Any) -> None:
+    texts = _texts(draw_causal_importance(synthetic.tms(solved=False), []))
+    assert "magnitude 0.75" in texts
+    assert "embed: identity of 5, errors 7 at tolerance 0.1, 6 at tolerance 0.2" in texts
+
+
+def test_framed_entries_are_as_many_as_the_error(synthetic: Any) -> None:
+    picture: Any = draw_causal_importance(synthetic.tms(solved=False), [])
+    assert len(picture.axes[0].patches) == 7
+    assert len(picture.axes[1].patches) == 0
+
+
+def test_weights_show_v_in_the_basis_of_the_features(synthetic: Any) -> None:
+    evaluation = synthetic.tms()
+    site = evaluation.sites["unembed"]
+    V, U = balanced(site)
+    images = _images(draw_weights(evaluation, []))  # V and U of embed, V and U of unembed, then colour bars
+    shown = [image for image in images if image.shape[1] == 20]
+    np.testing.assert_allclose(shown[2], (site.directions @ V)[:, site.order])
+    np.testing.assert_allclose(shown[3], U.T[:, site.order])
+
+
+def test_weight_colours_are_symmetric_about_zero(synthetic: Any) -> None:
+    picture: Any = draw_weights(synthetic.tms(), [])
+    limits = [image.get_clim() for axes in picture.axes for image in axes.images]
+    assert all(low == -high for low, high in limits[:2]), limits
+
+
+def test_balancing_equalises_norms_and_keeps_the_product() -> None:
+    rng = np.random.default_rng(0)
+    site = dataclasses.replace(
+        _site(6, alive=[0]), V=rng.normal(size=(4, 6)) * 100, U=rng.normal(size=(6, 3))
+    )
+    V, U = balanced(site)
+    np.testing.assert_allclose(V @ U, site.V @ site.U)
+    np.testing.assert_allclose(np.linalg.norm(V, axis=0), np.linalg.norm(U, axis=1))
+
+
+def test_balancing_blanks_a_subcomponent_without_a_product() -> None:
+    site = dataclasses.replace(_site(2, alive=[0]), V=np.ones((4, 2)), U=np.array([[1.0, 1, 1], [0, 0, 0]]))
+    V, U = balanced(site)
+    assert np.isfinite(V).all()
+    assert not V[:, 1].any()
+    assert not U[1].any()
+
+
+def test_plane_vectors_are_columns_of_the_embedding_and_rows_of_the_unembedding(synthetic: Any) -> None:
+    sites = synthetic.tms().sites
+    for name in ("embed", "unembed"):
+        found = plane_vectors(sites[name])
+        assert found is not None
+        target, subcomponents = found
+        np.testing.assert_allclose(target, sites["embed"].weight.T)
+        np.testing.assert_allclose(
+            subcomponents.sum(axis=0), (sites["embed"].V @ sites["embed"].U), atol=1e-12
+        )
+
+
+def test_polygon_names_the_largest_subcomponents_first(synthetic: Any) -> None:
+    evaluation = synthetic.tms()
+    picture: Any = draw_polygon(evaluation, [])
+    titles = [axes.get_title() for axes in picture.axes[:10]]
+    norms = [float(title.split(": ")[1].split(",")[0]) for title in titles[2:]]
+    assert norms == sorted(norms, reverse=True)
+    assert [title.endswith("dead") for title in titles[2:]] == [False] * 5 + [True] * 3
+    assert "off by 1.1%" in titles[1]
+
+
+def test_loss_curves_leave_out_terms_that_are_always_zero(synthetic: Any) -> None:
+    picture: Any = draw_losses(synthetic.tms(), synthetic.history())
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert labels[0] == "total"
+    assert "importance_minimality" in labels
+    assert "faithfulness" not in labels
+    assert "ci_masked_recon (eval)" in labels
+
+
+def test_sparsity_draws_the_ideal_and_the_expected_counts(synthetic: Any) -> None:
+    picture: Any = draw_sparsity(synthetic.tms(), synthetic.history())
+    levels = [
+        {float(line.get_ydata()[0]) for line in axes.lines if line.get_linestyle() == "--"}
+        for axes in picture.axes
+    ]
+    assert levels == [{0.25}, {5.0}]
+
+
+# ---- the arithmetic behind --------------------------------------------------------------------------
+
+
+def test_small_sites_are_shown_whole() -> None:
+    order = list(reversed(range(60)))
+    columns = columns_of(_site(60, alive=[3], order=order), expected=2)
+    assert columns.shown.tolist() == order
+    assert columns.note == ""
+
+
+def test_large_sites_are_cropped_to_expected_and_alive_in_order() -> None:
+    order = [5, 7, *[c for c in range(100) if c not in (5, 7)]]
+    columns = columns_of(_site(100, alive=[7, 90, 20], order=order), expected=2)
+    assert columns.shown.tolist() == [5, 7, 20, 90]
+    assert columns.note == "96 subcomponents of 100 left out, none of them alive"
+
+
+def test_the_note_says_when_alive_subcomponents_do_not_fit() -> None:
+    columns = columns_of(_site(1000, alive=list(range(500))), expected=None)
+    assert len(columns.shown) == 400
+    assert columns.note == "600 subcomponents of 1,000 left out, 100 of them alive"
+
+
+def test_a_large_dead_site_still_has_columns() -> None:
+    assert len(columns_of(_site(100, alive=[]), expected=None).shown) == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "importances", "error"),
+    [
+        ("identity", 2, [[1.0, 0.0, 0.0], [0.0, 0.9, 0.1]], 0),  # on the tolerance is not beyond it
+        ("identity", 2, [[0.8, 0.0, 0.0], [0.0, 1.0, 0.0]], 1),
+        ("identity", 2, [[1.0, 0.3, 0.0], [0.0, 0.5, 0.2]], 3),
+        ("dense", 1, [[0.2, 0.0, 0.0], [0.95, 0.1, 0.0]], 0),
+        ("dense", 2, [[0.2, 0.0, 0.0], [0.95, 0.1, 0.0]], 1),  # the second column has no entry near 1
+        ("dense", 1, [[1.0, 0.3, 0.2], [1.0, 0.0, 0.5]], 3),
+    ],
+)
+def test_wrong_entries_count_as_the_check_does(
+    name: str, expected: int, importances: list[list[float]], error: int
+) -> None:
+    check = SiteCheck(name=name, site="a", tolerance=0.1, error=error, expected=expected)
+    assert int(wrong_entries(check, np.array(importances)).sum()) == error
+
+
+def test_agreement_of_a_shrunk_copy_is_known_by_hand() -> None:
+    x = np.array([[0.0, 1.0], [2.0, 3.0]])
+    r_squared, slope = agreement(x, 0.5 * x)
+    assert slope == pytest.approx(0.5)
+    assert r_squared == pytest.approx(1 - (0.25 + 1 + 2.25) / 1.25)
+
+
+def test_agreement_with_itself_is_perfect_and_with_a_constant_undefined() -> None:
+    x = np.arange(6.0).reshape(2, 3)
+    assert agreement(x, x) == pytest.approx((1.0, 1.0))
+    assert np.isnan(agreement(x, np.zeros_like(x))).all()
+
+
+def test_density_bins_hold_every_subcomponent() -> None:
+    density = np.array([0.0, 0.0, 1e-9, 0.05, 0.05, 1.0])
+    dead, edges, counts = binned(density, n_positions=1000)
+    assert (dead, int(counts.sum())) == (2, 4)
+    assert edges[0] == pytest.approx(1e-3)
+    assert counts[-1] == 1
+    assert counts[0] == 1
+
+
+def test_series_take_the_last_value_of_a_step_and_pass_over_nulls() -> None:
+    rows = [
+        {"step": 2, "split": "train", "loss/a": 1.0},
+        {"step": 1, "split": "train", "loss/a": 5.0, "loss/b": None, "lr": 1},
+        {"step": 2, "split": "train", "loss/a": 3.0},
+        {"step": 2, "split": "eval", "loss/a": 9.0},
+        {"step": 3, "split": "train", "loss/a": float("nan")},
+    ]
+    found = series(rows, "train", "loss")
+    assert list(found) == ["a"]
+    assert [array.tolist() for array in found["a"]] == [[1, 2], [5.0, 3.0]]
+
+
+def test_thinning_keeps_the_first_and_the_last_point() -> None:
+    steps, values = thinned((np.arange(10_000), np.arange(10_000.0)))
+    assert len(steps) <= 1500
+    assert (steps[0], steps[-1], values[-1]) == (0, 9999, 9999.0)

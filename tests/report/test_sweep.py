@@ -1,0 +1,159 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spd_hydra.report import sweep_rows, sweep_table, write_sweep
+from spd_hydra.report.sweep import sweep_groups, wilson_interval
+
+
+def _job(sweep: Path, job: int, overrides: list[str], status: Any = None, summary: Any = None) -> None:
+    directory = sweep / str(job)
+    directory.mkdir(parents=True)
+    (directory / "overrides.json").write_text(json.dumps(overrides))
+    if status is not None:
+        (directory / "status.json").write_text(status if isinstance(status, str) else json.dumps(status))
+    if summary is not None:
+        (directory / "summary.json").write_text(summary if isinstance(summary, str) else json.dumps(summary))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, synthetic: Any, summaries: Any) -> Path:
+    """Six jobs: two solved, one not, one failed, one running, one that left nothing but its overrides."""
+    directory = tmp_path / "2026-01-01_abc"
+    for job, solved in enumerate([True, True, False]):
+        summary = summaries.summary_of(synthetic.tms(solved=solved), seed=job)
+        _job(directory, job, ["experiment=tms_5-2", f"seed={job}"], {"status": "done"}, summary)
+    failed = {"status": "failed", "error": "\nRuntimeError: no room <b>left</b>\nTraceback …", "step": 3}
+    _job(directory, 3, ["experiment=tms_5-2", "seed=3"], failed)
+    _job(directory, 4, ["experiment=tms_40-10", "seed=0", "+train.steps=5"], {"status": "running", "step": 9})
+    _job(directory, 10, ["experiment=tms_40-10", "seed=1", "+train.steps=5"])
+    (directory / "0" / "report.html").write_text("report")
+    (directory / "notes").mkdir()
+    return directory
+
+
+def test_rows_are_in_the_order_of_the_jobs_with_their_states(sweep: Path) -> None:
+    found = [(row.job, row.state, row.seed, row.solved) for row in sweep_rows(sweep)]
+    assert found == [
+        (0, "done", 0, True), (1, "done", 1, True), (2, "done", 2, False),
+        (3, "failed", 3, None), (4, "running", 0, None), (10, "missing", 1, None),
+    ]  # fmt: skip
+
+
+def test_a_row_holds_totals_and_single_sites(sweep: Path) -> None:
+    row = sweep_rows(sweep)[2]
+    assert row.overrides == {"experiment": "tms_5-2", "seed": "2"}
+    assert row.numbers["alive"] == 12
+    assert row.numbers["alive.embed"] == 6
+    assert row.numbers["l0"] == pytest.approx(2 * 0.687)
+    assert row.numbers["error_0.1"] == 14
+    assert row.numbers["loss"] == 4.1e-3
+
+
+def test_a_failed_job_keeps_the_first_line_of_its_error(sweep: Path) -> None:
+    assert sweep_rows(sweep)[3].error == "RuntimeError: no room <b>left</b>"
+
+
+def test_jobs_that_never_began_are_listed_when_the_caller_knows_them(sweep: Path) -> None:
+    rows = sweep_rows(sweep, {11: ["experiment=tms_5-2", "seed=9"]})
+    assert (rows[-1].job, rows[-1].state, rows[-1].seed) == (11, "missing", 9)
+
+
+@pytest.mark.parametrize(
+    ("status", "summary", "state"),
+    [
+        ("{half", None, "missing"),
+        ({"status": "done"}, None, "failed"),
+        ({"status": "done"}, '{"solved": tr', "failed"),
+        ({"status": "failed", "error": "late"}, {"solved": True, "mmcs": 1.0}, "failed"),
+    ],
+)
+def test_damaged_or_missing_files_never_count_as_done(
+    tmp_path: Path, status: Any, summary: Any, state: str
+) -> None:
+    _job(tmp_path, 0, [], status, summary)
+    (row,) = sweep_rows(tmp_path)
+    assert (row.state, row.solved, row.numbers) == (state, None, {})
+
+
+def test_groups_are_the_settings_without_the_seed(sweep: Path) -> None:
+    first, second = sweep_groups(sweep_rows(sweep))
+    assert first.label() == "experiment=tms_5-2"
+    assert first.fraction == "2 of 3, 67 % [21, 94]"
+    assert first.unfinished == "1 failed"
+    assert first.spread["mmcs"] == "0.9705 ± 0.051"  # 0.9998, 0.9998, 0.912
+    assert second.label() == "experiment=tms_40-10 train.steps=5"
+    assert second.fraction == "–"
+    assert second.unfinished == "1 missing, 1 running"
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (0, 10, 0.0, 0.277533),  # z²/(n + z²) = 3.841459/13.841459
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),  # 0.5 ± z √(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.263407
+        (18, 20, 0.698966, 0.972134),
+        (1, 1, 0.206549, 1.0),
+    ],
+)
+def test_wilson_intervals_are_those_computed_by_hand(
+    successes: int, trials: int, low: float, high: float
+) -> None:
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-6)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 2)])
+def test_impossible_fractions_are_refused(successes: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="must be 0 ≤ successes ≤ trials"):
+        wilson_interval(successes, trials)
+
+
+def test_the_csv_has_a_row_per_job_and_a_column_per_override(sweep: Path) -> None:
+    path, _ = write_sweep(sweep, sweep_rows(sweep))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4", "10"]
+    assert [row["state"] for row in rows] == ["done", "done", "done", "failed", "running", "missing"]
+    assert rows[4]["train.steps"] == "5"
+    assert rows[2]["solved"] == "False"
+    assert rows[3]["solved"] == ""
+    assert float(rows[0]["mmcs"]) == 0.9998
+    assert rows[0]["report"] == "0/report.html"
+
+
+def test_the_page_shows_groups_jobs_and_errors_and_loads_nothing(sweep: Path) -> None:
+    _, path = write_sweep(sweep, sweep_rows(sweep))
+    page = path.read_text()
+    assert page.index("2 of 3, 67 % [21, 94]") < page.index("<h2>Jobs</h2>") < page.index("<h2>Errors</h2>")
+    assert 'href="0/report.html"' in page
+    assert "no room &lt;b&gt;left&lt;/b&gt;" in page
+    assert "//" not in page.replace("</", "")
+    assert page.count("<tr><td data-value") == 6
+
+
+def test_hostile_overrides_stay_text(tmp_path: Path) -> None:
+    _job(tmp_path, 0, ["a=<script>alert(1)</script>"], {"status": "failed", "error": "<script>"})
+    _job(tmp_path, 1, ["a=b"])
+    _, path = write_sweep(tmp_path, sweep_rows(tmp_path))
+    assert path.read_text().count("<script>") == 1  # the page's own
+
+
+def test_the_text_table_shows_jobs_groups_and_errors_in_100_columns(sweep: Path) -> None:
+    table = sweep_table(sweep_rows(sweep, {12: ["experiment=" + "x" * 200, "seed=1"]}))
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any(line.split()[:4] == ["2", "experiment=tms_5-2", "done", "no"] for line in lines)
+    assert any("solved 2 of 3, 67 % [21, 94]" in line and "1 failed" in line for line in lines)
+    assert "  job 3: RuntimeError: no room <b>left</b>" in lines
+
+
+def test_a_sweep_without_jobs_is_no_error(tmp_path: Path) -> None:
+    rows = sweep_rows(tmp_path)
+    write_sweep(tmp_path, rows)
+    assert rows == []
+    assert sweep_table(rows) == "no jobs\n"
+    assert (tmp_path / "sweep.html").is_file()

@@ -1,0 +1,106 @@
+from typing import Any
+
+import pytest
+
+from spd_hydra.report import verdict_lines, verdict_table
+from spd_hydra.report.numbers import duration, mean_and_spread, number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.99978, "0.9998"), (1.0000468, "1.0000"), (27.63, "27.63"), (1.3e-5, "1.30e-05"),
+        (10_000, "10,000"), (5.0, "5"), (0, "0"), (-0.5, "-0.5000"), (1.5e7, "15,000,000"), (123456.7, "1.23e+05"),
+        (None, "–"), (True, "–"), (float("nan"), "nan"), (float("inf"), "inf"),
+    ],
+)  # fmt: skip
+def test_numbers_read_well(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.21, "3.2 s"), (99.9, "99.9 s"), (245.2, "4 min 05 s"), (7800, "2 h 10 min"), (None, "–")],
+)
+def test_durations_read_well(seconds: Any, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert mean_and_spread([1.0, 2.0, 3.0, 4.0]) == "2.5 ± 1.3"  # sqrt(5 / 3) = 1.29
+    assert mean_and_spread([0.5]) == "0.5000"
+    assert mean_and_spread([]) == "–"
+
+
+def test_a_solved_run_has_one_line(synthetic: Any, summaries: Any) -> None:
+    assert verdict_lines(summaries.summary_of(synthetic.tms())) == [
+        "Solved: the known answer was found, also at the strict tolerance 0.1."
+    ]
+
+
+def test_solved_but_not_strictly_is_said(synthetic: Any, summaries: Any) -> None:
+    summary = {**summaries.summary_of(synthetic.tms()), "strict": False}
+    assert verdict_lines(summary) == [
+        "Solved: the known answer was found, but not at the strict tolerance 0.1."
+    ]
+
+
+def test_every_reason_against_is_named(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms(solved=False))
+    summary["target"]["certified"] = False
+    assert verdict_lines(summary) == [
+        "Not solved: the decomposition is not the known answer.",
+        "The target itself is not certified, so its decomposition proves nothing.",
+        "embed: 6 entries are wrong at tolerance 0.2 (identity of 5).",
+        "unembed: 6 entries are wrong at tolerance 0.2 (identity of 5).",
+        "MMCS 0.9120 is below 0.99: some feature has no subcomponent of its direction.",
+        "ML2R 0.8300 is further from 1 than 0.05: subcomponents have the wrong size.",
+    ]
+
+
+def test_cosines_are_no_reason_where_they_do_not_decide(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms(solved=False))
+    summary["thresholds"]["cosine_decides"] = False
+    assert not any("MMCS" in line or "ML2R" in line for line in verdict_lines(summary))
+
+
+def test_nobody_is_blamed_without_a_known_answer() -> None:
+    assert verdict_lines({"solved": None}) == ["No known answer: this target has none to compare with."]
+
+
+def test_the_table_has_every_number_of_the_summary(synthetic: Any, summaries: Any) -> None:
+    table = verdict_table(
+        summaries.summary_of(synthetic.tms(solved=False)), "/runs/x/report.html", colour=False
+    )
+    lines = [line.split() for line in table.splitlines()]
+    assert ["embed", "identity", "of", "5", "7", "6", "6", "0.6870"] in lines
+    for part in (
+        "tms_5-2, seed 3, 10,000 steps", "Not solved", "error at 0.1", "error at 0.2",
+        "MMCS    0.9120 (≥ 0.99)",
+        "ML2R 0.8300 (1 ± 0.05)", "stochastic_recon 1.30e-05", "certified, seed 1003", "train 18.4 s",
+        "543.2 steps/s", "report  /runs/x/report.html",
+    ):  # fmt: skip
+        assert part in table
+
+
+def test_the_table_fits_into_100_columns(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.language_model(n_sites=3))
+    summary["losses"] = {f"a_rather_long_name_of_a_loss_{i}": 10.0**-i for i in range(12)}
+    summary["alive"]["a." * 100] = 3
+    summary["experiment"] = "x" * 300
+    assert max(len(line) for line in verdict_table(summary, colour=False).splitlines()) <= 100
+
+
+def test_colour_codes_appear_only_when_asked_for(
+    synthetic: Any, summaries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = summaries.summary_of(synthetic.tms())
+    assert "\033" not in verdict_table(summary)  # pytest's stdout is no terminal
+    assert "\033[1;32mSolved\033[0m" in verdict_table(summary, colour=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in verdict_table(summary)
+
+
+def test_a_minimal_summary_is_no_error() -> None:
+    assert "No known answer" in verdict_table({})
