@@ -10,7 +10,8 @@ from spd_hydra.report.numbers import duration, mean_and_spread, number
     ("value", "text"),
     [
         (0.99978, "0.9998"), (1.0000468, "1.0000"), (27.63, "27.63"), (1.3e-5, "1.30e-05"),
-        (10_000, "10,000"), (5.0, "5"), (0, "0"), (-0.5, "-0.5000"), (1.5e7, "15,000,000"), (123456.7, "1.23e+05"),
+        (10_000, "10,000"), (5.0, "5"), (0, "0"), (-0.5, "-0.5000"),
+        (1.5e7, "15,000,000"), (123456.7, "1.23e+05"),
         (None, "–"), (True, "–"), (float("nan"), "nan"), (float("inf"), "inf"),
     ],
 )  # fmt: skip
@@ -29,6 +30,7 @@ def test_durations_read_well(seconds: Any, text: str) -> None:
 def test_spread_is_the_sample_standard_deviation() -> None:
     assert mean_and_spread([1.0, 2.0, 3.0, 4.0]) == "2.5 ± 1.3"  # sqrt(5 / 3) = 1.29
     assert mean_and_spread([0.5]) == "0.5000"
+    assert mean_and_spread([27.6] * 3) == "27.6 ± 0"  # not the rounding error of the mean
     assert mean_and_spread([]) == "–"
 
 

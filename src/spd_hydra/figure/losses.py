@@ -27,9 +27,9 @@ USUAL = [
 
 @figure(
     "losses",
-    "Loss terms over training, each before its coefficient, lines from training batches and points from "
-    "evaluations: reconstruction should fall and stay low while importance minimality goes down, and a late "
-    "rise of any term is a warning of collapse.",
+    "Loss terms over training, each before its coefficient, the total with them, lines from training batches "
+    "and points from evaluations: reconstruction should fall and stay low while importance "
+    "minimality goes down, and a late rise of any term is a warning of collapse.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Log-scaled curves of every term that is ever above 0; the total in black."""

@@ -43,6 +43,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return number(mean)
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    if spread <= 1e-12 * abs(mean):
+        spread = 0.0  # nothing but the rounding of the mean
     return f"{mean:.4g} ± {spread:.2g}"
 
 

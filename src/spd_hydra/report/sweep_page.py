@@ -10,6 +10,8 @@ from spd_hydra import atomic
 from spd_hydra.report.html import render
 from spd_hydra.report.sweep import QUANTITIES, SweepRow, sweep_groups, varying_keys
 
+HEADINGS = {"mmcs": "MMCS", "ml2r": "ML2R", "l0": "L0", "steps_per_second": "steps/s"}
+
 
 def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
     """Write sweep.csv and sweep.html, one row per job, replacing older ones, and return their paths.
@@ -30,6 +32,7 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
         states={state: sum(row.state == state for row in rows) for state in _states(rows)},
         keys=keys,
         shown=shown,
+        headings=HEADINGS,
         rows=rows,
         groups=sweep_groups(rows),
     )
