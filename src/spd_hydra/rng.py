@@ -7,12 +7,11 @@ compiler fuses into the kernel that uses the numbers.
 """
 
 import hashlib
+import zlib
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
-
-_GOLDEN = -1640531527  # 2**32 / golden ratio, odd: consecutive numbers land far apart
 
 
 def key(seed: int, purpose: str, step: int = 0) -> Int32[Tensor, "2"]:
@@ -33,27 +32,28 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose))
 
 
-def fold_in(key: Int32[Tensor, "2"], number: int) -> Int32[Tensor, "2"]:
-    """A new key for the `number`-th use of a key."""
-    word = (number * 0x9E3779B9) % 2**32
-    return _mix(_mix(key ^ (word - 2**32 if word >= 2**31 else word)) + key.flip(-1))
-
-
 def uniform(
-    key: Int32[Tensor, "2"], rows: Int32[Tensor, "*positions"], columns: int
+    key: Int32[Tensor, "2"], rows: Int32[Tensor, "*positions"], columns: Int32[Tensor, " columns"]
 ) -> Float[Tensor, "*positions columns"]:
-    """Independent draws from U[0, 1), one per row index and column, in steps of 2^-24.
+    """Independent draws from U[0, 1), one per row and column, in steps of 2^-24.
 
     Args:
-        key: from `key` or `fold_in`.
+        key: from `key`.
         rows: index of each position in the *global* batch; equal rows give equal numbers.
-        columns: number of draws per row.
+        columns: what each draw is for; equal columns give equal numbers (see `columns`).
     """
-    row_words = _mix(_mix(rows * _GOLDEN ^ key[0]) + key[1])
-    column_index = torch.arange(columns, dtype=torch.int32, device=rows.device)
-    column_words = _mix(_mix(column_index * _GOLDEN ^ key[1]) + key[0])
+    # No constant multiples of an index here: a compiler that knows the index's range may take the
+    # overflow of such a product as undefined behaviour and drop the loop. Seen with torch 2.13 and g++ 12.
+    row_words = _mix(_mix(rows ^ key[0]) + key[1])
+    column_words = _mix(_mix(columns ^ key[1]) + key[0])
     words = _mix(row_words[..., None] ^ column_words)
     return ((words >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def columns(purpose: str, number: int) -> Int32[Tensor, " number"]:
+    """The columns of one purpose: they do not depend on what else is drawn with the same key."""
+    start = zlib.crc32(purpose.encode())
+    return torch.arange(start, start + number, dtype=torch.int64).to(torch.int32)
 
 
 def _mix(word: Int32[Tensor, "*any"]) -> Int32[Tensor, "*any"]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
@@ -31,9 +32,10 @@ class SparseFeatureBatches:
             key: of the purpose and step.
             rows: indices in the global batch; a row depends on nothing but the key and its index.
         """
-        unit = rng.uniform(rng.fold_in(key, 0), rows, self.n_features)
-        active = rng.uniform(rng.fold_in(key, 1), rows, self.n_features) < self.feature_probability
-        return (self.low + (self.high - self.low) * unit) * active
+        columns = torch.arange(2 * self.n_features, dtype=torch.int32, device=rows.device)
+        draws = rng.uniform(key, rows, columns)
+        active = draws[..., self.n_features :] < self.feature_probability
+        return (self.low + (self.high - self.low) * draws[..., : self.n_features]) * active
 
 
 @register("data", "sparse_features")

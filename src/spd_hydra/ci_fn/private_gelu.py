@@ -1,0 +1,75 @@
+"""One private one-input MLP per subcomponent, as a single pass that keeps no hidden activations.
+
+z[b, c] = Σ_j w_out[c, j] · gelu(w_in[c, j] · h[b, c] + b_in[c, j])
+
+A plain implementation stores the `[batch, C, hidden]` tensor twice for its backward pass, and at toy
+sizes that tensor is most of the memory and most of the time of a training step. Because each MLP has a
+single input, dz/dh is one more number per (b, c): it is made in the forward pass beside z, from the
+same exponential, and the backward pass recomputes the hidden layer once, for the weights.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+
+
+def private_gelu_mlp(
+    h: Float[Tensor, "*positions C"],
+    w_in: Float[Tensor, "C hidden"],
+    b_in: Float[Tensor, "C hidden"],
+    w_out: Float[Tensor, "C hidden"],
+) -> Float[Tensor, "*positions C"]:
+    """Output of every subcomponent's private MLP, without its output bias."""
+    z, _ = _PrivateGeluMLP.apply(h, w_in, b_in, w_out)  # type: ignore[no-untyped-call]
+    return z
+
+
+class _PrivateGeluMLP(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+        pre = h[..., None] * w_in + b_in
+        cdf, pdf = _normal_cdf_pdf(pre)
+        z = (w_out * pre * cdf).sum(-1)
+        dz_dh = (w_out * w_in * (cdf + pre * pdf)).sum(-1)
+        return z, dz_dh
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        h, w_in, b_in, w_out, dz_dh = ctx.saved_tensors
+        # Batch last: the reduction over positions then runs along contiguous memory.
+        h_last = h.flatten(0, -2).T.contiguous()[:, None, :]
+        g_last = grad_z.flatten(0, -2).T.contiguous()[:, None, :]
+        pre = h_last * w_in[..., None] + b_in[..., None]
+        cdf, pdf = _normal_cdf_pdf(pre)
+        grad_pre = g_last * w_out[..., None] * (cdf + pre * pdf)
+        return (
+            grad_z * dz_dh,
+            (grad_pre * h_last).sum(-1),
+            grad_pre.sum(-1),
+            (g_last * pre * cdf).sum(-1),
+        )
+
+
+def _normal_cdf_pdf(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Distribution and density function of N(0, 1); absolute error of the former ≤ 3e-7 in float32.
+
+    Abramowitz & Stegun 7.1.26 writes erf with exp(-x²/2), which the density needs anyway: one
+    exponential serves both, where gelu and its derivative would take three.
+    """
+    bell = torch.exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + (0.3275911 / math.sqrt(2)) * x.abs())
+    polynomial = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    tail = 0.5 * polynomial * t * bell
+    return torch.where(x < 0, tail, 1.0 - tail), bell * _RECIPROCAL_SQRT_2PI

@@ -1,0 +1,69 @@
+"""`vector_mlp`: a private MLP per subcomponent on the site's whole input vector."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from torch.utils.checkpoint import checkpoint
+
+from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape, kaiming_normal
+from spd_hydra.section import ConfigError, option, register
+
+
+@register("ci_fn", "vector_mlp")
+@dataclasses.dataclass(kw_only=True)
+class VectorMLPCausalImportance(CausalImportanceFn):
+    """z_c = MLP_c(x): one `d_in → hidden → 1` GELU network per subcomponent."""
+
+    hidden: int = option(12, "width of each subcomponent's private hidden layer", ge=1)
+
+    def build(self, sites: Mapping[str, SiteShape], generator: torch.Generator) -> nn.Module:
+        return _VectorMLP(sites, self.hidden, generator)
+
+
+class _VectorMLP(nn.Module):
+    def __init__(self, sites: Mapping[str, SiteShape], hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        refuse_embeddings(sites, "vector_mlp")
+        self.sites = nn.ModuleDict(
+            {name.replace(".", "/"): _SiteVectorMLP(shape, hidden, generator) for name, shape in sites.items()}
+        )
+
+    def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
+        return {
+            name: self.sites[name.replace(".", "/")](activation.input) for name, activation in activations.items()
+        }
+
+
+class _SiteVectorMLP(nn.Module):
+    def __init__(self, shape: SiteShape, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.w_in = kaiming_normal(
+            (shape.d_in, shape.C, hidden), fan_in=shape.d_in, gain=2**0.5, generator=generator
+        )
+        self.b_in = nn.Parameter(torch.zeros(shape.C, hidden))
+        self.w_out = kaiming_normal((shape.C, hidden), fan_in=hidden, gain=1.0, generator=generator)
+        self.b_out = nn.Parameter(torch.zeros(shape.C))
+
+    def forward(self, x: Float[Tensor, "*positions d_in"]) -> Float[Tensor, "*positions C"]:
+        # Recomputed in the backward pass: [positions, C, hidden] would be the largest tensor of a step.
+        z: Tensor = checkpoint(_vector_mlp, x, self.w_in, self.b_in, self.w_out, use_reentrant=False)
+        return z + self.b_out
+
+
+def _vector_mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
+    pre = (x @ w_in.flatten(1)).unflatten(-1, w_in.shape[1:]) + b_in
+    return (gelu(pre) * w_out).sum(-1)
+
+
+def refuse_embeddings(sites: Mapping[str, SiteShape], kind: str) -> None:
+    """Raise ConfigError if a site is an embedding: its input is a token id, not a vector."""
+    for name, shape in sites.items():
+        if shape.embedding:
+            raise ConfigError(
+                f"ci_fn: {kind} reads a site's input vector, but site {name!r} is an embedding, whose input "
+                f"is a token id; use ci_fn=mlp, or leave this site out"
+            )

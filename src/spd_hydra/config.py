@@ -1,0 +1,178 @@
+"""RunConfig: everything that a run depends on, typed, checked, and saved with it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+
+from spd_hydra.ci_fn.base import CausalImportanceFn
+from spd_hydra.data.base import DataSource
+from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.logger.base import LoggerSpec
+from spd_hydra.loss.loss_set import LossSet
+from spd_hydra.model.base import TargetSpec
+from spd_hydra.section import ConfigError, Problem, Section, all_problems, children, kind_of, option, registered
+from spd_hydra.trainer_config import Evaluation, Training
+
+
+class Task(Enum):
+    """What a run does."""
+
+    decompose = "decompose"
+    train_target = "train_target"
+    analyse = "analyse"
+    check = "check"
+
+
+class Device(Enum):
+    """Where a run computes. `auto`: a GPU if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig(Section):
+    """One run."""
+
+    name: str = option(help="names the folder of the run's outputs and its row in a sweep table")
+    task: Task = option(Task.decompose, "decompose | train_target | analyse | check")
+    seed: int = option(0, "seed of the target, the data, the masks and the initial values", ge=0)
+    device: Device = option(Device.auto, "auto | cpu | cuda; auto takes a GPU if there is one")
+    threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0)
+    out_dir: str = option("outputs", "folder of all runs; default $SPD_OUT_DIR or ./outputs")
+    cache_dir: str = option("~/.cache/spd_hydra", "trained targets; default $SPD_CACHE_DIR or ~/.cache/spd_hydra")
+    run: str | None = option(None, "run directory, for task=analyse")
+    resume: str | None = option(None, "run directory to go on with, using its saved configuration")
+    allow_extra: bool = option(False, "accept keys that no section declares")
+    model: TargetSpec = option(MISSING, "the target")
+    data: DataSource = option(MISSING, "where inputs come from")
+    decomposition: Decomposition = option(default_factory=Decomposition, help="what is decomposed")
+    ci_fn: CausalImportanceFn = option(MISSING, "what predicts causal importances")
+    loss: LossSet = option(default_factory=LossSet, help="the training loss")
+    train: Training = option(default_factory=Training, help="optimiser, schedule, checkpoints")
+    eval: Evaluation = option(default_factory=Evaluation, help="measurements during and after training")
+    logger: LoggerSpec = option(default_factory=LoggerSpec, help="where metrics go besides the run directory")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if not self.loss.active_terms():
+            yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
+        if not self.decomposition.sites:
+            yield Problem("decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms")
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Plain data of a section, with a `kind` beside the fields of every pluggable one."""
+    kind = kind_of(type(config))
+    found: dict[str, Any] = {"kind": kind} if kind else {}
+    for field in dataclasses.fields(config):
+        found[field.name] = _plain(getattr(config, field.name))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, list) else value
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The text of `config.yaml` in a run directory."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `to_dict` gave.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, values out of range, an unknown kind.
+    """
+    schema = OmegaConf.structured(RunConfig)
+    for path, kind in _kinds(data):
+        group, _, name = kind.partition("/")
+        classes = registered(group)
+        if name not in classes:
+            raise ConfigError(f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}")
+        OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)
+    try:
+        merged = OmegaConf.merge(schema, _without_kinds(data))
+        return cast(RunConfig, OmegaConf.to_object(merged))
+    except ConfigError:
+        raise
+    except Exception as error:  # OmegaConf has many, all of them about this file
+        raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration saved in a run directory.
+
+    Raises:
+        ConfigError: there is none, or it does not fit this version.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} is no run directory: it holds no {path.name}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is damaged: it holds no mapping")
+    return from_dict(data)
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """Everything wrong with a configuration, with full keys."""
+    return list(all_problems(config))
+
+
+def differences(old: Section, new: Section) -> list[tuple[str, Any, Any]]:
+    """Full keys whose values differ, with both values; a section of another kind is one difference."""
+    found = []
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    for key in before | after:
+        if before.get(key) != after.get(key):
+            found.append((key, before.get(key), after.get(key)))
+    return found
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _kinds(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            if "kind" in value:
+                yield f"{prefix}{key}", str(value["kind"])
+            yield from _kinds(value, f"{prefix}{key}.")
+
+
+def _without_kinds(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_kinds(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if key != "kind"
+    }
+
+
+def sections(config: Section, prefix: str = "") -> Iterator[tuple[str, Section]]:
+    """A section and all sections inside it, with their full keys."""
+    yield prefix, config
+    for key, child in children(config):
+        yield from sections(child, f"{prefix}.{key}" if prefix else key)

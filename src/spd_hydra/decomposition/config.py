@@ -1,0 +1,31 @@
+"""Which matrices of the target are decomposed, into how many subcomponents."""
+
+import dataclasses
+
+from spd_hydra.ci_fn.sigmoid import Sigmoid
+from spd_hydra.decomposition.subcomponents import Init
+from spd_hydra.section import Section, option
+
+
+@dataclasses.dataclass(kw_only=True)
+class SitePattern(Section):
+    """One or more weight matrices, and the number of subcomponents of each."""
+
+    pattern: str = option(help="module path inside the target; * matches any part, e.g. layers.*.mlp_in")
+    C: int = option(help="subcomponents of each matrix; may be above its rank", ge=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Decomposition(Section):
+    """What is taken apart and how the pieces are masked."""
+
+    sites: dict[str, SitePattern] = option(
+        default_factory=dict, help="matrices to decompose, by a name of your choice"
+    )
+    tied: dict[str, str] = option(
+        default_factory=dict,
+        help="site: source, for matrices that are each other's transpose; both share one set of subcomponents",
+    )
+    use_delta: bool = option(True, "treat what the subcomponents leave over as one more, randomly masked, piece")
+    sigmoid: Sigmoid = option(Sigmoid.leaky_hard, "pair of functions from z to causal importance")
+    init: Init = option(Init.normal, "how V and U start")

@@ -1,0 +1,281 @@
+"""A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_hydra import rng
+from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
+from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
+from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
+from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.decomposition.sites import check_ties, find_sites
+from spd_hydra.decomposition.subcomponents import (
+    Subcomponents,
+    TiedSubcomponents,
+    inner_activation,
+    weight_delta,
+)
+
+
+class CleanPass(NamedTuple):
+    """The target's output for a batch, and each site's input and own output on the way."""
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class DecomposedModel(nn.Module):
+    """The target, its subcomponents and its causal-importance function.
+
+    Only the subcomponents and the causal-importance function have trainable parameters. The target
+    itself is never modified: masked passes run on a copy of its module tree that shares every
+    parameter and holds a wrapper in place of each site.
+
+    Args:
+        target: the trained model; its parameters are frozen by this constructor.
+        config: sites, number of subcomponents, ties, sigmoid.
+        ci_fn: the causal-importance function.
+        seed: the run's seed; initial values come from it.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, a module matched twice, impossible ties.
+    """
+
+    def __init__(
+        self, target: nn.Module, config: Decomposition, ci_fn: CausalImportanceFn, *, seed: int
+    ) -> None:
+        super().__init__()
+        sites = find_sites(target, config.sites)
+        check_ties(target, config.tied, sites)
+        self.config = config
+        self.target = target.requires_grad_(False)
+        self.site_names = tuple(sites)
+        self._roots: frozenset[str] = frozenset()
+        self._layers = {name: target.get_submodule(name) for name in sites}
+        self._switch = _Switch()
+        self._patched = (_patched_copy(target, self.site_names, self._switch),)  # in a tuple: not a submodule
+        self.subcomponents = self._make_subcomponents(sites, seed)
+        self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
+
+    def _make_subcomponents(self, sites: Mapping[str, int], seed: int) -> nn.ModuleDict:
+        made: dict[str, nn.Module] = {}
+        for name in sorted(sites, key=lambda site: site in self.config.tied):  # sources before the tied
+            source = self.config.tied.get(name)
+            if source is not None:
+                made[name] = TiedSubcomponents(cast(Subcomponents, made[source]))
+            else:
+                weight = weight_matrix(self._layers[name])
+                generator = rng.generator(seed, f"subcomponents/{name}")
+                made[name] = Subcomponents(weight, sites[name], self.config.init, generator)
+        return nn.ModuleDict({_key(name): made[name] for name in sites})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.subcomponents.parameters()).device
+
+    def pieces(self, site: str) -> Subcomponents:
+        """The subcomponents of a site: `.V`, `[d_in, C]`, and `.U`, `[C, d_out]`."""
+        return cast(Subcomponents, self.subcomponents[_key(site)])
+
+    def weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
+        """The target's own matrix at a site."""
+        return weight_matrix(self._layers[site])
+
+    def weight_delta(self, site: str) -> Float[Tensor, "d_out d_in"]:
+        """Δ = W - (V U)ᵀ at a site."""
+        pieces = self.pieces(site)
+        return weight_delta(self.weight(site), pieces.V, pieces.U)
+
+    def site_shapes(self) -> dict[str, SiteShape]:
+        """Input width, number of subcomponents and kind of every site."""
+        return {
+            name: SiteShape(self.weight(name).shape[1], self.pieces(name).C, is_embedding(self._layers[name]))
+            for name in self.site_names
+        }
+
+    def component_parameters(self) -> Iterator[nn.Parameter]:
+        """V and U of every site; a tied pair counts once."""
+        return self.subcomponents.parameters()
+
+    def ci_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the causal-importance function."""
+        return self.ci_fn.parameters()
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Parameters of the subcomponents and of the causal-importance function, by name."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set what `trainable_state` gave.
+
+        Raises:
+            ValueError: names or shapes differ from this model's.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            raise ValueError(f"saved weights do not fit this model: {sorted(own.keys() ^ state.keys())} differ")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if parameter.shape != state[name].shape:
+                    raise ValueError(f"{name}: saved {tuple(state[name].shape)}, model {tuple(parameter.shape)}")
+                parameter.copy_(state[name])
+
+    def forward(
+        self, batch: Tensor, masks: Mapping[str, SiteMask] | None = None, *, reuse: "Reuse | None" = None
+    ) -> Tensor:
+        """The model's output with the given sites masked; without masks, the target's own output.
+
+        A masked site computes y = (h ⊙ (m - δ)) U + δ·xWᵀ + b, which equals
+        (h ⊙ m) U + δ·(x Δᵀ) + b without forming Δ.
+
+        Args:
+            batch: input of the target.
+            masks: by site; a site that is absent keeps its own layer, on the current input.
+            reuse: quantities of the clean pass on the same batch, to avoid computing them again.
+        """
+        if masks is None:
+            return cast(Tensor, self.target(batch))
+        unknown = set(masks) - set(self.site_names)
+        if unknown:
+            raise ValueError(f"no such site: {sorted(unknown)}; the sites are {list(self.site_names)}")
+        # A lone masked site sees clean activations whatever the architecture.
+        clean_sites = frozenset(masks) if len(masks) == 1 else self._roots
+
+        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+            if name not in masks:
+                return cast(Tensor, layer(x))
+            if reuse is not None and name in clean_sites:
+                h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
+                return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
+            h = inner_activation(x, self.pieces(name).V, is_embedding(layer))
+            return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: layer(x))
+
+        return self._run(batch, at_site)
+
+    def _run(self, batch: Tensor, at_site: "_AtSite") -> Tensor:
+        # No context manager: torch.compile follows try/finally in one graph.
+        self._switch.at_site = at_site
+        try:
+            return cast(Tensor, self._patched[0](batch))
+        finally:
+            self._switch.at_site = None
+
+    @torch.no_grad()
+    def clean_pass(self, batch: Tensor) -> CleanPass:
+        """The target's own forward pass, with the input and output of every site."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+            if name in inputs:
+                raise ValueError(f"site {name!r} runs more than once per forward pass; leave it out")
+            inputs[name], outputs[name] = x, layer(x)
+            return outputs[name]
+
+        return CleanPass(self._run(batch, at_site), inputs, outputs)
+
+    def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
+        """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
+        return {
+            name: SiteActivation(x, inner_activation(x, self.pieces(name).V, is_embedding(self._layers[name])))
+            for name, x in clean.inputs.items()
+        }
+
+    def importances(self, activations: Mapping[str, SiteActivation]) -> dict[str, CausalImportance]:
+        """Causal importances of every site from its clean activations."""
+        pre_sigmoid = self.ci_fn(activations)
+        return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
+
+    def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:
+        """Causal importances g for a batch, by site: `.lower` and `.upper` in [0, 1] up to a leak, `[..., C]`."""
+        return self.importances(self.activations(self.clean_pass(batch)))
+
+    @torch.no_grad()
+    def find_roots(self, batch: Tensor) -> frozenset[str]:
+        """Find the sites whose input no other site influences, so that their clean quantities can be reused.
+
+        Every site's output is disturbed at once; a site whose input is still bit-identical is a root.
+        """
+        clean = self.clean_pass(batch)
+        seen: dict[str, bool] = {}
+
+        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+            seen[name] = bool(torch.equal(x, clean.inputs[name]))
+            own = clean.outputs[name]
+            noise = torch.randn(own.shape, generator=rng.generator(0, f"roots/{name}")).to(own)
+            return own + noise * (1 + own.abs().amax())
+
+        self._run(batch, at_site)
+        self._roots = frozenset(name for name, untouched in seen.items() if untouched)
+        return self._roots
+
+
+class Reuse(NamedTuple):
+    """What masked passes may take from the clean pass on the same batch."""
+
+    clean: CleanPass
+    activations: dict[str, SiteActivation]
+
+
+def _masked_output(
+    U: Tensor, layer: nn.Module, site: SiteMask, h: Tensor, own_output: Callable[[], Tensor]
+) -> Tensor:
+    """Output of one masked site; `own_output` gives the layer's own output, if it is needed at all."""
+    own = None if site.delta is None and site.route is None else own_output()
+    bias = bias_vector(layer)
+    if site.delta is None:
+        y = (h if site.mask is None else h * site.mask) @ U
+        y = y if bias is None else y + bias
+    else:
+        assert own is not None, "a delta mask needs the layer's own output"
+        delta = site.delta[..., None]
+        y = (h * ((1 if site.mask is None else site.mask) - delta)) @ U + delta * own
+        y = y if bias is None else y + (1 - delta) * bias  # `own` brings its share of the bias
+    if site.route is None:
+        return y
+    assert own is not None, "routing needs the layer's own output"
+    return torch.where(site.route[..., None], y, own)
+
+
+_AtSite = Callable[[str, nn.Module, Tensor], Tensor]
+
+
+class _Switch:
+    """What the wrapped sites do at the moment; None: what the target does."""
+
+    def __init__(self) -> None:
+        self.at_site: _AtSite | None = None
+
+
+class _SiteWrapper(nn.Module):
+    def __init__(self, name: str, layer: nn.Module, switch: _Switch) -> None:
+        super().__init__()
+        self.name, self.layer, self.switch = name, layer, switch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.switch.at_site is None:
+            return cast(Tensor, self.layer(x))
+        return self.switch.at_site(self.name, self.layer, x)
+
+
+def _patched_copy(target: nn.Module, sites: tuple[str, ...], switch: _Switch) -> nn.Module:
+    """A copy of the module tree that shares all tensors, with a wrapper in place of each site."""
+    shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
+    patched = copy.deepcopy(target, shared)
+    for name in sites:
+        parent, _, attribute = name.rpartition(".")
+        setattr(patched.get_submodule(parent), attribute, _SiteWrapper(name, patched.get_submodule(name), switch))
+    return patched
+
+
+def _key(site: str) -> str:
+    """A site's name as a key of ModuleDict, which allows no dots."""
+    return site.replace(".", "/")

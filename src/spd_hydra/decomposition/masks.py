@@ -1,0 +1,69 @@
+"""Masks m on subcomponents and δ on the weight delta, made from causal importances g and sources r."""
+
+from enum import Enum
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spd_hydra.ci_fn.sigmoid import CausalImportance, Sigmoid, lower
+
+
+class SiteMask(NamedTuple):
+    """How one site is masked in a forward pass.
+
+    `mask`: m, `[..., C]`, None for all ones. `delta`: δ, `[...]`, None to leave the weight delta out.
+    `route`: True where the masked output replaces the layer's own, `[...]`, None for everywhere.
+    """
+
+    mask: Float[Tensor, "*positions C"] | None = None
+    delta: Float[Tensor, "*positions"] | None = None
+    route: Bool[Tensor, "*positions"] | None = None
+
+
+class MaskSource(Enum):
+    """Where the sources r of `m = g + (1 - g)·r` come from."""
+
+    unmasked = "unmasked"
+    ci = "ci"
+    stochastic = "stochastic"
+    binomial = "binomial"
+
+
+def draw_mask(
+    source: MaskSource,
+    ci: CausalImportance,
+    *,
+    draws: Float[Tensor, "*positions columns"],
+    use_delta: bool,
+    sigmoid: Sigmoid,
+) -> SiteMask:
+    """One draw of masks for one site (paper, §2.2).
+
+    `stochastic`: r ~ U(0, 1) per position and subcomponent, δ ~ U(0, 1) per position. `binomial`:
+    r is 0 or 1 with equal chance and g is taken at 1.05·z - 0.05·u, u ~ U(0, 1). `ci`: r = 0, no
+    delta. `unmasked`: m = 1, no delta.
+
+    Args:
+        source: the kind of mask.
+        ci: causal importances of the site.
+        draws: independent U(0, 1), as many columns as `columns_needed` says.
+        use_delta: whether random masks also draw a δ.
+        sigmoid: the lower function, for `binomial`.
+    """
+    if source is MaskSource.unmasked:
+        return SiteMask()
+    if source is MaskSource.ci:
+        return SiteMask(mask=ci.lower)
+    C = ci.lower.shape[-1]
+    g, r, delta = ci.lower, draws[..., :C], draws[..., C]
+    if source is MaskSource.binomial:
+        g = lower(1.05 * ci.z - 0.05 * draws[..., C + 1 :], sigmoid)
+        r = (r < 0.5).to(g.dtype)
+    return SiteMask(mask=g + (1 - g) * r, delta=delta if use_delta else None)
+
+
+def columns_needed(source: MaskSource, C: int) -> int:
+    """Random numbers per position that `draw_mask` takes for one site of C subcomponents."""
+    return {MaskSource.stochastic: C + 1, MaskSource.binomial: 2 * C + 1}.get(source, 0)
+

@@ -1,0 +1,71 @@
+"""From patterns to sites: which modules of the target are decomposed."""
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from spd_hydra.decomposition.config import SitePattern
+from spd_hydra.decomposition.layers import is_decomposable, weight_matrix
+from spd_hydra.section import ConfigError
+
+
+def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[str, int]:
+    """Number of subcomponents by module path, in the order of the target's modules.
+
+    Raises:
+        ConfigError: a pattern matches no decomposable module, or a module is matched twice.
+    """
+    modules = {name: module for name, module in target.named_modules() if name}
+    candidates = [name for name, module in modules.items() if is_decomposable(module)]
+    matched_by: dict[str, str] = {}
+    for key, site in patterns.items():
+        found = [name for name in candidates if fnmatchcase(name, site.pattern)]
+        if not found:
+            raise ConfigError(f"decomposition.sites.{key}.pattern: {_why_nothing(site.pattern, modules, candidates)}")
+        for name in found:
+            if name in matched_by:
+                raise ConfigError(
+                    f"decomposition.sites.{key}.pattern: {site.pattern!r} matches module {name!r}, which "
+                    f"decomposition.sites.{matched_by[name]} matches already; make one of them narrower"
+                )
+            matched_by[name] = key
+    return {name: patterns[matched_by[name]].C for name in candidates if name in matched_by}
+
+
+def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: list[str]) -> str:
+    wrong_kind = [name for name in modules if fnmatchcase(name, pattern)]
+    if wrong_kind:
+        kind = type(modules[wrong_kind[0]]).__name__
+        return (
+            f"{pattern!r} matches {wrong_kind[0]!r}, a {kind}; only Linear, Embedding and Conv1D layers can be "
+            f"decomposed: {_shortened(candidates)}"
+        )
+    near = difflib.get_close_matches(pattern, candidates, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{pattern!r} matches no module of the target.{hint} It has: {_shortened(candidates)}"
+
+
+def _shortened(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, int]) -> None:
+    """Check that every tied site and its source are sites, transposes of each other, with equal C.
+
+    Raises:
+        ConfigError: naming the tie and what is wrong with it.
+    """
+    for name, source in tied.items():
+        where = f"decomposition.tied.{name}"
+        for site in (name, source):
+            if site not in sites:
+                raise ConfigError(f"{where}: {site!r} is not a site; the sites are {', '.join(sites)}")
+        if source in tied:
+            raise ConfigError(f"{where}: {source!r} is itself tied; name the site that owns the subcomponents")
+        if sites[name] != sites[source]:
+            raise ConfigError(f"{where}: C is {sites[name]} here and {sites[source]} at {source!r}; make them equal")
+        own, other = (weight_matrix(target.get_submodule(site)) for site in (name, source))
+        if own.shape != other.T.shape or not bool((own == other.T).all() if own.device.type != "meta" else True):
+            raise ConfigError(f"{where}: the weight is not the transpose of that of {source!r}")

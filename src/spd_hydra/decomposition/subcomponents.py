@@ -1,0 +1,88 @@
+"""The rank-one pieces of one weight matrix: V: [d_in, C] reads, U: [C, d_out] writes."""
+
+from enum import Enum
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Init(Enum):
+    """How V and U start. `normal`: V ~ N(0, 1/d_in), U ~ N(0, 1/C). `aligned`: unit vectors, U scaled by ⟨U_c V_c, W⟩."""
+
+    normal = "normal"
+    aligned = "aligned"
+
+
+class Subcomponents(nn.Module):
+    """`C` rank-one subcomponents `U_c V_c` of a matrix W: [d_out, d_in], with inner activation h = x V.
+
+    Args:
+        weight: W, only its shape is used unless `init` is `aligned`.
+        C: number of subcomponents, also above the rank of W.
+        init: how V and U start.
+        generator: source of the initial values.
+    """
+
+    V: Float[Tensor, "d_in C"]
+    U: Float[Tensor, "C d_out"]
+
+    def __init__(
+        self, weight: Float[Tensor, "d_out d_in"], C: int, init: Init, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        d_out, d_in = weight.shape
+        V = torch.randn(d_in, C, generator=generator)
+        U = torch.randn(C, d_out, generator=generator)
+        if init is Init.normal:
+            V, U = V / d_in**0.5, U / C**0.5
+        else:
+            V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
+            U = U * torch.einsum("co,oi,ic->c", U, weight.detach().float().cpu(), V)[:, None]
+        self.V = nn.Parameter(V)
+        self.U = nn.Parameter(U)
+
+    @property
+    def C(self) -> int:
+        """Number of subcomponents."""
+        return self.V.shape[1]
+
+
+class TiedSubcomponents(nn.Module):
+    """The subcomponents of the transposed matrix: V = U_sourceᵀ, U = V_sourceᵀ, with no parameters of their own.
+
+    One shared parameter, not two copies: it gets one gradient and one optimiser slot.
+    """
+
+    def __init__(self, source: Subcomponents) -> None:
+        super().__init__()
+        self._source = (source,)  # in a tuple, so that the parameters are registered once, at the source
+
+    @property
+    def V(self) -> Float[Tensor, "d_in C"]:
+        """Reading vectors, the transpose of the source's U."""
+        return self._source[0].U.T
+
+    @property
+    def U(self) -> Float[Tensor, "C d_out"]:
+        """Writing vectors, the transpose of the source's V."""
+        return self._source[0].V.T
+
+    @property
+    def C(self) -> int:
+        """Number of subcomponents."""
+        return self._source[0].C
+
+
+def inner_activation(
+    x: Float[Tensor, "*positions d_in"] | Int[Tensor, "*positions"], V: Float[Tensor, "d_in C"], embedding: bool
+) -> Float[Tensor, "*positions C"]:
+    """h = x V, or the rows of V at the given tokens."""
+    return nn.functional.embedding(x, V) if embedding else x @ V
+
+
+def weight_delta(
+    weight: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
+) -> Float[Tensor, "d_out d_in"]:
+    """Δ = W - (V U)ᵀ, the part of the matrix that the subcomponents do not sum to."""
+    return weight - (V @ U).T

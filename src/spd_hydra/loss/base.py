@@ -1,0 +1,80 @@
+"""What a loss term must offer, and what all terms of one batch share."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_hydra.ci_fn.sigmoid import CausalImportance
+from spd_hydra.decomposition.decomposed_model import CleanPass, DecomposedModel, Reuse
+from spd_hydra.loss.divergence import Divergence
+from spd_hydra.section import Section, option
+
+Statistics = dict[str, Tensor]
+"""Sums over positions that can be added over batches and ranks before `Loss.value` is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """One batch, as every term of the loss sees it.
+
+    Attributes:
+        model: the decomposed model.
+        batch: the target's input.
+        reuse: the clean pass and the clean activations.
+        ci: causal importances by site.
+        draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
+        divergence: distance between the masked and the target's output.
+        schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
+    """
+
+    model: DecomposedModel
+    batch: Tensor
+    reuse: Reuse
+    ci: Mapping[str, CausalImportance]
+    draws: Float[Tensor, "*positions columns"]
+    divergence: Divergence
+    schedule: Mapping[str, Tensor]
+
+    @property
+    def n_positions(self) -> int:
+        """Number of positions in the batch."""
+        return next(iter(self.ci.values())).lower[..., 0].numel()
+
+    @property
+    def clean(self) -> CleanPass:
+        """The target's own pass on this batch."""
+        return self.reuse.clean
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loss(Section):
+    """A term of the training loss, which is also a quantity of the evaluation.
+
+    `statistics` adds up over a batch; statistics of several batches or ranks may be added; `value`
+    then gives the number. So the value is that of all the data, however it was cut.
+    """
+
+    coeff: float = option(0.0, "weight of the term in the training loss; 0: not computed", ge=0)
+
+    def columns(self, model: DecomposedModel) -> int:
+        """Random numbers per position that `statistics` takes."""
+        return 0
+
+    def statistics(self, inputs: LossInputs) -> Statistics:
+        """Additive statistics of the term on one batch."""
+        raise NotImplementedError
+
+    def value(self, statistics: Statistics, reference_positions: int) -> Float[Tensor, ""]:
+        """The term, from accumulated statistics.
+
+        Args:
+            statistics: sums over everything that was seen.
+            reference_positions: positions in a global training batch, for terms that depend on it.
+        """
+        return statistics["sum"] / statistics["count"]
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        """Parameters that change during training, at `progress` in [0, 1]."""
+        return {}

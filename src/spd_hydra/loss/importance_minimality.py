@@ -1,0 +1,65 @@
+"""Importance minimality: few subcomponents should be needed per input, and few inputs should need each."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.section import Problem, option
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImportanceMinimality(Loss):
+    """Σ_l Σ_c f_c (1 + β·log2(1 + N·f_c)) with f_c = mean over positions of (g_upper + ε)^p.
+
+    Summed over sites and subcomponents, not divided by the number of sites. N is the number of
+    positions of a global training batch, also when evaluated on more, so that both compare. β = 0
+    is the paper's term (§2.4); β > 0 presses harder on subcomponents that are active often.
+    """
+
+    p_start: float = option(1.0, "exponent at the beginning", gt=0)
+    p_end: float = option(1.0, "exponent at the end; the same as p_start for none of the annealing", gt=0)
+    anneal_from: float = option(0.0, "fraction of training at which p begins to move", ge=0, le=1)
+    anneal_to: float = option(1.0, "fraction of training at which p reaches p_end", ge=0, le=1)
+    beta: float = option(0.0, "weight of the frequency factor", ge=0)
+    eps: float = option(1e-12, "keeps the slope of g^p finite at 0", gt=0)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.anneal_from > self.anneal_to:
+            yield Problem("anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}")
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        return {} if self._is_constant else {"p": self.p(progress)}
+
+    def p(self, progress: float) -> float:
+        """The exponent at `progress` in [0, 1] of training: linear between the two fractions."""
+        span = self.anneal_to - self.anneal_from
+        done = float(progress >= self.anneal_to) if span == 0 else (progress - self.anneal_from) / span
+        return self.p_start + (self.p_end - self.p_start) * min(max(done, 0.0), 1.0)
+
+    @property
+    def _is_constant(self) -> bool:
+        return self.p_start == self.p_end
+
+    def statistics(self, inputs: LossInputs) -> Statistics:
+        sums = {
+            f"sum/{site}": self._power(ci.upper.float(), inputs).flatten(0, -2).sum(0)
+            for site, ci in inputs.ci.items()
+        }
+        return sums | {"count": inputs.draws.new_tensor(float(inputs.n_positions))}
+
+    def _power(self, g: Tensor, inputs: LossInputs) -> Tensor:
+        if not self._is_constant:
+            return (g + self.eps) ** inputs.schedule["p"]
+        return g + self.eps if self.p_start == 1 else (g + self.eps) ** self.p_start
+
+    def value(self, statistics: Statistics, reference_positions: int) -> Float[Tensor, ""]:
+        count = statistics["count"]
+        f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
+        if self.beta == 0:
+            return f.sum()
+        return (f * (1 + self.beta * torch.log2(1 + reference_positions * f))).sum()

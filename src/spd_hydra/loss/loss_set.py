@@ -1,0 +1,52 @@
+"""All terms of the training loss. Every term is always there; a coefficient of 0 switches it off."""
+
+import dataclasses
+from functools import partial
+
+from spd_hydra.decomposition.masks import MaskSource
+from spd_hydra.decomposition.routing import Routing
+from spd_hydra.loss.base import Loss
+from spd_hydra.loss.divergence import Divergence
+from spd_hydra.loss.faithfulness import Faithfulness
+from spd_hydra.loss.importance_minimality import ImportanceMinimality
+from spd_hydra.loss.recon import Recon
+from spd_hydra.section import Section, option
+
+
+def _recon(masks: MaskSource, routing: Routing, meaning: str) -> Recon:
+    recon: Recon = option(default_factory=partial(Recon, masks=masks, routing=routing), help=meaning)
+    return recon
+
+
+@dataclasses.dataclass(kw_only=True)
+class LossSet(Section):
+    """The training loss: Σ coeff · term."""
+
+    divergence: Divergence = option(Divergence.mse, "distance between outputs in all recon terms")
+    faithfulness: Faithfulness = option(
+        default_factory=Faithfulness, help="mean squared entry of the weight deltas"
+    )
+    importance_minimality: ImportanceMinimality = option(
+        default_factory=ImportanceMinimality, help="Σ of causal importances to the power p"
+    )
+    stochastic_recon: Recon = _recon(MaskSource.stochastic, Routing.all, "random masks at all sites at once")
+    stochastic_recon_layerwise: Recon = _recon(
+        MaskSource.stochastic, Routing.layerwise, "random masks at one site at a time"
+    )
+    stochastic_recon_subset: Recon = _recon(
+        MaskSource.stochastic, Routing.uniform_k, "random masks at a random subset of sites per position"
+    )
+    ci_masked_recon: Recon = _recon(MaskSource.ci, Routing.all, "masks equal to the causal importances")
+    ci_masked_recon_layerwise: Recon = _recon(MaskSource.ci, Routing.layerwise, "the same, one site at a time")
+    ci_masked_recon_subset: Recon = _recon(MaskSource.ci, Routing.uniform_k, "the same, random subsets of sites")
+    unmasked_recon: Recon = _recon(MaskSource.unmasked, Routing.all, "all subcomponents on, no weight delta")
+    extra: dict[str, Loss] = option(default_factory=dict, help="further terms, e.g. from plug-ins")
+
+    def terms(self) -> dict[str, Loss]:
+        """Every term by name, also those that are switched off."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: term for name, term in named.items() if isinstance(term, Loss)} | dict(self.extra)
+
+    def active_terms(self) -> dict[str, Loss]:
+        """The terms that are trained on."""
+        return {name: term for name, term in self.terms().items() if term.coeff > 0}

@@ -1,0 +1,136 @@
+"""The training loss as a pure function of parameters, batch, random key and schedule."""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from spd_hydra import rng
+from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.loss_set import LossSet
+
+ScheduledValues = dict[str, dict[str, Tensor]]
+"""Scheduled parameters at one step: by term, by parameter, as scalars on the device."""
+
+
+class Precision(Enum):
+    """`fp32`, or `bf16` autocast; weights, optimiser, deltas, divergences and sums stay float32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step: `total` = Σ coeff · term, every active term, and L0 per site."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    l0: dict[str, Float[Tensor, ""]]
+
+
+class Objective:
+    """Computes loss terms on a batch.
+
+    Args:
+        model: the decomposed model.
+        losses: all terms with their coefficients.
+        precision: of the forward passes.
+        ci_threshold: g above which a subcomponent counts as active in L0.
+    """
+
+    def __init__(
+        self, model: DecomposedModel, losses: LossSet, *, precision: Precision, ci_threshold: float
+    ) -> None:
+        self.model = model
+        self.losses = losses
+        self.precision = precision
+        self.ci_threshold = ci_threshold
+
+    def __call__(
+        self,
+        batch: Tensor,
+        draws: Float[Tensor, "*positions columns"],
+        schedule: ScheduledValues,
+    ) -> StepLoss:
+        """The training loss on one batch.
+
+        Args:
+            batch: input of the target.
+            draws: random numbers in the columns that the active terms take.
+            schedule: what `scheduled` gives.
+        """
+        inputs = self.inputs(batch)
+        active = self.losses.active_terms()
+        statistics = self.statistics(inputs, active, draws, schedule)
+        positions = inputs.n_positions
+        terms = {name: term.value(statistics[name], positions) for name, term in active.items()}
+        total = torch.stack([term.coeff * terms[name] for name, term in active.items()]).sum()
+        return StepLoss(total, {name: term.detach() for name, term in terms.items()}, self._l0(inputs))
+
+    def columns(self, terms: Mapping[str, Loss]) -> Int32[Tensor, " columns"]:
+        """What random numbers the given terms take per position, in that order, as columns of `rng.uniform`.
+
+        They are drawn apart from the loss: so the loss stays a pure function, and compiles in seconds where
+        the integer arithmetic of the draws, repeated in every kernel, took minutes.
+        """
+        return torch.cat([rng.columns(name, term.columns(self.model)) for name, term in terms.items()])
+
+    def inputs(self, batch: Tensor) -> LossInputs:
+        """The clean pass and the causal importances of a batch, which all terms share."""
+        with self._autocast():
+            clean = self.model.clean_pass(batch)
+            activations = self.model.activations(clean)
+            ci = self.model.importances(activations)
+        return LossInputs(
+            model=self.model,
+            batch=batch,
+            reuse=Reuse(clean, activations),
+            ci=ci,
+            draws=batch.new_zeros(()),
+            divergence=self.losses.divergence,
+            schedule={},
+        )
+
+    def statistics(
+        self,
+        inputs: LossInputs,
+        terms: Mapping[str, Loss],
+        draws: Float[Tensor, "*positions columns"],
+        schedule: ScheduledValues,
+    ) -> dict[str, Statistics]:
+        """The additive statistics of the given terms on one batch, with draws in the columns that they take."""
+        found = {}
+        widths = [term.columns(self.model) for term in terms.values()]
+        for (name, term), own_draws in zip(terms.items(), draws.split(widths, dim=-1), strict=True):
+            own = dataclasses.replace(inputs, draws=own_draws, schedule=schedule.get(name, {}))
+            with self._autocast():
+                found[name] = term.statistics(own)
+        return found
+
+    def scheduled(self, progress: float) -> ScheduledValues:
+        """Parameters of the terms that change during training, at `progress` in [0, 1]."""
+        device = self.model.device
+        values = {name: term.scheduled(progress) for name, term in self.losses.terms().items()}
+        return {
+            name: {parameter: torch.tensor(value, device=device) for parameter, value in own.items()}
+            for name, own in values.items()
+            if own
+        }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=self.precision is Precision.bf16
+        )
+
+    def _l0(self, inputs: LossInputs) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {
+                site: (ci.lower > self.ci_threshold).sum() / inputs.n_positions
+                for site, ci in inputs.ci.items()
+            }
+

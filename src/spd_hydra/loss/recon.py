@@ -1,0 +1,65 @@
+"""Reconstruction: with masks on, the output has to stay that of the target."""
+
+import dataclasses
+
+import torch
+
+from spd_hydra.decomposition import masks, routing
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.masks import MaskSource, draw_mask
+from spd_hydra.decomposition.routing import Routing, routes
+from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.divergence import divergence_sum
+from spd_hydra.section import option
+
+
+@dataclasses.dataclass(kw_only=True)
+class Recon(Loss):
+    """Mean divergence between the target's output and that of masked passes.
+
+    One point of the grid {unmasked, ci, stochastic, binomial} × {all, layerwise, subset}. Mean over
+    `n_samples` draws, over sites if layerwise, and over what the divergence averages. Range: ≥ 0.
+    Paper, §2.2 (stochastic, all and layerwise); the rest is later practice.
+    """
+
+    masks: MaskSource = option(MaskSource.stochastic, "unmasked | ci | stochastic | binomial")
+    routing: Routing = option(Routing.all, "all | layerwise | uniform_k | static: sites masked together")
+    n_samples: int = option(1, "independent draws of masks and routes per batch", ge=1)
+    probability: float = option(0.5, "chance that a site is masked, for routing=static", gt=0, le=1)
+
+    def columns(self, model: DecomposedModel) -> int:
+        return self.n_samples * sum(self._widths(model))
+
+    def _widths(self, model: DecomposedModel) -> list[int]:
+        """Columns of one sample: those of the routing, then those of each site's mask."""
+        shapes = model.site_shapes().values()
+        return [
+            routing.columns_needed(self.routing, len(shapes)),
+            *(masks.columns_needed(self.masks, shape.C) for shape in shapes),
+        ]
+
+    def statistics(self, inputs: LossInputs) -> Statistics:
+        model = inputs.model
+        total = inputs.draws.new_zeros(())
+        count = 0
+        for draws in inputs.draws.chunk(self.n_samples, dim=-1):
+            route_draws, *mask_draws = draws.split(self._widths(model), dim=-1)
+            site_masks = {
+                site: draw_mask(
+                    self.masks,
+                    inputs.ci[site],
+                    draws=site_draws,
+                    use_delta=model.config.use_delta,
+                    sigmoid=model.config.sigmoid,
+                )
+                for site, site_draws in zip(model.site_names, mask_draws, strict=True)
+            }
+            for routed in routes(
+                self.routing, model.site_names, draws=route_draws, probability=self.probability
+            ):
+                chosen = {site: site_masks[site]._replace(route=route) for site, route in routed.items()}
+                output = model(inputs.batch, chosen, reuse=inputs.reuse)
+                divergence, size = divergence_sum(inputs.divergence, output, inputs.clean.output)
+                total = total + divergence
+                count += size
+        return {"sum": total, "count": torch.full_like(total, count)}

@@ -1,0 +1,49 @@
+"""How a decomposition is trained and when it is measured."""
+
+import dataclasses
+
+from spd_hydra.loss.objective import Precision
+from spd_hydra.schedule import Schedule, ScheduleKind
+from spd_hydra.section import Section, option
+
+
+@dataclasses.dataclass(kw_only=True)
+class FaithfulnessWarmup(Section):
+    """Steps before training in which V and U alone learn to sum to the weights, with an optimiser of their own."""
+
+    steps: int = option(200, "number of steps; 0: none", ge=0)
+    lr: float = option(1e-2, "learning rate of the warmup's AdamW", gt=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of the warmup's AdamW", ge=0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training(Section):
+    """One AdamW, without weight decay, on V, U and the causal-importance function."""
+
+    steps: int = option(10_000, "training steps; schedules and anneals stretch over them", ge=1)
+    batch_size: int = option(4096, "rows of the global batch", ge=1)
+    lr: float = option(1e-3, "learning rate of AdamW", gt=0)
+    lr_schedule: Schedule = option(
+        default_factory=lambda: Schedule(kind=ScheduleKind.cosine), help="how the learning rate moves"
+    )
+    faithfulness_warmup: FaithfulnessWarmup = option(
+        default_factory=FaithfulnessWarmup, help="fit the weights before training"
+    )
+    clip_components: float | None = option(None, "largest gradient norm of V and U together; null: no limit", gt=0)
+    clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
+    precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
+    compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
+    log_every: int = option(100, "steps between rows of the metrics log", ge=1)
+    checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", ge=1)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", ge=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluation(Section):
+    """Measurements on data that training never saw, the same for every evaluation of a run."""
+
+    every: int = option(1000, "steps between evaluations; the last step always has one", ge=1)
+    figures_every: int = option(0, "steps between drawing figures; 0: only at the end", ge=0)
+    batches: int = option(5, "batches per evaluation", ge=1)
+    batch_size: int = option(4096, "rows per batch", ge=1)
+    ci_threshold: float = option(0.1, "causal importance above which a subcomponent counts as active", ge=0, lt=1)
