@@ -90,6 +90,28 @@ class TMS(TrainableTarget):
         return torch.mean((module(batch) - batch) ** 2)
 
     @torch.no_grad()
+    def gradients(self, module: nn.Module, batch: Float[Tensor, "batch n_features"]) -> list[Tensor]:
+        """The gradients of `training_loss` by W and b, written out: a tenth of autograd's calls.
+
+        With z = W x, p = Wᵀz + b and d = 2 (p - x) [p > 0] / numel(x), summed over the batch:
+        dL/dW = z dᵀ + (W d) xᵀ and dL/db = d. The identity layer changes none of it.
+        """
+        weight, bias = module.get_parameter("embed.weight"), module.get_parameter("unembed.bias")
+        z = batch @ weight.T
+        p = torch.addmm(bias, z, weight)
+        d = torch.where(p > 0, p - batch, 0.0)
+        scale = 2 / batch.numel()
+        weight_gradient = torch.addmm(weight @ d.T @ batch, z.T, d) * scale
+        return [weight_gradient, d.sum(dim=0) * scale]
+
+    @torch.no_grad()
+    def hopeless(self, module: nn.Module) -> bool:
+        """Whether some output is zero for every input in [0, 1], so that its loss moves nothing any more."""
+        weight, bias = module.get_parameter("embed.weight"), module.get_parameter("unembed.bias")
+        highest = bias + (weight.T @ weight).clamp(min=0).sum(dim=1)
+        return bool((highest <= 0).any())
+
+    @torch.no_grad()
     def certify(self, module: nn.Module) -> list[Measurement]:
         """Every feature is represented; with two hidden dimensions they form a regular polygon.
 

@@ -1,0 +1,162 @@
+"""Residual MLPs that compute x + ReLU(x) of more features than they have neurons."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spd_hydra.model.base import KnownAnswer, Measurement
+from spd_hydra.model.tms import PROBE_MAGNITUDE, linear
+from spd_hydra.model.training import TrainableTarget, trained_parameters
+from spd_hydra.section import option, register
+
+
+class MLPLayer(nn.Module):
+    """mlp_out(ReLU(mlp_in(residual))), without biases."""
+
+    def __init__(
+        self, weight_in: Float[Tensor, "d_mlp d_embed"], weight_out: Float[Tensor, "d_embed d_mlp"]
+    ) -> None:
+        super().__init__()
+        self.mlp_in = linear(nn.Parameter(weight_in))
+        self.mlp_out = linear(nn.Parameter(weight_out))
+
+    def forward(self, residual: Float[Tensor, "*positions d_embed"]) -> Float[Tensor, "*positions d_embed"]:
+        """What the layer adds to the residual stream."""
+        added: Tensor = self.mlp_out(torch.relu(self.mlp_in(residual)))
+        return added
+
+
+class ResidMLPModel(nn.Module):
+    """W_U (x W_E + Σ layers), with a fixed random embedding and its transpose as unembedding.
+
+    Attributes:
+        W_E: `[n_features, d_embed]`, unit rows, never trained.
+        layers: the residual layers, `layers.{i}.mlp_in` and `layers.{i}.mlp_out`.
+    """
+
+    W_E: Float[Tensor, "n_features d_embed"]
+
+    def __init__(self, W_E: Float[Tensor, "n_features d_embed"], layers: list[MLPLayer]) -> None:
+        super().__init__()
+        self.register_buffer("W_E", W_E)
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_embed n_features"]:
+        """The unembedding, W_Eᵀ."""
+        return self.W_E.T
+
+    def forward(self, x: Float[Tensor, "*positions n_features"]) -> Float[Tensor, "*positions n_features"]:
+        """The unembedded residual stream after all layers."""
+        residual = x @ self.W_E
+        for layer in self.layers:
+            residual = residual + layer(residual)
+        return residual @ self.W_U
+
+    def folded(self, x: Float[Tensor, "batch n_features"]) -> Float[Tensor, "batch n_features"]:
+        """The same output with the embedding multiplied into the weights first.
+
+        The residual stream is linear in x and in the layers' neurons, so no vector of d_embed numbers
+        is needed per input: with d_embed much larger than features and neurons this saves most of the work.
+        """
+        output = x @ (self.W_E @ self.W_U)
+        neurons: list[tuple[Tensor, Tensor]] = []  # activations so far, and the weights that write them
+        for layer in self.mlp_layers():
+            weight_in, weight_out = layer.mlp_in.weight, layer.mlp_out.weight
+            before = x @ (self.W_E @ weight_in.T)
+            for activation, written in neurons:
+                before = before + activation @ (written.T @ weight_in.T)
+            activation = torch.relu(before)
+            neurons.append((activation, weight_out))
+            output = output + activation @ (weight_out.T @ self.W_U)
+        return output
+
+    def mlp_layers(self) -> Iterator[MLPLayer]:
+        """The layers in order, typed."""
+        for layer in self.layers:
+            yield cast(MLPLayer, layer)
+
+
+@register("model", "resid_mlp")
+@dataclasses.dataclass(kw_only=True)
+class ResidMLP(TrainableTarget):
+    """Residual MLP that approximates x + ReLU(x) (paper, section 3.2): compressed computation."""
+
+    n_features: int = option(100, "number of input and output features", ge=2)
+    d_embed: int = option(1000, "width of the residual stream", ge=1)
+    n_layers: int = option(1, "number of residual MLP layers", ge=1)
+    d_mlp: int = option(50, "neurons per layer", ge=1)
+    min_response: float = option(
+        0.0,
+        "certified: share of ReLU(x) that the MLPs add to a lone feature's own output, at least",
+        ge=0,
+        le=1,
+    )
+    max_interference: float = option(
+        1.0, "certified: a lone feature's effect on another output over its input, at most", gt=0
+    )
+
+    def build(self, generator: torch.Generator) -> ResidMLPModel:
+        """Rows of W_E uniform on the sphere; W_in ~ N(0, 2 / d_embed), W_out ~ N(0, 1 / d_mlp)."""
+        embedding = torch.randn(self.n_features, self.d_embed, generator=generator)
+        layers = [
+            MLPLayer(
+                torch.randn(self.d_mlp, self.d_embed, generator=generator) * math.sqrt(2 / self.d_embed),
+                torch.randn(self.d_embed, self.d_mlp, generator=generator) / math.sqrt(self.d_mlp),
+            )
+            for _ in range(self.n_layers)
+        ]
+        return ResidMLPModel(embedding / embedding.norm(dim=1, keepdim=True), layers)
+
+    def training_loss(self, module: nn.Module, batch: Float[Tensor, "batch n_features"]) -> Float[Tensor, ""]:
+        """Squared error against x + ReLU(x), mean over batch and features."""
+        return torch.mean((module(batch) - batch - torch.relu(batch)) ** 2)
+
+    def gradients(self, module: nn.Module, batch: Float[Tensor, "batch n_features"]) -> list[Tensor]:
+        """The gradients of `training_loss`, through the folded forward pass.
+
+        An input without active features comes out as it should whatever the weights, so it is left out.
+        """
+        active = batch[batch.any(dim=1)]
+        output = cast(ResidMLPModel, module).folded(active)
+        loss = torch.sum((output - active - torch.relu(active)) ** 2) / batch.numel()
+        return list(torch.autograd.grad(loss, trained_parameters(module)))
+
+    @torch.no_grad()
+    def certify(self, module: nn.Module) -> list[Measurement]:
+        """How well lone features at 0.75 come out.
+
+        `response`: (own output - 0.75) / 0.75, smallest over features; 1 is exact.
+        `interference`: |output of another feature| / 0.75, largest over pairs; 0 is exact.
+        """
+        output = module(self._probe(module)).cpu() / PROBE_MAGNITUDE
+        response = (output.diagonal() - 1).min().item()
+        others = output.masked_fill(torch.eye(self.n_features, dtype=torch.bool), 0.0)
+        return [
+            Measurement(name="response", value=response, lower=self.min_response, upper=math.inf),
+            Measurement(
+                name="interference", value=others.abs().max().item(), lower=0, upper=self.max_interference
+            ),
+        ]
+
+    def known_answer(self, module: nn.Module) -> KnownAnswer:
+        """One subcomponent per feature at every `mlp_in`; every `mlp_out` needs all its neurons."""
+        identity = {f"layers.{i}.mlp_in": self.n_features for i in range(self.n_layers)}
+        dense = {f"layers.{i}.mlp_out": self.d_mlp for i in range(self.n_layers)}
+        embedding = module.get_buffer("W_E").detach()
+        return KnownAnswer(
+            probe=self._probe(module),
+            identity=identity,
+            dense=dense,
+            directions=dict.fromkeys(identity, embedding),
+            cosine_decides=False,
+            expected_alive=identity | dense,
+        )
+
+    def _probe(self, module: nn.Module) -> Float[Tensor, "n_features n_features"]:
+        return PROBE_MAGNITUDE * torch.eye(self.n_features, device=module.get_buffer("W_E").device)

@@ -1,0 +1,75 @@
+"""Weights of a target in one safetensors file that knows its own digest."""
+
+import hashlib
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from spd_hydra import atomic
+
+_DIGEST = "sha256"
+
+
+class WeightsError(ValueError):
+    """A file does not hold the weights that were asked for; the message names the file and the reason."""
+
+
+def save_target(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write every parameter and buffer of a module, tied ones once, so that the file appears whole.
+
+    Args:
+        module: on any device.
+        path: in a directory that exists; replaced if it is there.
+        metadata: remembered in the header, given back by `load_target_weights`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
+    header = (metadata or {}) | {_DIGEST: _digest(tensors)}
+    atomic.replace(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
+    """Fill a module of the same shape with saved weights; return the metadata saved with them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is damaged, or it holds the weights of another model.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged ({error}); delete it to have it made again") from error
+    if metadata.pop(_DIGEST, None) != _digest(tensors):
+        raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
+    wanted = _tensors(module)
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted_shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    if found_shapes != wanted_shapes:
+        raise WeightsError(
+            f"{path} holds the weights of another model: {found_shapes}, wanted {wanted_shapes}"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+    return metadata
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, each under its first name only, and buffers that are part of the state."""
+    persistent = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    return dict(module.named_parameters()) | buffers
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
