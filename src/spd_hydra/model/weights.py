@@ -1,6 +1,7 @@
 """Weights of a target in one safetensors file that knows its own digest."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import safetensors
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from spd_hydra import atomic
 
-_DIGEST = "sha256"
+_HEADER = "spd_hydra"  # one entry: with several, their order in the file, and so its bytes, would vary
 
 
 class WeightsError(ValueError):
@@ -27,8 +28,8 @@ def save_target(module: nn.Module, path: Path, metadata: dict[str, str] | None =
         metadata: remembered in the header, given back by `load_target_weights`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
-    header = (metadata or {}) | {_DIGEST: _digest(tensors)}
-    atomic.replace(path, safetensors.torch.save(tensors, metadata=header))
+    header = json.dumps({"sha256": _digest(tensors), "metadata": metadata or {}}, sort_keys=True)
+    atomic.replace(path, safetensors.torch.save(tensors, metadata={_HEADER: header}))
 
 
 def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
@@ -40,11 +41,12 @@ def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
     """
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+        metadata, digest = dict[str, str](header["metadata"]), header["sha256"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged ({error}); delete it to have it made again") from error
-    if metadata.pop(_DIGEST, None) != _digest(tensors):
+    if digest != _digest(tensors):
         raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
     wanted = _tensors(module)
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
