@@ -15,7 +15,16 @@ from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
-from spd_hydra.section import ConfigError, Problem, Section, all_problems, children, kind_of, option, registered
+from spd_hydra.section import (
+    ConfigError,
+    Problem,
+    Section,
+    all_problems,
+    children,
+    kind_of,
+    option,
+    registered,
+)
 from spd_hydra.trainer_config import Evaluation, Training
 
 
@@ -46,7 +55,9 @@ class RunConfig(Section):
     device: Device = option(Device.auto, "auto | cpu | cuda; auto takes a GPU if there is one")
     threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0)
     out_dir: str = option("outputs", "folder of all runs; default $SPD_OUT_DIR or ./outputs")
-    cache_dir: str = option("~/.cache/spd_hydra", "trained targets; default $SPD_CACHE_DIR or ~/.cache/spd_hydra")
+    cache_dir: str = option(
+        "~/.cache/spd_hydra", "trained targets; default $SPD_CACHE_DIR or ~/.cache/spd_hydra"
+    )
     run: str | None = option(None, "run directory, for task=analyse")
     resume: str | None = option(None, "run directory to go on with, using its saved configuration")
     allow_extra: bool = option(False, "accept keys that no section declares")

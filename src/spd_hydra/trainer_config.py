@@ -9,7 +9,7 @@ from spd_hydra.section import Section, option
 
 @dataclasses.dataclass(kw_only=True)
 class FaithfulnessWarmup(Section):
-    """Steps before training in which V and U alone learn to sum to the weights, with an optimiser of their own."""
+    """Steps before training in which V and U alone learn to sum to the weights, with their own optimiser."""
 
     steps: int = option(200, "number of steps; 0: none", ge=0)
     lr: float = option(1e-2, "learning rate of the warmup's AdamW", gt=0)
@@ -29,7 +29,9 @@ class Training(Section):
     faithfulness_warmup: FaithfulnessWarmup = option(
         default_factory=FaithfulnessWarmup, help="fit the weights before training"
     )
-    clip_components: float | None = option(None, "largest gradient norm of V and U together; null: no limit", gt=0)
+    clip_components: float | None = option(
+        None, "largest gradient norm of V and U together; null: no limit", gt=0
+    )
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
     precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
     compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
@@ -46,4 +48,6 @@ class Evaluation(Section):
     figures_every: int = option(0, "steps between drawing figures; 0: only at the end", ge=0)
     batches: int = option(5, "batches per evaluation", ge=1)
     batch_size: int = option(4096, "rows per batch", ge=1)
-    ci_threshold: float = option(0.1, "causal importance above which a subcomponent counts as active", ge=0, lt=1)
+    ci_threshold: float = option(
+        0.1, "causal importance above which a subcomponent counts as active", ge=0, lt=1
+    )

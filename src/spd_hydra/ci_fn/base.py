@@ -47,6 +47,8 @@ class CausalImportanceFn(Section):
         raise NotImplementedError
 
 
-def kaiming_normal(shape: tuple[int, ...], *, fan_in: int, gain: float, generator: torch.Generator) -> nn.Parameter:
+def kaiming_normal(
+    shape: tuple[int, ...], *, fan_in: int, gain: float, generator: torch.Generator
+) -> nn.Parameter:
     """Weights drawn from N(0, gain² / fan_in)."""
     return nn.Parameter(torch.randn(shape, generator=generator) * (gain / fan_in**0.5))

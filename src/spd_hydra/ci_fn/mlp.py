@@ -32,7 +32,8 @@ class _MLP(nn.Module):
 
     def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
         return {
-            name: self.sites[name.replace(".", "/")](activation.inner) for name, activation in activations.items()
+            name: self.sites[name.replace(".", "/")](activation.inner)
+            for name, activation in activations.items()
         }
 
 

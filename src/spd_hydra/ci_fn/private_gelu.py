@@ -25,7 +25,7 @@ def private_gelu_mlp(
     w_out: Float[Tensor, "C hidden"],
 ) -> Float[Tensor, "*positions C"]:
     """Output of every subcomponent's private MLP, without its output bias."""
-    z, _ = _PrivateGeluMLP.apply(h, w_in, b_in, w_out)  # type: ignore[no-untyped-call]
+    z: Tensor = _PrivateGeluMLP.apply(h, w_in, b_in, w_out)[0]  # type: ignore[no-untyped-call]
     return z
 
 
@@ -46,7 +46,7 @@ class _PrivateGeluMLP(torch.autograd.Function):
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w_in, b_in, w_out, dz_dh = ctx.saved_tensors
         # Batch last: the reduction over positions then runs along contiguous memory.
         h_last = h.flatten(0, -2).T.contiguous()[:, None, :]

@@ -17,7 +17,9 @@ from spd_hydra.section import option, register
 class SharedMLPCausalImportance(CausalImportanceFn):
     """z = MLP(x): one `d_in → hidden… → C` GELU network per site."""
 
-    hidden: list[int] = option(default_factory=lambda: [256], help="widths of the hidden layers, e.g. [256,128]", ge=1)
+    hidden: list[int] = option(
+        default_factory=lambda: [256], help="widths of the hidden layers, e.g. [256,128]", ge=1
+    )
 
     def build(self, sites: Mapping[str, SiteShape], generator: torch.Generator) -> nn.Module:
         return _SharedMLP(sites, self.hidden, generator)
@@ -36,7 +38,8 @@ class _SharedMLP(nn.Module):
 
     def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
         return {
-            name: self.sites[name.replace(".", "/")](activation.input) for name, activation in activations.items()
+            name: self.sites[name.replace(".", "/")](activation.input)
+            for name, activation in activations.items()
         }
 
 

@@ -25,7 +25,7 @@ class Sigmoid(Enum):
 
 
 class CausalImportance(NamedTuple):
-    """Causal importances of one site, all `[..., C]`: `lower` for masks, `upper` for the sparsity loss, `z` before."""
+    """Causal importances of one site, all `[..., C]`: `lower` for masks, `upper` for sparsity, `z` before."""
 
     lower: Float[Tensor, "*positions C"]
     upper: Float[Tensor, "*positions C"]
@@ -76,7 +76,7 @@ class _LowerLeaky(torch.autograd.Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
         below = torch.where(grad < 0, SLOPE * grad, 0.0)
         return torch.where(z <= 0, below, torch.where(z <= 1, grad, 0.0))

@@ -29,12 +29,16 @@ class _VectorMLP(nn.Module):
         super().__init__()
         refuse_embeddings(sites, "vector_mlp")
         self.sites = nn.ModuleDict(
-            {name.replace(".", "/"): _SiteVectorMLP(shape, hidden, generator) for name, shape in sites.items()}
+            {
+                name.replace(".", "/"): _SiteVectorMLP(shape, hidden, generator)
+                for name, shape in sites.items()
+            }
         )
 
     def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
         return {
-            name: self.sites[name.replace(".", "/")](activation.input) for name, activation in activations.items()
+            name: self.sites[name.replace(".", "/")](activation.input)
+            for name, activation in activations.items()
         }
 
 
@@ -55,7 +59,7 @@ class _SiteVectorMLP(nn.Module):
 
 
 def _vector_mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
-    pre = (x @ w_in.flatten(1)).unflatten(-1, w_in.shape[1:]) + b_in
+    pre = (x @ w_in.flatten(1)).reshape(*x.shape[:-1], *b_in.shape) + b_in
     return (gelu(pre) * w_out).sum(-1)
 
 

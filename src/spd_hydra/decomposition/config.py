@@ -24,8 +24,10 @@ class Decomposition(Section):
     )
     tied: dict[str, str] = option(
         default_factory=dict,
-        help="site: source, for matrices that are each other's transpose; both share one set of subcomponents",
+        help="site: source, matrices that are each other's transpose; they share one set of subcomponents",
     )
-    use_delta: bool = option(True, "treat what the subcomponents leave over as one more, randomly masked, piece")
+    use_delta: bool = option(
+        True, "treat what the subcomponents leave over as one more, randomly masked, piece"
+    )
     sigmoid: Sigmoid = option(Sigmoid.leaky_hard, "pair of functions from z to causal importance")
     init: Init = option(Init.normal, "how V and U start")

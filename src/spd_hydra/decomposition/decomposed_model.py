@@ -121,11 +121,15 @@ class DecomposedModel(nn.Module):
         """
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if own.keys() != state.keys():
-            raise ValueError(f"saved weights do not fit this model: {sorted(own.keys() ^ state.keys())} differ")
+            raise ValueError(
+                f"saved weights do not fit this model: {sorted(own.keys() ^ state.keys())} differ"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.shape != state[name].shape:
-                    raise ValueError(f"{name}: saved {tuple(state[name].shape)}, model {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"{name}: saved {tuple(state[name].shape)}, model {tuple(parameter.shape)}"
+                    )
                 parameter.copy_(state[name])
 
     def forward(
@@ -185,7 +189,9 @@ class DecomposedModel(nn.Module):
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
         return {
-            name: SiteActivation(x, inner_activation(x, self.pieces(name).V, is_embedding(self._layers[name])))
+            name: SiteActivation(
+                x, inner_activation(x, self.pieces(name).V, is_embedding(self._layers[name]))
+            )
             for name, x in clean.inputs.items()
         }
 
@@ -195,7 +201,7 @@ class DecomposedModel(nn.Module):
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
     def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:
-        """Causal importances g for a batch, by site: `.lower` and `.upper` in [0, 1] up to a leak, `[..., C]`."""
+        """Causal importances g of a batch by site, `[..., C]`: `.lower`, `.upper`, in [0, 1] up to a leak."""
         return self.importances(self.activations(self.clean_pass(batch)))
 
     @torch.no_grad()
@@ -272,7 +278,9 @@ def _patched_copy(target: nn.Module, sites: tuple[str, ...], switch: _Switch) ->
     patched = copy.deepcopy(target, shared)
     for name in sites:
         parent, _, attribute = name.rpartition(".")
-        setattr(patched.get_submodule(parent), attribute, _SiteWrapper(name, patched.get_submodule(name), switch))
+        setattr(
+            patched.get_submodule(parent), attribute, _SiteWrapper(name, patched.get_submodule(name), switch)
+        )
     return patched
 
 

@@ -12,7 +12,7 @@ def is_embedding(layer: nn.Module) -> bool:
 
 
 def is_decomposable(layer: nn.Module) -> bool:
-    """Whether the layer is `y = x Wᵀ + b` or a lookup: Linear, Embedding, Conv1D, or a tied transpose of one."""
+    """Whether the layer is `y = x Wᵀ + b` or a lookup: Linear, Embedding, Conv1D or a tied transpose."""
     return isinstance(layer, nn.Linear | nn.Embedding | TransposedLinear) or _is_conv1d(layer)
 
 
@@ -31,4 +31,7 @@ def bias_vector(layer: nn.Module) -> Float[Tensor, " d_out"] | None:
 
 def _is_conv1d(layer: nn.Module) -> bool:
     # By name: importing transformers costs two seconds that a toy run should not pay.
-    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers.") for base in type(layer).__mro__)
+    return any(
+        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
+        for base in type(layer).__mro__
+    )

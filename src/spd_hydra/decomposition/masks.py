@@ -66,4 +66,3 @@ def draw_mask(
 def columns_needed(source: MaskSource, C: int) -> int:
     """Random numbers per position that `draw_mask` takes for one site of C subcomponents."""
     return {MaskSource.stochastic: C + 1, MaskSource.binomial: 2 * C + 1}.get(source, 0)
-

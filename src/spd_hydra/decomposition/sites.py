@@ -23,7 +23,9 @@ def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[s
     for key, site in patterns.items():
         found = [name for name in candidates if fnmatchcase(name, site.pattern)]
         if not found:
-            raise ConfigError(f"decomposition.sites.{key}.pattern: {_why_nothing(site.pattern, modules, candidates)}")
+            raise ConfigError(
+                f"decomposition.sites.{key}.pattern: {_why_nothing(site.pattern, modules, candidates)}"
+            )
         for name in found:
             if name in matched_by:
                 raise ConfigError(
@@ -39,8 +41,8 @@ def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: lis
     if wrong_kind:
         kind = type(modules[wrong_kind[0]]).__name__
         return (
-            f"{pattern!r} matches {wrong_kind[0]!r}, a {kind}; only Linear, Embedding and Conv1D layers can be "
-            f"decomposed: {_shortened(candidates)}"
+            f"{pattern!r} matches {wrong_kind[0]!r}, a {kind}; only Linear, Embedding and Conv1D layers can "
+            f"be decomposed: {_shortened(candidates)}"
         )
     near = difflib.get_close_matches(pattern, candidates, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -63,9 +65,15 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, i
             if site not in sites:
                 raise ConfigError(f"{where}: {site!r} is not a site; the sites are {', '.join(sites)}")
         if source in tied:
-            raise ConfigError(f"{where}: {source!r} is itself tied; name the site that owns the subcomponents")
+            raise ConfigError(
+                f"{where}: {source!r} is itself tied; name the site that owns the subcomponents"
+            )
         if sites[name] != sites[source]:
-            raise ConfigError(f"{where}: C is {sites[name]} here and {sites[source]} at {source!r}; make them equal")
+            raise ConfigError(
+                f"{where}: C is {sites[name]} here and {sites[source]} at {source!r}; make them equal"
+            )
         own, other = (weight_matrix(target.get_submodule(site)) for site in (name, source))
-        if own.shape != other.T.shape or not bool((own == other.T).all() if own.device.type != "meta" else True):
+        if own.shape != other.T.shape or not bool(
+            (own == other.T).all() if own.device.type != "meta" else True
+        ):
             raise ConfigError(f"{where}: the weight is not the transpose of that of {source!r}")

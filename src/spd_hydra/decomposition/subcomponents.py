@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class Init(Enum):
-    """How V and U start. `normal`: V ~ N(0, 1/d_in), U ~ N(0, 1/C). `aligned`: unit vectors, U scaled by ⟨U_c V_c, W⟩."""
+    """How V and U start.
+
+    `normal`: V ~ N(0, 1/d_in), U ~ N(0, 1/C). `aligned`: unit vectors, then U_c scaled by ⟨U_c V_c, W⟩.
+    """
 
     normal = "normal"
     aligned = "aligned"
@@ -49,9 +52,9 @@ class Subcomponents(nn.Module):
 
 
 class TiedSubcomponents(nn.Module):
-    """The subcomponents of the transposed matrix: V = U_sourceᵀ, U = V_sourceᵀ, with no parameters of their own.
+    """The subcomponents of the transposed matrix: V = U_sourceᵀ, U = V_sourceᵀ.
 
-    One shared parameter, not two copies: it gets one gradient and one optimiser slot.
+    They have no parameters of their own: a shared one gets one gradient and one optimiser slot.
     """
 
     def __init__(self, source: Subcomponents) -> None:
@@ -75,7 +78,9 @@ class TiedSubcomponents(nn.Module):
 
 
 def inner_activation(
-    x: Float[Tensor, "*positions d_in"] | Int[Tensor, "*positions"], V: Float[Tensor, "d_in C"], embedding: bool
+    x: Float[Tensor, "*positions d_in"] | Int[Tensor, "*positions"],
+    V: Float[Tensor, "d_in C"],
+    embedding: bool,
 ) -> Float[Tensor, "*positions C"]:
     """h = x V, or the rows of V at the given tokens."""
     return nn.functional.embedding(x, V) if embedding else x @ V

@@ -8,7 +8,10 @@ from torch.nn.functional import log_softmax
 
 
 class Divergence(Enum):
-    """`mse`: mean over all output elements. `kl`: KL(target ‖ masked), summed over classes, mean over positions."""
+    """`mse`: mean over all output elements.
+
+    `kl`: KL(target ‖ masked) of the softmax of logits, summed over classes, mean over positions.
+    """
 
     mse = "mse"
     kl = "kl"

@@ -26,4 +26,7 @@ def faithfulness_statistics(model: DecomposedModel) -> Statistics:
     with torch.autocast(model.device.type, enabled=False):  # small differences of large numbers
         deltas = [model.weight_delta(site) for site in model.site_names]
     total: Tensor = torch.stack([delta.square().sum() for delta in deltas]).sum()
-    return {"sum": total, "count": torch.tensor(float(sum(delta.numel() for delta in deltas)), device=total.device)}
+    return {
+        "sum": total,
+        "count": torch.tensor(float(sum(delta.numel() for delta in deltas)), device=total.device),
+    }

@@ -30,7 +30,9 @@ class ImportanceMinimality(Loss):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.anneal_from > self.anneal_to:
-            yield Problem("anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}")
+            yield Problem(
+                "anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}"
+            )
 
     def scheduled(self, progress: float) -> dict[str, float]:
         return {} if self._is_constant else {"p": self.p(progress)}

@@ -37,8 +37,12 @@ class LossSet(Section):
         MaskSource.stochastic, Routing.uniform_k, "random masks at a random subset of sites per position"
     )
     ci_masked_recon: Recon = _recon(MaskSource.ci, Routing.all, "masks equal to the causal importances")
-    ci_masked_recon_layerwise: Recon = _recon(MaskSource.ci, Routing.layerwise, "the same, one site at a time")
-    ci_masked_recon_subset: Recon = _recon(MaskSource.ci, Routing.uniform_k, "the same, random subsets of sites")
+    ci_masked_recon_layerwise: Recon = _recon(
+        MaskSource.ci, Routing.layerwise, "the same, one site at a time"
+    )
+    ci_masked_recon_subset: Recon = _recon(
+        MaskSource.ci, Routing.uniform_k, "the same, random subsets of sites"
+    )
     unmasked_recon: Recon = _recon(MaskSource.unmasked, Routing.all, "all subcomponents on, no weight delta")
     extra: dict[str, Loss] = option(default_factory=dict, help="further terms, e.g. from plug-ins")
 

@@ -103,10 +103,10 @@ class Objective:
         draws: Float[Tensor, "*positions columns"],
         schedule: ScheduledValues,
     ) -> dict[str, Statistics]:
-        """The additive statistics of the given terms on one batch, with draws in the columns that they take."""
+        """The additive statistics of the given terms on one batch, with draws in the columns they take."""
         found = {}
         widths = [term.columns(self.model) for term in terms.values()]
-        for (name, term), own_draws in zip(terms.items(), draws.split(widths, dim=-1), strict=True):
+        for (name, term), own_draws in zip(terms.items(), torch.split(draws, widths, dim=-1), strict=True):
             own = dataclasses.replace(inputs, draws=own_draws, schedule=schedule.get(name, {}))
             with self._autocast():
                 found[name] = term.statistics(own)
@@ -133,4 +133,3 @@ class Objective:
                 site: (ci.lower > self.ci_threshold).sum() / inputs.n_positions
                 for site, ci in inputs.ci.items()
             }
-

@@ -43,7 +43,7 @@ class Recon(Loss):
         total = inputs.draws.new_zeros(())
         count = 0
         for draws in inputs.draws.chunk(self.n_samples, dim=-1):
-            route_draws, *mask_draws = draws.split(self._widths(model), dim=-1)
+            route_draws, *mask_draws = torch.split(draws, self._widths(model), dim=-1)
             site_masks = {
                 site: draw_mask(
                     self.masks,
