@@ -192,6 +192,10 @@ class RunDirectory:
         """What was last written by `write_summary`."""
         return self._read_json(_SUMMARY)
 
+    def read_environment(self) -> dict[str, Any]:
+        """What `write_environment` saved; empty if nothing was."""
+        return self._read_json(_ENVIRONMENT) or {}
+
     def read_config(self) -> str:
         """The text of the saved configuration."""
         with self._errors("read", _CONFIG) as path:

@@ -1,0 +1,133 @@
+"""From a configuration to the objects of a run."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spd_hydra import rng
+from spd_hydra.config import Device, RunConfig
+from spd_hydra.data.base import Batches
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.loss.objective import Objective
+from spd_hydra.model.base import KnownAnswer
+from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
+from spd_hydra.sampler import Sampler
+from spd_hydra.section import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a decomposition is made of.
+
+    `known` is the known answer of a toy target, or None; `position_shape` the shape of the positions of
+    one row of data.
+    """
+
+    config: RunConfig
+    batches: Batches
+    model: DecomposedModel
+    objective: Objective
+    known: KnownAnswer | None
+    position_shape: tuple[int, ...]
+
+    def train_sampler(self) -> Sampler:
+        """Training batches and the random numbers of the active loss terms."""
+        config = self.config
+        return Sampler(
+            self.batches,
+            seed=config.seed,
+            purpose="train",
+            rows=_rows(config.train.batch_size, self.model.device),
+            columns=self.objective.columns(config.loss.active_terms()),
+            position_shape=self.position_shape,
+            compile=config.train.compile,
+        )
+
+    def eval_sampler(self) -> Sampler:
+        """Held-out batches, the same for every evaluation, and the random numbers of all loss terms."""
+        config = self.config
+        return Sampler(
+            self.batches,
+            seed=config.seed,
+            purpose="eval",
+            rows=_rows(config.eval.batch_size, self.model.device),
+            columns=self.objective.columns(config.loss.terms()),
+            position_shape=self.position_shape,
+        )
+
+    def ideal_l0(self) -> dict[str, float]:
+        """L0 of a perfect decomposition at sites with one subcomponent per feature: features x probability."""
+        probability = getattr(self.config.data, "feature_probability", None)
+        if self.known is None or probability is None:
+            return {}
+        return {site: n * probability for site, n in self.known.identity.items() if site in self.model.site_names}
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("device: got cuda, but torch sees no GPU; use device=cpu or device=auto")
+    if config.device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device.name)
+
+
+def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | None = None) -> TrainedTarget:
+    """The certified target of a configuration, trained or from the cache."""
+    return obtain_target(
+        config.model,
+        config.data.bind(config.model),
+        seed=config.seed,
+        device=device,
+        cache_dir=Path(config.cache_dir).expanduser(),
+        progress=progress,
+    )
+
+
+def untrained_target(config: RunConfig) -> nn.Module:
+    """The target's architecture with weights nobody trained: to check sites, or to load weights into."""
+    return config.model.build(rng.generator(0, "untrained_target"))
+
+
+def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Parts:
+    """Decomposed model, objective and data for a target.
+
+    Raises:
+        ConfigError: sites, ties, data or causal-importance function do not fit the target.
+    """
+    batches = config.data.bind(config.model)
+    model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(device)
+    example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
+    model.find_roots(example)
+    with torch.no_grad():
+        importances = next(iter(model.causal_importances(example).values()))
+    return Parts(
+        config=config,
+        batches=batches,
+        model=model,
+        objective=Objective(
+            model, config.loss, precision=config.train.precision, ci_threshold=config.eval.ci_threshold
+        ),
+        known=config.model.known_answer(target),
+        position_shape=tuple(importances.lower.shape[1:-1]),
+    )
+
+
+def preflight(config: RunConfig) -> Parts:
+    """Build everything but the trained weights, so that a mistake shows before anything is trained.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    device_of(config)
+    return assemble(config, untrained_target(config), torch.device("cpu"))
+
+
+def _rows(number: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(number, dtype=torch.int32, device=device)

@@ -1,0 +1,62 @@
+"""How often and how strongly subcomponents are needed: L0, alive, mean, density, histogram."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BINS = 50
+
+
+class SiteActivity(NamedTuple):
+    """Additive counts of one site: over all positions seen so far."""
+
+    sum_ci: Float[Tensor, " C"]
+    active: Float[Tensor, " C"]
+    peak: Float[Tensor, " C"]
+    histogram: Float[Tensor, " bins"]
+
+
+@dataclasses.dataclass
+class Activity:
+    """Collects the lower causal importances of all positions of an evaluation.
+
+    A subcomponent is *active* at a position if g > threshold, and *alive* if it is active anywhere in
+    the evaluation data. L0 is the mean number of active subcomponents per position.
+    """
+
+    threshold: float
+    positions: int = 0
+    sites: dict[str, SiteActivity] = dataclasses.field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, ci: dict[str, Float[Tensor, "*positions C"]]) -> None:
+        """Count one batch of lower causal importances, by site."""
+        for site, values in ci.items():
+            g = values.float().flatten(0, -2)
+            new = SiteActivity(
+                g.sum(0),
+                (g > self.threshold).float().sum(0),
+                g.amax(0),
+                torch.histc(g.clamp(0, 1), bins=BINS, min=0, max=1),
+            )
+            old = self.sites.get(site)
+            if old is not None:
+                new = SiteActivity(
+                    old.sum_ci + new.sum_ci,
+                    old.active + new.active,
+                    torch.maximum(old.peak, new.peak),
+                    old.histogram + new.histogram,
+                )
+            self.sites[site] = new
+        self.positions += next(iter(ci.values()))[..., 0].numel()
+
+    def l0(self) -> dict[str, float]:
+        """Mean number of active subcomponents per position, by site."""
+        return {name: float(site.active.sum()) / self.positions for name, site in self.sites.items()}
+
+    def alive(self) -> dict[str, int]:
+        """Number of subcomponents that are active anywhere in the data, by site."""
+        return {name: int((site.peak > self.threshold).sum()) for name, site in self.sites.items()}

@@ -1,0 +1,126 @@
+"""One evaluation: every loss term, sparsity and the comparison with the known answer."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.loss.base import Statistics
+from spd_hydra.loss.objective import Objective
+from spd_hydra.metric.activity import Activity
+from spd_hydra.metric.contributions import neuron_contributions
+from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
+from spd_hydra.metric.known_answer import STRICT_TOLERANCE, TOLERANCE, Verdict, compare
+from spd_hydra.model.base import KnownAnswer
+from spd_hydra.sampler import Sampler
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective,
+    sampler: Sampler,
+    *,
+    step: int,
+    progress: float,
+    batches: int,
+    reference_positions: int,
+    known: KnownAnswer | None,
+    certified: bool,
+    ideal_l0: dict[str, float],
+) -> Evaluation:
+    """Measure a decomposition on held-out data.
+
+    Loss terms are those of training with the same parameters, whether trained on or not, accumulated
+    over all batches before they are finalised.
+
+    Args:
+        objective: the loss and the model.
+        sampler: held-out batches, with columns for every term.
+        step: training step, for the record.
+        progress: fraction of training done, for scheduled parameters.
+        batches: how many batches.
+        reference_positions: positions of a global training batch.
+        known: the known answer, or None.
+        certified: whether the target is fit to be decomposed; an uncertified one is never solved.
+        ideal_l0: expected L0 of a perfect decomposition, by site, where known.
+    """
+    model, terms = objective.model, objective.losses.terms()
+    schedule = objective.scheduled(progress)
+    activity = Activity(objective.ci_threshold)
+    totals: dict[str, Statistics] = {}
+    for number in range(batches):
+        batch, draws = sampler(number)
+        inputs = objective.inputs(batch)
+        activity.add({site: ci.lower for site, ci in inputs.ci.items()})
+        for name, found in objective.statistics(inputs, terms, draws, schedule).items():
+            totals[name] = {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
+    losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
+    verdict = compare(model, known) if known is not None else None
+    metrics = _metrics(objective, losses, activity, verdict)
+    return Evaluation(
+        step=step,
+        n_positions=activity.positions,
+        ci_threshold=activity.threshold,
+        metrics=metrics | {f"l0_ideal/{site}": value for site, value in ideal_l0.items()},
+        sites={site: _site(model, site, activity, verdict, known) for site in model.site_names},
+        checks=verdict.checks if verdict else [],
+        contributions=neuron_contributions(model),
+        mmcs=verdict.recovery.mmcs if verdict else None,
+        ml2r=verdict.recovery.ml2r if verdict else None,
+        ml2r_plain=verdict.recovery.ml2r_plain if verdict else None,
+        solved=certified and verdict.holds(TOLERANCE) if verdict else None,
+        strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict else None,
+    )
+
+
+def _metrics(
+    objective: Objective, losses: dict[str, float], activity: Activity, verdict: Verdict | None
+) -> dict[str, float]:
+    active = objective.losses.active_terms()
+    metrics = {"loss/total": sum(term.coeff * losses[name] for name, term in active.items())}
+    metrics |= {f"loss/{name}": value for name, value in losses.items()}
+    l0 = activity.l0()
+    metrics |= {f"l0/{site}": value for site, value in l0.items()} | {"l0/total": sum(l0.values())}
+    metrics |= {f"alive/{site}": float(value) for site, value in activity.alive().items()}
+    if verdict is not None:
+        metrics |= {
+            f"recovery/{check.name}_error_{check.tolerance:g}/{check.site}": float(check.error)
+            for check in verdict.checks
+        }
+        metrics |= {
+            "recovery/mmcs": verdict.recovery.mmcs,
+            "recovery/ml2r": verdict.recovery.ml2r,
+            "recovery/ml2r_plain": verdict.recovery.ml2r_plain,
+        }
+        if len(verdict.per_site) > 1:
+            for site, own in verdict.per_site.items():
+                metrics |= {f"recovery/mmcs/{site}": own.mmcs, f"recovery/ml2r/{site}": own.ml2r}
+    return metrics
+
+
+def _site(
+    model: DecomposedModel, site: str, activity: Activity, verdict: Verdict | None, known: KnownAnswer | None
+) -> SiteEvaluation:
+    counts = activity.sites[site]
+    pieces = model.pieces(site)
+    mean_ci = _numpy(counts.sum_ci) / activity.positions
+    probe = verdict.probes[site] if verdict else None
+    order = verdict.order.get(site) if verdict else None
+    directions = known.directions.get(site) if known else None
+    return SiteEvaluation(
+        weight=_numpy(model.weight(site)),
+        V=_numpy(pieces.V),
+        U=_numpy(pieces.U),
+        mean_ci=mean_ci,
+        density=_numpy(counts.active) / activity.positions,
+        histogram=_numpy(counts.histogram).astype(np.int64),
+        order=np.argsort(-mean_ci, kind="stable") if order is None else order,
+        probe_lower=probe.lower if probe else None,
+        probe_upper=probe.upper if probe else None,
+        directions=None if directions is None else _numpy(directions),
+    )
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
+    return array

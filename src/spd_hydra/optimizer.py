@@ -1,0 +1,42 @@
+"""The optimiser of a decomposition, and its state as named tensors."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def adamw(groups: Iterable[Iterable[nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with default betas, as one fused kernel per group."""
+    return torch.optim.AdamW(
+        [{"params": list(group)} for group in groups], lr=lr, weight_decay=weight_decay, fused=True
+    )
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
+    """Moments and step counts, as `<what>.<parameter name>`; empty before the first step."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters:
+        for what, value in optimizer.state.get(parameter, {}).items():
+            found[f"{what}.{name}"] = value
+    return found
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: NamedParameters, tensors: Mapping[str, Tensor]
+) -> None:
+    """Set what `state_tensors` gave.
+
+    Raises:
+        ValueError: the state belongs to other parameters.
+    """
+    by_name = dict(parameters)
+    for key, value in tensors.items():
+        what, _, name = key.partition(".")
+        parameter = by_name.get(name)
+        if parameter is None:
+            raise ValueError(f"optimiser state of {name!r} fits no parameter of this model")
+        # A step count is kept where fused AdamW wants it: on the parameter's device, in float32.
+        optimizer.state[parameter][what] = value.to(parameter.device).clone()

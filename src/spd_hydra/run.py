@@ -1,0 +1,309 @@
+"""One run from configuration to report: the only place that knows all the parts."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spd_hydra import report
+from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
+from spd_hydra.checkpoint import load_newest
+from spd_hydra.config import RunConfig, Task, differences, load_config, to_dict, to_yaml
+from spd_hydra.environment import describe_environment
+from spd_hydra.figure.base import draw_all
+from spd_hydra.logger.base import Logger
+from spd_hydra.metric.evaluate import evaluate
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.redaction import redact
+from spd_hydra.run_dir import RunDirectory, Status
+from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
+from spd_hydra.section import ConfigError
+from spd_hydra.summary import summarise
+from spd_hydra.trainer import Interrupted, Trainer, TrainingError
+
+logger = logging.getLogger(__name__)
+say: Callable[[str], None] = print
+
+_MAY_CHANGE_ON_RESUME = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.compile",
+    "eval.",
+    "logger",
+    "out_dir",
+    "cache_dir",
+    "task",
+    "run",
+    "resume",
+    "allow_extra",
+)
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason that its message explains; no traceback is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its directory (None for a check) and its summary."""
+
+    run_dir: Path | None
+    summary: dict[str, Any]
+
+
+def run(
+    config: RunConfig,
+    *,
+    run_dir: Path | None = None,
+    saved: RunConfig | None = None,
+) -> Outcome:
+    """Do what `config.task` says.
+
+    Args:
+        config: the whole configuration; for a resume, the saved one with the changes applied.
+        run_dir: where to write, for a job of a sweep; None: a new folder below `out_dir`.
+        saved: the configuration as it was saved, for a resume.
+
+    Raises:
+        ConfigError: the configuration cannot work; nothing was trained.
+        RunError: training failed.
+        KeyboardInterrupt: the user stopped it.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.task is Task.check:
+        return Outcome(None, check(config))
+    if config.task is Task.analyse:
+        return analyse(config)
+    if config.resume is not None:
+        return resume(config, saved)
+    preflight(config)
+    directory = RunDirectory.create(Path(config.out_dir), config.name) if run_dir is None else RunDirectory.at(run_dir)
+    with directory:
+        directory.write_config(to_yaml(config))
+        directory.write_environment(describe_environment(device_of(config).type))
+        return _recorded(directory, lambda: _decompose(config, directory))
+
+
+def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
+    """Go on with a run that was stopped, from its newest whole checkpoint.
+
+    Raises:
+        ConfigError: the changes would make it another run.
+    """
+    assert config.resume is not None, "resume needs a directory"
+    path = Path(config.resume)
+    saved = saved if saved is not None else load_config(path / "config.yaml")
+    changed = [
+        (key, old, new) for key, old, new in differences(saved, config) if not key.startswith(_MAY_CHANGE_ON_RESUME)
+    ]
+    if changed:
+        lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
+        raise ConfigError(
+            f"resume={path}: these changes would make it another run:\n{lines}\n"
+            "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for the rest"
+        )
+    with RunDirectory.open(path) as directory:
+        summary = directory.read_summary()
+        if summary is not None and summary.get("steps", 0) >= config.train.steps:
+            say(f"{path} has finished its {summary['steps']} steps: nothing to do. To go on, raise train.steps")
+            return Outcome(path, summary)
+        config = dataclasses.replace(config, resume=None, task=saved.task)
+        directory.write_config(to_yaml(config))
+        directory.write_environment(describe_environment(device_of(config).type))
+        return _recorded(directory, lambda: _decompose(config, directory))
+
+
+def analyse(config: RunConfig) -> Outcome:
+    """Measure a finished or stopped run again: metrics, figures, report and summary, into its directory."""
+    if config.run is None:
+        raise ConfigError("run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>")
+    path = Path(config.run)
+    with RunDirectory.open(path) as directory:
+        config = load_config(path / "config.yaml")
+        device = device_of(config)
+        parts, target = _reopen(config, directory, device)
+        checkpoint = load_newest(directory.checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
+        parts.model.load_trainable_state(checkpoint.tensors["model"])
+        evaluation = _evaluate(parts, target, checkpoint.step)
+        before = directory.read_summary() or {}
+        summary = _summary(parts, target, evaluation, before.get("seconds", {}), before.get("steps_per_second"))
+        _present(config, directory, evaluation, summary)
+        return Outcome(path, summary)
+
+
+def check(config: RunConfig) -> dict[str, Any]:
+    """Build everything without training and say how large it is."""
+    parts = preflight(config)
+    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    say(f"{config.name}: the configuration is sound")
+    for site, shape in parts.model.site_shapes().items():
+        say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
+    memory = trainable * 16 / 2**20
+    say(f"  trainable parameters: {trainable:,} ({memory:.1f} MiB with gradients and AdamW's moments)")
+    say(f"  loss terms: {', '.join(config.loss.active_terms())}")
+    return {"experiment": config.name, "trainable_parameters": trainable}
+
+
+def _decompose(config: RunConfig, directory: RunDirectory) -> Outcome:
+    started = time.perf_counter()
+    device = device_of(config)
+    target = _target(config, directory, device)
+    if config.task is Task.train_target:
+        summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
+        directory.write_summary(summary)
+        say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
+        return Outcome(directory.path, summary)
+    parts = assemble(config, target.module, device)
+    tracker = config.logger.start(directory.path, config.name, redact(to_dict(config)))
+    summary, exit_code = None, 1
+    try:
+        summary = _train(config, parts, target, directory, tracker, started)
+        exit_code = 0
+    finally:
+        tracker.finish(summary, exit_code)
+    return Outcome(directory.path, summary)
+
+
+def _train(
+    config: RunConfig,
+    parts: Parts,
+    target: TrainedTarget,
+    directory: RunDirectory,
+    tracker: Logger,
+    started: float,
+) -> dict[str, Any]:
+    def draw(evaluation: Evaluation) -> None:
+        drawn = draw_all(evaluation, directory.read_metrics(), directory.figures)
+        tracker.log_figures(evaluation.step, {figure.name: figure.path for figure in drawn})
+
+    trainer = Trainer(
+        parts.objective,
+        training=config.train,
+        evaluation=config.eval,
+        sampler=parts.train_sampler(),
+        evaluate=lambda step: _evaluate(parts, target, step),
+        on_figures=draw,
+        run=directory,
+        tracker=tracker,
+    )
+    checkpoint = load_newest(directory.checkpoints)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        say(f"going on from step {trainer.step}")
+    first_step = trainer.step
+    try:
+        evaluation = trainer.fit()
+    except TrainingError as error:
+        raise RunError(str(error)) from error
+    except Interrupted:
+        say(f"saved at step {trainer.step}; go on with: spd-run resume={directory.path}")
+        raise
+    seconds = {"target": target.seconds} | trainer.seconds | {"total": time.perf_counter() - started}
+    speed = (trainer.step - first_step) / seconds["train"] if seconds["train"] else None
+    summary = _summary(parts, target, evaluation, seconds, speed)
+    drawn = _present(config, directory, evaluation, summary)
+    tracker.log_figures(evaluation.step, drawn)
+    return summary
+
+
+def _present(
+    config: RunConfig, directory: RunDirectory, evaluation: Evaluation, summary: dict[str, Any]
+) -> dict[str, Path]:
+    """Draw figures, write summary and report, print the verdict."""
+    history = directory.read_metrics()
+    drawn = draw_all(evaluation, history, directory.figures)
+    directory.write_summary(summary)
+    path = directory.path / "report.html"
+    report.write_report(
+        path,
+        summary=summary,
+        evaluation=evaluation,
+        history=history,
+        figures=drawn,
+        config_text=directory.read_config(),
+        environment=directory.read_environment(),
+        warnings=() if summary["target"]["certified"] else ("The target is not certified.",),
+    )
+    say(report.verdict_table(summary, path))
+    return {figure.name: figure.path for figure in drawn}
+
+
+def _target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
+    """The run's own target if it has one already, else from the cache, else trained now."""
+    if (directory.path / TARGET_FILE).exists():
+        return read_target(config, directory.path, device)
+    target = obtain(config, device)
+    write_target(target, directory.path)
+    if target.tries > 1 and not target.cached:
+        say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
+    if not target.certified:
+        logger.warning("no certified target in %d tries; the run goes on and cannot be solved", target.tries)
+    return target
+
+
+def _reopen(
+    config: RunConfig, directory: RunDirectory, device: torch.device
+) -> tuple[Parts, TrainedTarget]:
+    target = read_target(config, directory.path, device)
+    return assemble(config, target.module, device), target
+
+
+def _summary(
+    parts: Parts,
+    target: TrainedTarget,
+    evaluation: Evaluation,
+    seconds: dict[str, float],
+    steps_per_second: float | None,
+) -> dict[str, Any]:
+    return summarise(
+        parts.config,
+        evaluation,
+        target_facts(target),
+        cosine_decides=parts.known is not None and parts.known.cosine_decides,
+        seconds=seconds,
+        steps_per_second=steps_per_second,
+    )
+
+
+def _evaluate(parts: Parts, target: TrainedTarget, step: int) -> Evaluation:
+    config = parts.config
+    per_row = torch.Size(parts.position_shape).numel()
+    return evaluate(
+        parts.objective,
+        parts.eval_sampler(),
+        step=step,
+        progress=step / config.train.steps,
+        batches=config.eval.batches,
+        reference_positions=config.train.batch_size * per_row,
+        known=parts.known,
+        certified=target.certified,
+        ideal_l0=parts.ideal_l0(),
+    )
+
+
+def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
+    """Do the work of a run; its status file says how that went, whatever happens."""
+    directory.write_status(Status.running, step=0)
+    try:
+        outcome = work()
+    except BaseException as error:
+        text = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        directory.write_status(Status.failed, step=_last_step(directory), error=text)
+        raise
+    directory.write_status(Status.done, step=int(outcome.summary.get("steps", 0)))
+    return outcome
+
+
+def _last_step(directory: RunDirectory) -> int:
+    rows = directory.read_metrics()
+    return int(rows[-1]["step"]) if rows else 0

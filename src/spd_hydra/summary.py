@@ -1,0 +1,60 @@
+"""summary.json: the result of a run in one place."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from spd_hydra.config import RunConfig
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.known_answer import LARGEST_ML2R_ERROR, LEAST_MMCS, STRICT_TOLERANCE, TOLERANCE
+
+
+def summarise(
+    config: RunConfig,
+    evaluation: Evaluation,
+    target: Mapping[str, Any],
+    *,
+    cosine_decides: bool,
+    seconds: Mapping[str, float],
+    steps_per_second: float | None,
+) -> dict[str, Any]:
+    """The summary of a run: verdict with all checks and thresholds, sparsity, losses, target, times."""
+
+    def by_site(group: str) -> dict[str, float]:
+        prefix = f"{group}/"
+        return {name.removeprefix(prefix): v for name, v in evaluation.metrics.items() if name.startswith(prefix)}
+
+    return {
+        "experiment": config.name,
+        "seed": config.seed,
+        "steps": evaluation.step,
+        "solved": evaluation.solved,
+        "strict": evaluation.strict,
+        "checks": [
+            {
+                "name": check.name,
+                "site": check.site,
+                "tolerance": check.tolerance,
+                "error": check.error,
+                "expected": check.expected,
+            }
+            for check in evaluation.checks
+        ],
+        "thresholds": {
+            "tolerance": TOLERANCE,
+            "strict_tolerance": STRICT_TOLERANCE,
+            "mmcs": LEAST_MMCS,
+            "ml2r": LARGEST_ML2R_ERROR,
+            "cosine_decides": cosine_decides,
+            "ci": evaluation.ci_threshold,
+            "positions": evaluation.n_positions,
+        },
+        "mmcs": evaluation.mmcs,
+        "ml2r": evaluation.ml2r,
+        "ml2r_plain": evaluation.ml2r_plain,
+        "alive": {site: int(number) for site, number in by_site("alive").items()},
+        "l0": by_site("l0"),
+        "losses": by_site("loss"),
+        "target": dict(target),
+        "seconds": dict(seconds),
+        "steps_per_second": steps_per_second,
+    }

@@ -1,0 +1,227 @@
+"""The training loop: what happens in a run, top to bottom."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from spd_hydra.checkpoint import Checkpoint, save_checkpoint
+from spd_hydra.compiling import can_compile, compiled
+from spd_hydra.logger.base import Logger
+from spd_hydra.loss.faithfulness import faithfulness_statistics
+from spd_hydra.loss.objective import Objective, StepLoss
+from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
+from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
+from spd_hydra.progress import Progress
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.sampler import Sampler
+from spd_hydra.trainer_config import Evaluation, Training
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what to try."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by the user at a step boundary, after saving a checkpoint."""
+
+
+class Trainer:
+    """Trains subcomponents and causal-importance function of one decomposition.
+
+    Args:
+        objective: the loss and the model.
+        training: optimiser, schedule, checkpoints.
+        evaluation: when to measure.
+        sampler: training batches and random numbers by step.
+        evaluate: measures the model after a number of steps.
+        on_figures: called with an evaluation whose figures are due.
+        run: receives metrics and checkpoints.
+        tracker: receives metrics too.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        training: Training,
+        evaluation: Evaluation,
+        sampler: Sampler,
+        evaluate: Callable[[int], EvaluationResult],
+        on_figures: Callable[[EvaluationResult], None],
+        run: RunDirectory,
+        tracker: Logger,
+    ) -> None:
+        self.objective, self.model = objective, objective.model
+        self.training, self.evaluation = training, evaluation
+        self.sampler, self.evaluate, self.on_figures = sampler, evaluate, on_figures
+        self.run, self.tracker = run, tracker
+        self.step = 0
+        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.components: list[nn.Parameter] = list(self.model.component_parameters())
+        self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
+        self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
+        use_compiled = training.compile and can_compile(self.model.device.type)
+        self.loss = compiled(objective.__call__) if use_compiled else objective
+        self._stop_requested = False
+
+    def fit(self) -> EvaluationResult:
+        """Train to the last step and return the last evaluation.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+            Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
+        """
+        if self.step == 0:
+            self.fit_weights()
+        result = None
+        with Progress(self.training.steps, self.step) as progress, self._ctrl_c_stops_at_step_boundary():
+            while self.step < self.training.steps:
+                with self._timed("train"):
+                    loss = self.train_step()
+                progress.update(self.step, lambda loss=loss: _shown(loss))  # type: ignore[misc]
+                if self._due(self.training.log_every):
+                    self._log("train", self._train_numbers(loss))
+                if self._due(self.evaluation.every):
+                    result = self._evaluate()
+                if self._due(self.training.checkpoint_every):
+                    self.save()
+                if self._stop_requested and self.step < self.training.steps:
+                    self.save()
+                    raise Interrupted
+        return result if result is not None else self._evaluate()
+
+    def train_step(self) -> StepLoss:
+        """One step: draw, schedule, loss, gradients, update."""
+        progress = self.step / self.training.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
+        batch, draws = self.sampler(self.step)
+        loss = self.loss(batch, draws, self.objective.scheduled(progress))
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        # Reading the loss waits for the device: free on a CPU, done on log steps only on a GPU.
+        if batch.device.type == "cpu" or (self.step + 1) % self.training.log_every == 0:
+            self._require_finite(loss)
+        self._clip(self.components, self.training.clip_components)
+        self._clip(self.ci_fn, self.training.clip_ci_fn)
+        self.optimizer.step()
+        self.step += 1
+        return loss
+
+    def fit_weights(self) -> None:
+        """Faithfulness warmup: V and U alone learn to sum to the weights, with an optimiser that is then dropped."""
+        warmup = self.training.faithfulness_warmup
+        optimizer = adamw([self.components], lr=warmup.lr, weight_decay=warmup.weight_decay)
+        for _ in range(warmup.steps):
+            optimizer.zero_grad()
+            statistics = faithfulness_statistics(self.model)
+            (statistics["sum"] / statistics["count"]).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        self.run.sync_metrics()
+        tensors = {
+            "model": self.model.trainable_state(),
+            "optimizer": state_tensors(self.optimizer, self._named_parameters()),
+        }
+        keep = self.training.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, self.step, tensors, {"step": self.step}, keep)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: weights, optimiser, step; metrics logged after it are dropped."""
+        self.model.load_trainable_state(checkpoint.tensors["model"])
+        load_state_tensors(self.optimizer, self._named_parameters(), checkpoint.tensors["optimizer"])
+        self.step = checkpoint.step
+        self.run.truncate_metrics(self.step)
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.training.steps
+
+    def _clip(self, parameters: list[nn.Parameter], limit: float | None) -> None:
+        if limit is not None:
+            nn.utils.clip_grad_norm_(parameters, limit)
+
+    def _require_finite(self, loss: StepLoss) -> None:
+        if math.isfinite(loss.total.item()):
+            return
+        bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
+        raise TrainingError(
+            f"the loss is {loss.total.item()} at step {self.step}, first in: {', '.join(bad) or 'their sum'}. "
+            f"The checkpoints in {self.run.checkpoints} are from before. Try a lower train.lr "
+            f"(now {self.training.lr:g}), train.clip_components=0.1, or train.precision=fp32"
+        )
+
+    def _train_numbers(self, loss: StepLoss) -> dict[str, float]:
+        numbers = {"loss/total": loss.total.item()}
+        numbers |= {f"loss/{name}": value.item() for name, value in loss.terms.items()}
+        l0 = {site: value.item() for site, value in loss.l0.items()}
+        numbers |= {f"l0/{site}": value for site, value in l0.items()} | {"l0/total": sum(l0.values())}
+        numbers["grad_norm/components"] = _gradient_norm(self.components)
+        numbers["grad_norm/ci_fn"] = _gradient_norm(self.ci_fn)
+        numbers["lr"] = self.optimizer.param_groups[0]["lr"]
+        return numbers
+
+    def _evaluate(self) -> EvaluationResult:
+        with self._timed("eval"):
+            result = self.evaluate(self.step)
+        self._log("eval", result.metrics)
+        every = self.evaluation.figures_every
+        if every and self.step % every == 0 and self.step < self.training.steps:
+            self.on_figures(result)
+        return result
+
+    def _log(self, split: str, numbers: dict[str, float]) -> None:
+        self.run.append_metrics(self.step, split, numbers)
+        self.tracker.log(self.step, split, numbers)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+    @contextmanager
+    def _ctrl_c_stops_at_step_boundary(self) -> Iterator[None]:
+        """The first Ctrl-C asks for a stop after the current step, where state is whole; the second is immediate."""
+
+        def request_stop(number: int, frame: FrameType | None) -> Any:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            self._stop_requested = True
+            logger.warning("stopping after this step to save a checkpoint; Ctrl-C again stops at once")
+
+        try:
+            before = signal.signal(signal.SIGINT, request_stop)
+        except ValueError:  # not the main thread: nobody sends it Ctrl-C
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _shown(loss: StepLoss) -> dict[str, float]:
+    return {"loss": loss.total.item(), "L0": sum(value.item() for value in loss.l0.values())}
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> float:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
