@@ -99,9 +99,11 @@ class TMS(TrainableTarget):
         weight, bias = module.get_parameter("embed.weight"), module.get_parameter("unembed.bias")
         z = batch @ weight.T
         p = torch.addmm(bias, z, weight)
-        d = torch.where(p > 0, p - batch, 0.0)
+        d: Tensor = torch.ops.aten.threshold_backward(
+            p - batch, p, 0
+        )  # one pass; torch.where takes four times as long
         scale = 2 / batch.numel()
-        weight_gradient = torch.addmm(weight @ d.T @ batch, z.T, d) * scale
+        weight_gradient = torch.addmm((d @ weight.T).T @ batch, z.T, d) * scale
         return [weight_gradient, d.sum(dim=0) * scale]
 
     @torch.no_grad()
