@@ -64,17 +64,21 @@ class ResidMLPModel(nn.Module):
         The residual stream is linear in x and in the layers' neurons, so no vector of d_embed numbers
         is needed per input: with d_embed much larger than features and neurons this saves most of the work.
         """
-        output = x @ (self.W_E @ self.W_U)
-        neurons: list[tuple[Tensor, Tensor]] = []  # activations so far, and the weights that write them
+        weight_in = torch.cat([layer.mlp_in.weight for layer in self.mlp_layers()])
+        weight_out = torch.cat([layer.mlp_out.weight for layer in self.mlp_layers()], dim=1)
+        from_embedding = x @ (self.W_E @ weight_in.T)  # what all neurons, layer after layer, read of x
+        reads = weight_out.T @ weight_in.T if len(self.layers) > 1 else None  # [writer, reader]
+        activations: list[Tensor] = []
+        first = 0
         for layer in self.mlp_layers():
-            weight_in, weight_out = layer.mlp_in.weight, layer.mlp_out.weight
-            before = x @ (self.W_E @ weight_in.T)
-            for activation, written in neurons:
-                before = before + activation @ (written.T @ weight_in.T)
-            activation = torch.relu(before)
-            neurons.append((activation, weight_out))
-            output = output + activation @ (weight_out.T @ self.W_U)
-        return output
+            last = first + layer.mlp_in.out_features
+            before = from_embedding[:, first:last]
+            if reads is not None and activations:
+                before = before + torch.cat(activations, dim=1) @ reads[:first, first:last]
+            activations.append(torch.relu(before))
+            first = last
+        output = x @ (self.W_E @ self.W_U)
+        return output + torch.cat(activations, dim=1) @ (weight_out.T @ self.W_U)
 
     def mlp_layers(self) -> Iterator[MLPLayer]:
         """The layers in order, typed."""
