@@ -20,12 +20,17 @@ from spd_hydra.section import (
     Problem,
     Section,
     all_problems,
+    checks_deferred,
     children,
     kind_of,
     option,
     registered,
 )
 from spd_hydra.trainer_config import Evaluation, Training
+
+
+KIND = "_kind_"
+"""Key that names the class of a pluggable section in plain data; no field begins with an underscore."""
 
 
 class Task(Enum):
@@ -79,9 +84,9 @@ class RunConfig(Section):
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Plain data of a section, with a `kind` beside the fields of every pluggable one."""
+    """Plain data of a section, with `_kind_` beside the fields of every pluggable one."""
     kind = kind_of(type(config))
-    found: dict[str, Any] = {"kind": kind} if kind else {}
+    found: dict[str, Any] = {KIND: kind} if kind else {}
     for field in dataclasses.fields(config):
         found[field.name] = _plain(getattr(config, field.name))
     return found
@@ -117,11 +122,13 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
         OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)
     try:
         merged = OmegaConf.merge(schema, _without_kinds(data))
-        return cast(RunConfig, OmegaConf.to_object(merged))
-    except ConfigError:
-        raise
+        with checks_deferred():
+            config = cast(RunConfig, OmegaConf.to_object(merged))
     except Exception as error:  # OmegaConf has many, all of them about this file
         raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
+    if wrong := problems(config):
+        raise ConfigError("; ".join(str(problem) for problem in wrong))
+    return config
 
 
 def load_config(path: Path) -> RunConfig:
@@ -169,8 +176,8 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _kinds(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in data.items():
         if isinstance(value, dict):
-            if "kind" in value:
-                yield f"{prefix}{key}", str(value["kind"])
+            if KIND in value:
+                yield f"{prefix}{key}", str(value[KIND])
             yield from _kinds(value, f"{prefix}{key}.")
 
 
@@ -178,7 +185,7 @@ def _without_kinds(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_kinds(value) if isinstance(value, dict) else value
         for key, value in data.items()
-        if key != "kind"
+        if key != KIND
     }
 
 

@@ -84,8 +84,10 @@ class Section:
             value = getattr(self, field.name)
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float) and not _inside(number, bounds):
-                    wanted = " and ".join(f"{_COMPARISONS[name][0]} {b:g}" for name, b in bounds.items())
-                    yield Problem(field.name, f"got {value}, must be {wanted}")
+                    wanted = [f"{_COMPARISONS[name][0]} {b:g}" for name, b in bounds.items()]
+                    if not math.isfinite(number):
+                        wanted.insert(0, "finite")
+                    yield Problem(field.name, f"got {value}, must be {' and '.join(wanted)}")
                     break
 
 
