@@ -25,6 +25,7 @@ def load_plugins() -> None:
         try:
             plugin.load()
         except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
             raise ConfigError(
-                f"the plug-in {plugin.name} ({plugin.value}) cannot be loaded: {type(error).__name__}: {error}"
+                f"the plug-in {plugin.name} ({plugin.value}) cannot be loaded: {reason}"
             ) from error

@@ -4,25 +4,36 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 from hydra import compose as hydra_compose
-from hydra import initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Sweep
 from hydra.types import RunMode
-from hydra.version import VersionBase
+from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from spd_hydra import config_errors
 from spd_hydra.components import load_plugins
 from spd_hydra.config import RunConfig, problems
+from spd_hydra.overrides import (
+    Groups,
+    apply,
+    chooses_group,
+    group_problem,
+    is_for_hydra,
+    read,
+    unreadable,
+    without_hydra,
+)
 from spd_hydra.section import ConfigError, Problem, checks_deferred
 
 CONFIG_MODULE = "spd_hydra.conf"
@@ -36,7 +47,7 @@ ConfigStore.instance().store(name=f"run_config{_SCHEMA_SUFFIX}", node=RunConfig,
 def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = None) -> RunConfig:
     """The configuration that `spd-run` would run with these overrides.
 
-    May be called anywhere, also in a notebook or inside another Hydra application, whose state it leaves alone.
+    May be called anywhere, also in a notebook or inside another Hydra application: it keeps its state.
 
     Args:
         overrides: as on the command line, e.g. `["experiment=resid_mlp1", "seed=3"]`.
@@ -50,12 +61,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = No
 
 
 class Composer:
-    """Composes any number of configurations; see `open`."""
-
-    def __init__(self, config_dir: Path | str | None = None) -> None:
-        self._base = (
-            [f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).absolute()}')}]"] if config_dir else []
-        )
+    """Composes any number of configurations; made by `open`."""
 
     @classmethod
     @contextlib.contextmanager
@@ -65,17 +71,24 @@ class Composer:
         Raises:
             ConfigError: the folder does not exist, or a plug-in cannot be loaded.
         """
-        if config_dir is not None and not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir: there is no folder {config_dir}")
         load_plugins()
+        search_path = create_config_search_path(f"pkg://{CONFIG_MODULE}")
+        if config_dir is not None:
+            if not Path(config_dir).is_dir():
+                raise ConfigError(f"--config-dir: there is no folder {config_dir}")
+            anchor = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", anchor)
         others, version = GlobalHydra.instance().hydra, copy.copy(VersionBase.instance())
         GlobalHydra.instance().clear()
+        setbase(HYDRA_VERSION_BASE)
         try:
-            with initialize_config_module(CONFIG_MODULE, version_base=HYDRA_VERSION_BASE):
-                yield cls(config_dir)
+            yield cls(Hydra.create_main_hydra2("spd-run", search_path))
         finally:
             GlobalHydra.instance().hydra = others
             VersionBase.set_instance(version)
+
+    def __init__(self, hydra: Hydra) -> None:
+        self._hydra = hydra
 
     def run_config(self, overrides: Sequence[str]) -> RunConfig:
         """The configuration with these overrides.
@@ -84,20 +97,25 @@ class Composer:
             ConfigError: lists everything that is wrong.
         """
         cfg = self.composed(overrides)
-        if any(_problems(cfg, {})):
-            raise ConfigError("\n".join(str(problem) for problem in _problems(cfg, self.groups())))
-        return to_run_config(cfg)
+        config, found = _checked(cfg, {})
+        if config is None or found:
+            raise _error(_checked(cfg, self.groups()).problems)
+        return config
 
     def composed(self, overrides: Sequence[str]) -> DictConfig:
         """What Hydra composes from these overrides, of the right types but otherwise unchecked.
 
         Raises:
-            ConfigError: lists every override that does not fit.
+            ConfigError: lists everything that is wrong.
         """
         try:
-            return hydra_compose(CONFIG_NAME, [*overrides, *self._base])
-        except Exception as error:  # Hydra has its own, OmegaConf's, and plain ones, all about these words
-            raise ConfigError("\n".join(self._diagnosis(overrides, error))) from error
+            return hydra_compose(CONFIG_NAME, list(overrides))
+        except Exception as error:  # Hydra's own, OmegaConf's and plain ones, all of them about these words
+            raise _error(self._diagnosis(overrides, error)) from error
+
+    def is_sweep(self, overrides: Sequence[str]) -> bool:
+        """Whether the configuration itself asks for several jobs, by `hydra.mode=MULTIRUN`."""
+        return bool(self._hydra.get_mode(CONFIG_NAME, list(overrides)) is RunMode.MULTIRUN)
 
     def jobs(self, overrides: Sequence[str]) -> list[list[str]]:
         """The overrides of each job of a sweep, in the order in which Hydra's basic sweeper numbers them.
@@ -105,79 +123,59 @@ class Composer:
         Raises:
             ConfigError: an override cannot be read, or what it sweeps over does not exist.
         """
-        loader = self._loader()
         try:
-            with_hydra = GlobalHydra.instance().hydra
-            assert with_hydra is not None, "a composer is used within its with block"
-            master = with_hydra.compose_config(
+            master = self._hydra.compose_config(
                 config_name=CONFIG_NAME,
-                overrides=[*overrides, *self._base],
+                overrides=[text for text in overrides if is_for_hydra(text)],
                 run_mode=RunMode.MULTIRUN,
                 with_log_configuration=False,
             )
             parameters = OmegaConf.select(master, "hydra.sweeper.params") or {}
             texts = [f"{key}={value}" for key, value in parameters.items()]
-            parser = OverridesParser.create(config_loader=loader)
-            parsed = parser.parse_overrides([*texts, *_without_hydra(overrides)])
-            return cast(list[list[str]], BasicSweeper.split_arguments(parsed, None)[0])
+            parser = OverridesParser.create(config_loader=self._hydra.config_loader)
+            parsed = parser.parse_overrides([*texts, *without_hydra(overrides)])
+            return BasicSweeper.split_arguments(parsed, None)[0]
         except Exception as error:
-            simple = [text for text in overrides if not self._is_sweep(text)]
-            raise ConfigError("\n".join(self._diagnosis(simple, error))) from error
+            found = [unreadable(text) for text in overrides if read(text) is None]
+            raise _error(found or [Problem("", explain(error))]) from error
 
     def groups(self) -> dict[str, list[str]]:
         """Every config group with the options that a person may choose."""
-        loader = self._loader()
-        names = [name for name in loader.list_groups("") if name != "hydra" and not name.startswith("_")]
-        return {name: self._options(name) for name in names}
+        names = self._hydra.config_loader.list_groups("")
+        return {name: self._options(name) for name in names if name != "hydra" and not name.startswith("_")}
 
-    def _options(self, group: str, below: str = "") -> list[str]:
-        loader = self._loader()
-        path = f"{group}/{below}".rstrip("/")
-        found = loader.get_group_options(path, ObjectType.CONFIG, None, self._base)
-        options = [f"{below}{name}" for name in found if not name.endswith(_SCHEMA_SUFFIX)]
-        for name in loader.get_group_options(path, ObjectType.GROUP, None, self._base):
-            if not name.startswith("_"):
-                options += self._options(group, f"{below}{name}/")
+    def _options(self, group: str) -> list[str]:
+        sources = [source for source in self._hydra.config_loader.get_sources() if source.is_group(group)]
+        found = {name for source in sources for name in source.list(group, ObjectType.CONFIG)}
+        options = sorted(name for name in found if not name.endswith(_SCHEMA_SUFFIX))
+        for inner in sorted({name for source in sources for name in source.list(group, ObjectType.GROUP)}):
+            if not inner.startswith("_"):
+                options += [f"{inner}/{name}" for name in self._options(f"{group}/{inner}")]
         return options
 
-    def _loader(self) -> Any:
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None, "a composer is used within its with block"
-        return hydra.config_loader
-
-    def _is_sweep(self, text: str) -> bool:
-        try:
-            return bool(OverridesParser.create().parse_override(text).is_sweep_override())
-        except HydraException:
-            return False
-
-    def _diagnosis(self, overrides: Sequence[str], error: Exception) -> list[str]:
-        """Everything that is wrong with these overrides, a line each; at least what the error says."""
+    def _diagnosis(self, overrides: Sequence[str], error: Exception) -> list[Problem]:
+        """Everything that is wrong with these overrides; at least what the error says."""
         groups = self.groups()
-        chosen, values, lines = [], [], []
+        chosen, values, found = [], [], []
         for text in overrides:
-            try:
-                override = OverridesParser.create().parse_override(text)
-            except HydraException:
-                lines.append(_unreadable(text))
-                continue
-            key = override.key_or_group
-            if key.split(".")[0].split("/")[0] == "hydra":
+            override = read(text)
+            if override is None:
+                found.append(unreadable(text))
+            elif is_for_hydra(text):
                 chosen.append(text)
-            elif isinstance(override.value(), Sweep):
-                lines.append(_needs_multirun(text, override))
-            elif key in groups and not isinstance(override.value(), dict):
-                problem = _group_problem(override, groups[key])
-                lines.append(f"{key}: {problem}") if problem else chosen.append(text)
-            else:
+            elif not chooses_group(override, groups) or isinstance(override.value(), Sweep):
                 values.append(override)
+            elif problem := group_problem(override, groups[override.key_or_group]):
+                found.append(problem)
+            else:
+                chosen.append(text)
         try:
-            cfg = hydra_compose(CONFIG_NAME, [*chosen, *self._base])
+            cfg = hydra_compose(CONFIG_NAME, chosen)
         except Exception as other:
-            return lines or [explain(other)]
-        lines += [f"{problem}" for problem in _apply(cfg, values, groups)]
-        lines += [f"{problem}" for problem in _problems(cfg, groups)]
-        return lines or [explain(error)]
+            return found or [Problem("", explain(other))]
+        found += apply(cfg, values, groups)
+        found += _checked(cfg, groups).problems
+        return found or [Problem("", explain(error))]
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
@@ -186,14 +184,15 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     Raises:
         ConfigError: lists every unknown key, missing value and value out of range.
     """
-    found = list(_problems(cfg, {}))
-    if found:
-        raise ConfigError("\n".join(str(problem) for problem in found))
-    with checks_deferred():
-        return cast(RunConfig, OmegaConf.to_object(_declared(cfg)))
+    config, found = _checked(cfg, {})
+    if config is None or found:
+        raise _error(found)
+    return config
 
 
-def apply_overrides(saved: RunConfig, overrides: Sequence[str]) -> RunConfig:
+def apply_overrides(
+    saved: RunConfig, overrides: Sequence[str], *, config_dir: Path | str | None = None
+) -> RunConfig:
     """A saved configuration with what was typed to go on with it.
 
     Choosing another option of a group (`logger=wandb`) replaces that section.
@@ -201,115 +200,84 @@ def apply_overrides(saved: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Args:
         saved: as it was saved with a run.
         overrides: as on the command line; those for Hydra itself are passed over.
+        config_dir: a further folder of YAML files, as `--config-dir`.
 
     Raises:
         ConfigError: lists everything that is wrong.
     """
     cfg = OmegaConf.structured(saved)
-    lines, values = [], []
-    with Composer.open() as composer:
+    values, found = [], []
+    with Composer.open(config_dir) as composer:
         groups = composer.groups()
-        for text in _without_hydra(overrides):
-            try:
-                override = OverridesParser.create().parse_override(text)
-            except HydraException:
-                lines.append(_unreadable(text))
-                continue
-            key = override.key_or_group
-            if key not in groups or isinstance(override.value(), dict):
+        for text in without_hydra(overrides):
+            override = read(text)
+            if override is None:
+                found.append(unreadable(text))
+            elif not chooses_group(override, groups):
                 values.append(override)
-            elif key not in cfg:
-                lines.append(
-                    f"{key}: got {override.value()}, but a run that goes on keeps its own; leave {key}= out"
-                )
-            elif problem := _group_problem(override, groups[key]):
-                lines.append(f"{key}: {problem}")
+            elif override.key_or_group not in cfg:
+                found.append(Problem(override.key_or_group, "a run that goes on keeps its own; leave it out"))
+            elif problem := group_problem(override, groups[override.key_or_group]):
+                found.append(problem)
             else:
-                cfg[key] = composer.composed([text])[key]
-    lines += [str(problem) for problem in _apply(cfg, values, groups)]
-    lines += [str(problem) for problem in _problems(cfg, groups)]
-    if lines:
-        raise ConfigError("\n".join(lines))
-    return to_run_config(cfg)
+                cfg[override.key_or_group] = composer.composed([text])[override.key_or_group]
+    found += apply(cfg, values, groups)
+    config, wrong = _checked(cfg, groups)
+    if config is None or found or wrong:
+        raise _error([*found, *wrong])
+    return config
 
 
 def explain(error: BaseException) -> str:
     """What Hydra or OmegaConf says, in one line, without advice that does not fit here."""
     texts = [str(error), str(error.__cause__ or "")]
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(("See https", "Set the env", "object_type", "reference_type"))
-    ]
-    return "; ".join(dict.fromkeys(kept))
+    noise = (
+        "See https",
+        "Set the env",
+        "object_type",
+        "reference_type",
+        "full_key",
+        "provider=",
+        "Config search",
+    )
+    return "; ".join(dict.fromkeys(line for line in lines if not line.startswith(noise)))
 
 
-def _apply(cfg: DictConfig, overrides: Sequence[Override], groups: dict[str, list[str]]) -> Iterator[Problem]:
-    """Put values into a configuration, leaving out those that do not fit, and say why."""
-    for override in overrides:
-        key, value = override.key_or_group, override.value()
-        if isinstance(value, Sweep):
-            yield Problem("", _needs_multirun(str(override.input_line), override))
-            continue
-        there = key in set(config_errors.full_keys(cfg))
-        is_add = override.is_add() or override.is_force_add()
-        if override.package is not None or (not there and not is_add):
-            yield Problem(key, f"{config_errors.unknown_key(key, cfg, groups)} (in {override.input_line})")
-        elif override.is_add() and there and not isinstance(value, dict | list):
-            yield Problem(
-                key, f"is there already, so write it without +: {str(override.input_line).lstrip('+')}"
-            )
-        elif override.is_delete():
-            yield from _delete(cfg, key)
-        else:
-            try:
-                OmegaConf.update(cfg, key, value, merge=True, force_add=is_add)
-            except (ConfigAttributeError, ConfigKeyError):
-                yield Problem(
-                    key, f"{config_errors.unknown_key(key, cfg, groups)} (in {override.input_line})"
-                )
-            except OmegaConfBaseException as error:
-                full_key = str(getattr(error, "full_key", None) or key)
-                inner = value if full_key == key else getattr(error, "value", value)
-                yield Problem(full_key, config_errors.wrong_value(full_key, inner, cfg))
+class _Checked(NamedTuple):
+    config: RunConfig | None
+    problems: list[Problem]
 
 
-def _delete(cfg: DictConfig, key: str) -> Iterator[Problem]:
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    if OmegaConf.get_type(node) is not dict:
-        yield Problem(key, "cannot be removed, only set to another value")
-        return
-    with open_dict(node):
-        del node[name]
-
-
-def _problems(cfg: DictConfig, groups: dict[str, list[str]]) -> Iterator[Problem]:
-    """What is wrong with a composed configuration, all of it."""
-    clean = _declared(cfg)
+def _checked(cfg: DictConfig, groups: Groups) -> _Checked:
+    """The RunConfig of a composed configuration, and everything that is wrong with it."""
+    clean, found = _declared(cfg), []
     if not cfg.get("allow_extra"):
         for key in config_errors.unknown_in_sections(cfg):
-            hint = config_errors.unknown_key(key, clean, groups)
-            yield Problem(key, f"{hint} (allow_extra=true accepts it, unused)")
-    missing = OmegaConf.missing_keys(clean)
-    for key in sorted(missing):
-        yield Problem(key, config_errors.missing_value(key, groups.get(key, [])))
+            message = config_errors.unknown_key(key, clean, groups)
+            found.append(Problem(key, f"{message} (allow_extra=true accepts and ignores it)"))
+    missing = [key for key in config_errors.full_keys(clean) if _is_missing(clean, key)]
+    found += [Problem(key, config_errors.missing_value(key, groups.get(key, []))) for key in missing]
     if missing:
-        return
+        return _Checked(None, found)
     try:
         with checks_deferred():
             config = cast(RunConfig, OmegaConf.to_object(clean))
     except OmegaConfBaseException as error:
-        yield Problem(str(getattr(error, "full_key", None) or ""), explain(error))
-        return
-    yield from problems(config)
+        return _Checked(None, [*found, Problem(str(getattr(error, "full_key", None) or ""), explain(error))])
+    return _Checked(config, [*found, *problems(config)])
+
+
+def _is_missing(cfg: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return OmegaConf.is_missing(OmegaConf.select(cfg, parent) if parent else cfg, name)
 
 
 def _declared(cfg: DictConfig) -> DictConfig:
     """The configuration without keys that no section declares."""
-    clean = cfg.copy()
-    for key in list(config_errors.unknown_in_sections(cfg)):
+    extra = list(config_errors.unknown_in_sections(cfg))
+    clean = cfg.copy() if extra else cfg
+    for key in extra:
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(clean, parent) if parent else clean
         with open_dict(node):
@@ -317,37 +285,5 @@ def _declared(cfg: DictConfig) -> DictConfig:
     return clean
 
 
-def _group_problem(override: Override, options: list[str]) -> str | None:
-    key = override.key_or_group
-    if override.package is not None:
-        return None
-    if override.is_delete():
-        return config_errors.group_problem(key, None, options)
-    if override.is_add() or override.is_force_add():
-        return f"is chosen without +: {str(override.input_line).lstrip('+')}"
-    return config_errors.group_problem(key, override.value(), options)
-
-
-def _unreadable(text: str) -> str:
-    if "=" not in text:
-        return f"{text}: not understood; write key=value, e.g. seed=1"
-    return (
-        f"{text}: not understood; write key=value. Values with spaces, commas, brackets or braces need quotes "
-        "for the shell around the whole, and text with special characters another pair: 'key=\"a, b\"'"
-    )
-
-
-def _needs_multirun(text: str, override: Override) -> str:
-    key, _, value = text.partition("=")
-    return (
-        f"{override.key_or_group}: got several values ({value}); to run once with each add -m, "
-        f"for a list write {key}=[{value}]"
-    )
-
-
-def _without_hydra(overrides: Sequence[str]) -> list[str]:
-    return [text for text in overrides if not text.lstrip("+~").startswith(("hydra.", "hydra/"))]
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _error(found: Sequence[Problem]) -> ConfigError:
+    return ConfigError("\n".join(dict.fromkeys(str(problem) for problem in found)))

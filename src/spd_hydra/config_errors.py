@@ -10,21 +10,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spd_hydra.section import Section
+from spd_hydra.section import ConfigError
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_EXAMPLES = {int: "64,32", float: "0.5,0.1", str: "first,second"}
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that is most like this one, or None when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
-def nearest_key(key: str, known: Iterable[str]) -> list[str]:
-    """The known full keys that a person who typed `key` may have meant, most likely first, at most three."""
+def nearest_keys(key: str, known: Iterable[str]) -> list[str]:
+    """The known full keys that a person who typed `key` may have meant, at most three."""
     keys = list(known)
     ending = [name for name in keys if name.endswith(f".{key}")]
     if ending:
@@ -32,15 +33,14 @@ def nearest_key(key: str, known: Iterable[str]) -> list[str]:
     close = nearest(key, keys)
     if close:
         return [close]
-    last = key.rpartition(".")[2]
     by_last = {name.rpartition(".")[2]: name for name in reversed(keys)}
-    close = nearest(last, by_last)
+    close = nearest(key.rpartition(".")[2], by_last)
     return [by_last[close]] if close else []
 
 
 def full_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every key of a composed configuration, sections included."""
-    for name in cfg:
+    for name in map(str, cfg):
         key = f"{prefix}{name}"
         yield key
         if not OmegaConf.is_missing(cfg, name) and not OmegaConf.is_interpolation(cfg, str(name)):
@@ -51,53 +51,71 @@ def full_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
     """The message for a key that no section declares."""
-    parent, _, _ = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else None
-    if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict:
-        return f"{parent} has no entry of that name; it has {_listed(node)}" + new_entry_hint(node, key)
-    top = parent.rpartition(".")[0]
-    above = OmegaConf.select(cfg, top, throw_on_missing=False) if top else None
-    if isinstance(above, DictConfig) and OmegaConf.get_type(above) is dict and parent not in full_keys(cfg):
-        return f"{top} has no entry {parent.rpartition('.')[2]!r}; it has {_listed(above)}" + new_entry_hint(
-            above, parent
+    entry = _new_entry(key, cfg)
+    if entry:
+        mapping, name = entry
+        node = OmegaConf.select(cfg, mapping)
+        close = nearest(name, [str(known) for known in node])
+        hint = f"; did you mean {mapping}.{close}?" if close else ""
+        return (
+            f"{mapping} has no entry {name}, only {_listed(node)}{hint}. {_how_to_add(node, mapping, name)}"
         )
-    meant = nearest_key(key, [*groups, *full_keys(cfg)])
+    meant = nearest_keys(key, [*groups, *full_keys(cfg)])
     if meant:
         return f"there is no such key; did you mean {' or '.join(meant)}?"
-    if isinstance(node, DictConfig):
-        return f"there is no such key; {parent} has {_listed(node)}"
+    parent = key.rpartition(".")[0]
+    section = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else None
+    if isinstance(section, DictConfig):
+        return f"there is no such key; {parent} has {_listed(section)}"
     return "there is no such key; spd-run --help lists them all"
 
 
-def new_entry_hint(node: DictConfig, key: str) -> str:
-    """How to add an entry to a section whose entries have names of the user's choice."""
+def is_part_of_new_entry(key: str, cfg: DictConfig) -> bool:
+    """Whether a key lies inside an entry that a mapping does not have, and that can only be added whole."""
+    entry = _new_entry(key, cfg)
+    return entry is not None and key != ".".join(entry)
+
+
+def _new_entry(key: str, cfg: DictConfig) -> tuple[str, str] | None:
+    """A mapping whose entries a person names, and the entry that a key speaks of but that is not there."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        node = OmegaConf.select(cfg, ".".join(parts[:end]), throw_on_missing=False)
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict and parts[end] not in node:
+            return ".".join(parts[:end]), parts[end]
+    return None
+
+
+def _how_to_add(node: DictConfig, mapping: str, name: str) -> str:
     element = node._metadata.element_type
     if not (isinstance(element, type) and dataclasses.is_dataclass(element)):
-        return f". To add it: +{key}=…"
-    parent, _, name = key.rpartition(".")
+        return f"To add it: +{mapping}.{name}=…"
     fields = ",".join(f"{field.name}:…" for field in dataclasses.fields(element))
-    return f". A new entry is added whole: '++{parent}={{{name}:{{{fields}}}}}'"
+    return f"An entry is added whole: '++{mapping}={{{name}:{{{fields}}}}}'"
 
 
 def wrong_value(key: str, value: Any, cfg: DictConfig) -> str:
     """The message for a value that does not fit its key."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
-    owner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
     shown = "nothing" if value == "" else "null" if value is None else repr(value)
-    if not (isinstance(owner, type) and dataclasses.is_dataclass(owner)):
-        return f"got {shown}, which is not of the right type"
-    field = next((field for field in dataclasses.fields(owner) if field.name == name), None)
+    field = _fields(node).get(name)
     if field is None:
-        return f"got {shown}, but there is no such key"
+        return f"got {shown}, which is not of the right type"
+    owner = OmegaConf.get_type(node)
+    assert owner is not None, "a node with fields has a type"
     annotation = typing.get_type_hints(owner)[name]
-    wanted = _expected(annotation, node, name)
-    limits = bounds_text(field)
-    hint = ""
-    options = _enum_names(annotation)
-    if options and isinstance(value, str) and (close := nearest(value, options)):
-        hint = f"; did you mean {close}?"
-    return f"got {shown}, must be {wanted}{' ' + limits if limits else ''}{hint}"
+    close = nearest(str(value), _enum_names(annotation), cutoff=0.7)
+    hint = f"; did you mean {close}?" if close else ""
+    return f"got {shown}, must be {_expected(annotation, bounds_text(field), node, name)}{hint}"
+
+
+def _fields(node: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that the section behind a node declares, by name; none where it is no section."""
+    owner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+    if not (isinstance(owner, type) and dataclasses.is_dataclass(owner)):
+        return {}
+    return {field.name: field for field in dataclasses.fields(owner)}
 
 
 def bounds_text(field: dataclasses.Field[Any]) -> str:
@@ -109,22 +127,24 @@ def bounds_text(field: dataclasses.Field[Any]) -> str:
 def missing_value(key: str, options: Iterable[str] = ()) -> str:
     """The message for a key that must be given and is not."""
     found = list(options)
-    return f"must be chosen: {key}={'|'.join(found)}" if found else f"must be given: {key}=…"
+    return f"must be chosen, {key}={'|'.join(found)}" if found else f"must be given, {key}=…"
 
 
-def _expected(annotation: Any, node: Any, name: str) -> str:
+def _expected(annotation: Any, limits: str, node: Any, name: str) -> str:
     arguments = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    limits = f" {limits}" if limits else ""
     if types.NoneType in typing.get_args(annotation):
-        return f"{_expected(arguments[0], node, name)} or null"
+        return f"{_expected(arguments[0], limits.strip(), node, name)} or null"
     if annotation in _TYPE_NAMES:
-        return _TYPE_NAMES[annotation]
+        return f"{_TYPE_NAMES[annotation]}{limits}"
     if names := _enum_names(annotation):
         return f"one of {', '.join(names)}"
     if typing.get_origin(annotation) is list:
-        return f"a list of {_PLURALS.get(arguments[0], 'values')}, e.g. {name}=[…,…]"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        child = OmegaConf.select(node, name, throw_on_missing=False)
-        return f"a section with the keys {_listed(child)}" if isinstance(child, DictConfig) else "a section"
+        items, example = _PLURALS.get(arguments[0], "values"), _EXAMPLES.get(arguments[0], "…")
+        return f"a list of {items}{limits}, e.g. [{example}]"
+    child = OmegaConf.select(node, name, throw_on_missing=False)
+    if isinstance(child, DictConfig) and _fields(child):
+        return f"a section with the keys {_listed(child)}"
     return "a mapping {name: …}"
 
 
@@ -139,33 +159,32 @@ def _listed(node: DictConfig) -> str:
     return ", ".join(str(name) for name in node) or "none"
 
 
-def group_problem(group: str, value: Any, options: list[str]) -> str | None:
+def wrong_option(group: str, value: Any, options: list[str]) -> str | None:
     """What is wrong with choosing this option of a config group, or None."""
-    chosen = value if isinstance(value, list) else [value]
-    for option in chosen:
+    for option in value if isinstance(value, list) else [value]:
         if option is None:
-            off = f"; {group}=none switches it off" if "none" in options else ""
-            return f"got null, choose one of {', '.join(options)}{off}"
+            off = f"{group}=none switches it off; otherwise " if "none" in options else ""
+            return f"got null; {off}choose one of {', '.join(options)}"
         if str(option) not in options:
             close = nearest(str(option), options)
-            hint = f"; did you mean {close}?" if close else ""
-            return f"got {str(option) or 'nothing'}, must be one of {', '.join(options)}{hint}"
+            hint = f"did you mean {close}? There are" if close else "must be one of"
+            return f"got {str(option) or 'nothing'}; {hint} {', '.join(options)}"
     return None
 
 
 def unknown_in_sections(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Full keys that are in a composed configuration but in no dataclass."""
-    owner = OmegaConf.get_type(cfg)
-    declared = (
-        {field.name for field in dataclasses.fields(owner)}
-        if isinstance(owner, type) and dataclasses.is_dataclass(owner)
-        else None
-    )
-    for name in cfg:
+    """Full keys that are in a composed configuration but in no section."""
+    declared = _fields(cfg)
+    for name, node in ((str(name), node) for name, node in cfg.items_ex(resolve=False)):
         key = f"{prefix}{name}"
-        if declared is not None and name not in declared:
+        if declared and name not in declared:
             yield key
-        elif not OmegaConf.is_missing(cfg, name):
-            child = cfg._get_node(name)
-            if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-                yield from unknown_in_sections(child, f"{key}.")
+        elif isinstance(node, DictConfig) and not (
+            node._is_none() or node._is_interpolation() or node._is_missing()
+        ):
+            yield from unknown_in_sections(node, f"{key}.")
+
+
+def invalid(error: ConfigError) -> str:
+    """What to print for everything that is wrong, a line each."""
+    return "\n".join(["The configuration is not valid:", *(f"  {line}" for line in str(error).splitlines())])

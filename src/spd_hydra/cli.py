@@ -1,0 +1,49 @@
+"""`spd-run`: one run, or a sweep of runs, from the command line."""
+
+import argparse
+import logging
+import sys
+
+from hydra._internal.utils import get_args_parser
+
+from spd_hydra.cli_help import help_text
+from spd_hydra.cli_hydra import call_hydra
+from spd_hydra.composition import Composer
+from spd_hydra.config_errors import invalid
+from spd_hydra.dotenv import load_dotenv
+from spd_hydra.exit_code import ExitCode
+from spd_hydra.section import ConfigError
+
+
+def main() -> int:
+    """Do what the command line says, and return the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    load_dotenv()
+    arguments = get_args_parser().parse_args()
+    try:
+        return _main(arguments)
+    except ConfigError as error:
+        print(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", file=sys.stderr)
+        return ExitCode.bad_config
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return ExitCode.interrupted
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.experimental_rerun:
+        raise ConfigError("--experimental-rerun: would unpickle a file, which can run any code; use resume=")
+    if arguments.config_name or arguments.config_path:
+        raise ConfigError("--config-name, --config-path: not supported; add YAML files with --config-dir")
+    with Composer.open(arguments.config_dir) as composer:
+        if arguments.help:
+            print(help_text(composer))
+            return ExitCode.ok
+        if arguments.cfg or arguments.info:
+            composer.composed(arguments.overrides)
+    if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
+        return call_hydra(sys.argv[1:], lambda cfg: None)
+    # Imported only now: help, completion and a look at the configuration need none of what a run needs.
+    from spd_hydra.cli_run import start  # noqa: PLC0415
+
+    return start(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)

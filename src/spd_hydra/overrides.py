@@ -1,0 +1,113 @@
+"""The words of a command line, one by one: read, applied to a composed configuration, or said to be wrong."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Sweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from spd_hydra import config_errors
+from spd_hydra.section import Problem
+
+Groups = Mapping[str, list[str]]
+"""The options of every config group."""
+
+
+def read(text: str) -> Override | None:
+    """One override, or None if Hydra's grammar does not know what it means."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None
+
+
+def without_hydra(overrides: Sequence[str]) -> list[str]:
+    """The overrides that are for the program, not for Hydra itself."""
+    return [text for text in overrides if not is_for_hydra(text)]
+
+
+def is_for_hydra(text: str) -> bool:
+    """Whether an override sets something of Hydra itself, such as `hydra.verbose=true`."""
+    return text.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def chooses_group(override: Override, groups: Groups) -> bool:
+    """Whether an override chooses an option of a config group, rather than setting values in its section."""
+    return override.key_or_group in groups and not isinstance(override.value(), dict)
+
+
+def apply(cfg: DictConfig, overrides: Sequence[Override], groups: Groups) -> Iterator[Problem]:
+    """Put values into a composed configuration, as Hydra would; say of those that do not fit why."""
+    for override in overrides:
+        key, value, text = override.key_or_group, override.value(), str(override.input_line)
+        there = key in set(config_errors.full_keys(cfg))
+        is_add = override.is_add() or override.is_force_add()
+        if isinstance(value, Sweep):
+            yield needs_multirun(override)
+        elif override.package is not None or (not there and not is_add):
+            yield _unknown(key, text, cfg, groups)
+        elif override.is_add() and there and not isinstance(value, dict | list):
+            yield Problem(key, f"is there already, write it without +: {text.lstrip('+')}")
+        elif override.is_delete():
+            yield from _delete(cfg, key)
+        elif not there and config_errors.is_part_of_new_entry(key, cfg):
+            yield _unknown(key, text, cfg, groups)
+        else:
+            try:
+                OmegaConf.update(cfg, key, value, merge=True, force_add=is_add)
+            except (ConfigAttributeError, ConfigKeyError) as error:
+                yield _unknown(str(getattr(error, "full_key", None) or key), text, cfg, groups)
+            except OmegaConfBaseException as error:
+                full_key = str(getattr(error, "full_key", None) or key)
+                inner = value if full_key == key else getattr(error, "value", value)
+                yield Problem(full_key, config_errors.wrong_value(full_key, inner, cfg))
+
+
+def _unknown(key: str, text: str, cfg: DictConfig, groups: Groups) -> Problem:
+    return Problem(key, f"{config_errors.unknown_key(key, cfg, groups)} (given as {text})")
+
+
+def _delete(cfg: DictConfig, key: str) -> Iterator[Problem]:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if OmegaConf.get_type(node) is not dict:
+        yield Problem(key, "cannot be removed, only set to another value")
+        return
+    with open_dict(node):
+        del node[name]
+
+
+def group_problem(override: Override, options: list[str]) -> Problem | None:
+    """What is wrong with choosing an option of a config group, or None."""
+    key = override.key_or_group
+    if override.package is not None:
+        return None  # a further config at another place, e.g. +loss_term@loss.extra.mine=mine
+    if override.is_add() or override.is_force_add():
+        return Problem(key, f"is chosen without +: {str(override.input_line).lstrip('+')}")
+    message = config_errors.wrong_option(key, None if override.is_delete() else override.value(), options)
+    return Problem(key, message) if message else None
+
+
+def unreadable(text: str) -> Problem:
+    """The message for words that are no override."""
+    if "=" not in text:
+        return Problem(text, "not understood; write key=value, e.g. seed=1")
+    advice = (
+        "not understood; write key=value, put the whole into quotes for the shell if it has spaces, brackets "
+        "or braces, and text with special characters into another pair: 'key=\"a, b\"'"
+    )
+    return Problem(text, advice)
+
+
+def needs_multirun(override: Override) -> Problem:
+    """The message for several values where one run is asked for."""
+    key, _, value = str(override.input_line).partition("=")
+    advice = f"to run once with each add -m, for a list write {key}=[{value}]"
+    return Problem(override.key_or_group, f"got several values ({value}); {advice}")
+
+
+def quoted(text: str) -> str:
+    """Text as a value in Hydra's grammar, whatever characters it has."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,94 @@
+"""The jobs that a command line asks for, all composed and checked before the first one starts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from spd_hydra.build import preflight
+from spd_hydra.composition import Composer, apply_overrides
+from spd_hydra.config import RunConfig, load_config, to_yaml
+from spd_hydra.overrides import read, without_hydra
+from spd_hydra.section import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run: its overrides, its configuration, and for a resume the configuration as it was saved."""
+
+    overrides: list[str]
+    config: RunConfig
+    saved: RunConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a command line asks for: one job, or the jobs of a sweep."""
+
+    overrides: list[str]
+    jobs: list[Job]
+    is_sweep: bool
+
+
+def make_plan(
+    composer: Composer, overrides: Sequence[str], *, multirun: bool, config_dir: Path | str | None = None
+) -> Plan:
+    """Compose and check everything that is asked for.
+
+    Raises:
+        ConfigError: lists everything that is wrong, for a sweep job by job.
+    """
+    is_sweep = multirun or composer.is_sweep(overrides)
+    if not is_sweep:
+        job = plan_job(composer, overrides, config_dir)
+        return Plan(overrides=list(overrides), jobs=[job], is_sweep=False)
+    jobs: list[Job] = []
+    wrong: dict[str, list[str]] = {}
+    built: set[str] = set()
+    settings = composer.jobs(overrides)
+    for number, setting in enumerate(settings):
+        try:
+            job = plan_job(composer, setting, config_dir)
+            layout = to_yaml(dataclasses.replace(job.config, seed=0))
+            if layout not in built:
+                preflight(job.config)
+                built.add(layout)
+            jobs.append(job)
+        except ConfigError as error:
+            wrong.setdefault(str(error), []).append(f"{number} ({' '.join(without_hydra(setting))})")
+    if wrong:
+        raise ConfigError(
+            "\n".join(_labelled(message, names, len(settings)) for message, names in wrong.items())
+        )
+    return Plan(overrides=list(overrides), jobs=jobs, is_sweep=True)
+
+
+def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | str | None = None) -> Job:
+    """One job, composed and checked; `resume=` takes the saved configuration with the other overrides on top.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+    directory = _resumed(overrides)
+    if directory is None:
+        return Job(overrides=list(overrides), config=composer.run_config(overrides))
+    saved = load_config(Path(directory) / "config.yaml")
+    config = apply_overrides(saved, overrides, config_dir=config_dir)
+    return Job(overrides=list(overrides), config=config, saved=saved)
+
+
+def _resumed(overrides: Sequence[str]) -> str | None:
+    """The run directory that `resume=` names, if it is among the overrides."""
+    found = None
+    for text in overrides:
+        override = read(text)
+        if override is not None and override.key_or_group == "resume":
+            value = override.value()
+            found = value if isinstance(value, str) and value else None
+    return found
+
+
+def _labelled(message: str, names: Sequence[str], total: int) -> str:
+    if len(names) == total:
+        return message
+    label = f"job {names[0]}" if len(names) == 1 else f"jobs {', '.join(names)}"
+    return "\n".join(f"{label}: {line}" for line in message.splitlines())
