@@ -13,6 +13,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+# By default an intermediate of many operations that several sums read is written to memory first.
+_KEEP_IN_REGISTERS: dict[str, str | int | bool] = {
+    "realize_opcount_threshold": 300,
+    "realize_reads_threshold": 64,
+    "realize_acc_reads_threshold": 64,
+}
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -30,6 +37,15 @@ def can_compile(device_type: str) -> bool:
     return not missing
 
 
-def compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function as one compiled graph; a break in the graph is an error, never a silent slowdown."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+def compiled(
+    function: Callable[Arguments, Result], *, keep_in_registers: bool = False
+) -> Callable[Arguments, Result]:
+    """The function as one compiled graph; a break in the graph is an error, never a silent slowdown.
+
+    Args:
+        function: what to compile; every set of shapes is compiled anew.
+        keep_in_registers: recompute intermediates rather than write them to memory, for a small function
+            with long arithmetic on large tensors.
+    """
+    options = dict(_KEEP_IN_REGISTERS) if keep_in_registers else None
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)

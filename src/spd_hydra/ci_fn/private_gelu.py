@@ -8,12 +8,16 @@ single input, dz/dh is one more number per (b, c): it is made in the forward pas
 same exponential, and the backward pass recomputes the hidden layer once, for the weights.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from spd_hydra.compiling import compiled
 
 _RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
@@ -48,18 +52,44 @@ class _PrivateGeluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w_in, b_in, w_out, dz_dh = ctx.saved_tensors
-        # Batch last: the reduction over positions then runs along contiguous memory.
-        h_last = h.flatten(0, -2).T.contiguous()[:, None, :]
-        g_last = grad_z.flatten(0, -2).T.contiguous()[:, None, :]
-        pre = h_last * w_in[..., None] + b_in[..., None]
-        cdf, pdf = _normal_cdf_pdf(pre)
-        grad_pre = g_last * w_out[..., None] * (cdf + pre * pdf)
-        return (
-            grad_z * dz_dh,
-            (grad_pre * h_last).sum(-1),
-            grad_pre.sum(-1),
-            (g_last * pre * cdf).sum(-1),
-        )
+        gradients = _weight_gradients_kernel if torch.compiler.is_compiling() else _weight_gradients
+        grad_w_in, grad_b_in, grad_w_out = gradients(h, grad_z, w_in, b_in, w_out)
+        return grad_z * dz_dh, grad_w_in, grad_b_in, grad_w_out
+
+
+def _weight_gradients(
+    h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w_in, b_in and w_out: sums over positions of `[C, hidden]` terms."""
+    # Batch last: the sums then run along contiguous memory.
+    h_last = h.flatten(0, -2).T.contiguous()[:, None, :]
+    g_last = grad_z.flatten(0, -2).T.contiguous()[:, None, :]
+    pre = h_last * w_in[..., None] + b_in[..., None]
+    cdf, pdf = _normal_cdf_pdf(pre)
+    grad_pre = g_last * w_out[..., None] * (cdf + pre * pdf)
+    return (grad_pre * h_last).sum(-1), grad_pre.sum(-1), (g_last * pre * cdf).sum(-1)
+
+
+@torch.library.custom_op("spd_hydra::private_gelu_weight_gradients", mutates_args=())
+def _weight_gradients_kernel(
+    h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_weight_gradients` as a kernel of its own inside a compiled step.
+
+    Fused into the rest of the backward pass it is vectorised badly, or its terms, `[C, hidden, batch]`,
+    are written to memory and read again three times over.
+    """
+    return _compiled_weight_gradients()(h, grad_z, w_in, b_in, w_out)
+
+
+@functools.cache
+def _compiled_weight_gradients() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return compiled(_weight_gradients, keep_in_registers=True)
+
+
+@_weight_gradients_kernel.register_fake
+def _(h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(w_in), torch.empty_like(b_in), torch.empty_like(w_out)
 
 
 def _normal_cdf_pdf(x: Tensor) -> tuple[Tensor, Tensor]:

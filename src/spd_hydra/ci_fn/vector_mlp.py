@@ -1,13 +1,14 @@
 """`vector_mlp`: a private MLP per subcomponent on the site's whole input vector."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape, kaiming_normal
 from spd_hydra.section import ConfigError, option, register
@@ -53,14 +54,44 @@ class _SiteVectorMLP(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(shape.C))
 
     def forward(self, x: Float[Tensor, "*positions d_in"]) -> Float[Tensor, "*positions C"]:
-        # Recomputed in the backward pass: [positions, C, hidden] would be the largest tensor of a step.
-        z: Tensor = checkpoint(_vector_mlp, x, self.w_in, self.b_in, self.w_out, use_reentrant=False)
+        z: Tensor = _PrivateVectorMLP.apply(x, self.w_in, self.b_in, self.w_out)  # type: ignore[no-untyped-call]
         return z + self.b_out
 
 
-def _vector_mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
-    pre = (x @ w_in.flatten(1)).reshape(*x.shape[:-1], *b_in.shape) + b_in
-    return (gelu(pre) * w_out).sum(-1)
+class _PrivateVectorMLP(torch.autograd.Function):
+    """The hidden layers, made again in the backward pass: `[positions, C, hidden]` is too large to keep."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
+        return (gelu(_hidden(x, w_in, b_in)) * w_out).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        x, w_in, b_in, w_out = ctx.saved_tensors
+        x = x.to(w_in.dtype)  # a half-precision input was cast by autocast, which is off here
+        pre = _hidden(x, w_in, b_in)
+        cdf = 0.5 * (1 + torch.erf(pre / math.sqrt(2)))
+        pdf = torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
+        grad = grad_z.flatten(0, -2)[..., None]
+        by_position = pre.flatten(0, -3)
+        grad_pre = grad * w_out * (cdf + pre * pdf).flatten(0, -3)
+        flat = grad_pre.flatten(1)
+        return (
+            (flat @ w_in.flatten(1).T).reshape(x.shape) if ctx.needs_input_grad[0] else None,
+            (x.flatten(0, -2).T @ flat).reshape(w_in.shape),
+            grad_pre.sum(0),
+            (grad * by_position * cdf.flatten(0, -3)).sum(0),
+        )
+
+
+def _hidden(x: Tensor, w_in: Tensor, b_in: Tensor) -> Float[Tensor, "*positions C hidden"]:
+    return (x @ w_in.flatten(1)).reshape(*x.shape[:-1], *b_in.shape) + b_in
 
 
 def refuse_embeddings(sites: Mapping[str, SiteShape], kind: str) -> None:
