@@ -74,19 +74,18 @@ class _PrivateVectorMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         x, w_in, b_in, w_out = ctx.saved_tensors
-        x = x.to(w_in.dtype)  # a half-precision input was cast by autocast, which is off here
-        pre = _hidden(x, w_in, b_in)
+        rows = x.flatten(0, -2).to(w_in.dtype)  # autocast, which is off here, had cast a half-precision x
+        pre = _hidden(rows, w_in, b_in)
         cdf = 0.5 * (1 + torch.erf(pre / math.sqrt(2)))
         pdf = torch.exp(-0.5 * pre * pre) / math.sqrt(2 * math.pi)
         grad = grad_z.flatten(0, -2)[..., None]
-        by_position = pre.flatten(0, -3)
-        grad_pre = grad * w_out * (cdf + pre * pdf).flatten(0, -3)
+        grad_pre = grad * w_out * (cdf + pre * pdf)
         flat = grad_pre.flatten(1)
         return (
             (flat @ w_in.flatten(1).T).reshape(x.shape) if ctx.needs_input_grad[0] else None,
-            (x.flatten(0, -2).T @ flat).reshape(w_in.shape),
+            (rows.T @ flat).reshape(w_in.shape),
             grad_pre.sum(0),
-            (grad * by_position * cdf.flatten(0, -3)).sum(0),
+            (grad * pre * cdf).sum(0),
         )
 
 
