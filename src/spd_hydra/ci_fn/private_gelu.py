@@ -38,11 +38,8 @@ class _PrivateGeluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-        pre = h[..., None] * w_in + b_in
-        cdf, pdf = _normal_cdf_pdf(pre)
-        z = (w_out * pre * cdf).sum(-1)
-        dz_dh = (w_out * w_in * (cdf + pre * pdf)).sum(-1)
-        return z, dz_dh
+        values = _values_kernel if torch.compiler.is_compiling() else _values
+        return values(h, w_in, b_in, w_out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -55,6 +52,13 @@ class _PrivateGeluMLP(torch.autograd.Function):
         gradients = _weight_gradients_kernel if torch.compiler.is_compiling() else _weight_gradients
         grad_w_in, grad_b_in, grad_w_out = gradients(h, grad_z, w_in, b_in, w_out)
         return grad_z * dz_dh, grad_w_in, grad_b_in, grad_w_out
+
+
+def _values(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """z without its bias, and dz/dh: sums over the hidden units."""
+    pre = h[..., None] * w_in + b_in
+    cdf, pdf = _normal_cdf_pdf(pre)
+    return (w_out * pre * cdf).sum(-1), (w_out * w_in * (cdf + pre * pdf)).sum(-1)
 
 
 def _weight_gradients(
@@ -70,26 +74,36 @@ def _weight_gradients(
     return (grad_pre * h_last).sum(-1), grad_pre.sum(-1), (g_last * pre * cdf).sum(-1)
 
 
+# Inside a compiled step both passes are kernels of their own. Left to itself, the compiler computes dz/dh
+# a second time in the backward pass, and writes the `[C, hidden, batch]` terms of the gradients to memory
+# to read them again three times over.
+
+
+@torch.library.custom_op("spd_hydra::private_gelu_values", mutates_args=())
+def _values_kernel(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    return _compiled(_values)(h, w_in, b_in, w_out)
+
+
+@_values_kernel.register_fake
+def _(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape)
+
+
 @torch.library.custom_op("spd_hydra::private_gelu_weight_gradients", mutates_args=())
 def _weight_gradients_kernel(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_weight_gradients` as a kernel of its own inside a compiled step.
-
-    Fused into the rest of the backward pass it is vectorised badly, or its terms, `[C, hidden, batch]`,
-    are written to memory and read again three times over.
-    """
-    return _compiled_weight_gradients()(h, grad_z, w_in, b_in, w_out)
-
-
-@functools.cache
-def _compiled_weight_gradients() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return compiled(_weight_gradients, keep_in_registers=True)
+    return _compiled(_weight_gradients)(h, grad_z, w_in, b_in, w_out)
 
 
 @_weight_gradients_kernel.register_fake
 def _(h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(w_in), torch.empty_like(b_in), torch.empty_like(w_out)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled(function, keep_in_registers=True)
 
 
 def _normal_cdf_pdf(x: Tensor) -> tuple[Tensor, Tensor]:

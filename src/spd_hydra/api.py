@@ -1,0 +1,112 @@
+"""Decompositions from Python: start one, open a finished one."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spd_hydra.build import assemble
+from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
+from spd_hydra.composition import compose
+from spd_hydra.config import RunConfig, load_config
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.run import run
+from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.saved_run import read_target
+from spd_hydra.section import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory, opened for reading; the run may still be going on.
+
+    Attributes:
+        path: the directory.
+        config: the configuration it was started with.
+    """
+
+    path: Path
+    config: RunConfig
+
+    @cached_property
+    def model(self) -> DecomposedModel:
+        """The decomposed model with its target, from the newest whole checkpoint, on the CPU.
+
+        `model(batch)` is the target's output, `model(batch, masks)` a masked pass,
+        `model.causal_importances(batch)` the causal importances by site.
+
+        Raises:
+            RunDirectoryError: there is no checkpoint yet.
+        """
+        return self.model_at(None)
+
+    def model_at(self, step: int | None) -> DecomposedModel:
+        """The decomposed model as it was saved at a step; None: the newest."""
+        checkpoint = self._checkpoint(step)
+        device = torch.device("cpu")
+        target = read_target(self.config, self.path, device)
+        model = assemble(self.config, target.module, device).model
+        model.load_trainable_state(checkpoint.tensors["model"])
+        return model.eval()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending."""
+        folders = RunDirectory.view(self.path).checkpoints.glob("step_*")
+        return sorted(int(f.name.removeprefix("step_")) for f in folders if f.name[5:].isdigit())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of the metrics log: `{"step", "split", "<group>/<name>": number}`; a `pandas.DataFrame` takes them."""
+        return RunDirectory.view(self.path).read_metrics()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The result: verdict, checks, losses, L0, times; empty while the run goes on."""
+        return RunDirectory.view(self.path).read_summary() or {}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """How far it is: `status`, `step`, `error`, times."""
+        return RunDirectory.view(self.path).read_status() or {}
+
+    def _checkpoint(self, step: int | None) -> Checkpoint:
+        directory = RunDirectory.view(self.path)
+        if step is not None:
+            if step not in self.steps:
+                raise ConfigError(f"step: got {step}; {self.path} has checkpoints of steps {self.steps}")
+            return load_checkpoint(directory.checkpoints / f"step_{step}")
+        newest = load_newest(directory.checkpoints)
+        if newest is None:
+            raise RunDirectoryError(f"{self.path} holds no checkpoint yet; look again later, or see its status")
+        return newest
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a run directory.
+
+    Raises:
+        ConfigError: it is no run directory, or of a version that this one cannot read.
+    """
+    path = Path(path).expanduser()
+    return Run(path, load_config(path / "config.yaml"))
+
+
+def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
+    """Train a decomposition in this process and open its run directory.
+
+    Args:
+        config: a whole configuration, or overrides as on the command line.
+
+    Raises:
+        ConfigError: the configuration cannot work.
+        RunError: training failed.
+    """
+    config = config if isinstance(config, RunConfig) else compose(config)
+    outcome = run(config)
+    if outcome.run_dir is None:
+        raise ConfigError(f"task: got {config.task.name}, which makes no run directory; use task=decompose")
+    return load_run(outcome.run_dir)
