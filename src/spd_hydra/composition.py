@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from hydra import compose as hydra_compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -109,7 +108,7 @@ class Composer:
             ConfigError: lists everything that is wrong.
         """
         try:
-            return hydra_compose(CONFIG_NAME, list(overrides))
+            return self._compose(overrides)
         except Exception as error:  # Hydra's own, OmegaConf's and plain ones, all of them about these words
             raise _error(self._diagnosis(overrides, error)) from error
 
@@ -124,20 +123,19 @@ class Composer:
             ConfigError: an override cannot be read, or what it sweeps over does not exist.
         """
         try:
-            master = self._hydra.compose_config(
-                config_name=CONFIG_NAME,
-                overrides=[text for text in overrides if is_for_hydra(text)],
-                run_mode=RunMode.MULTIRUN,
-                with_log_configuration=False,
-            )
+            master = self._compose([text for text in overrides if is_for_hydra(text)], keep_hydra=True)
             parameters = OmegaConf.select(master, "hydra.sweeper.params") or {}
             texts = [f"{key}={value}" for key, value in parameters.items()]
             parser = OverridesParser.create(config_loader=self._hydra.config_loader)
             parsed = parser.parse_overrides([*texts, *without_hydra(overrides)])
-            return BasicSweeper.split_arguments(parsed, None)[0]
+            jobs = BasicSweeper.split_arguments(parsed, None)[0]
         except Exception as error:
             found = [unreadable(text) for text in overrides if read(text) is None]
             raise _error(found or [Problem("", explain(error))]) from error
+        if not jobs:
+            swept = [str(item.input_line) for item in parsed if item.is_sweep_override()]
+            raise ConfigError(f"the sweep has no jobs: {' and '.join(swept)} matches nothing")
+        return jobs
 
     def groups(self) -> dict[str, list[str]]:
         """Every config group with the options that a person may choose."""
@@ -147,11 +145,22 @@ class Composer:
     def _options(self, group: str) -> list[str]:
         sources = [source for source in self._hydra.config_loader.get_sources() if source.is_group(group)]
         found = {name for source in sources for name in source.list(group, ObjectType.CONFIG)}
-        options = sorted(name for name in found if not name.endswith(_SCHEMA_SUFFIX))
+        options = sorted(
+            name for name in found if not name.startswith("_") and not name.endswith(_SCHEMA_SUFFIX)
+        )
         for inner in sorted({name for source in sources for name in source.list(group, ObjectType.GROUP)}):
             if not inner.startswith("_"):
                 options += [f"{inner}/{name}" for name in self._options(f"{group}/{inner}")]
         return options
+
+    def _compose(self, overrides: Sequence[str], *, keep_hydra: bool = False) -> DictConfig:
+        cfg: DictConfig = self._hydra.compose_config(
+            CONFIG_NAME, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False
+        )
+        if not keep_hydra:
+            with open_dict(cfg):
+                del cfg["hydra"]
+        return cfg
 
     def _diagnosis(self, overrides: Sequence[str], error: Exception) -> list[Problem]:
         """Everything that is wrong with these overrides; at least what the error says."""
@@ -170,7 +179,7 @@ class Composer:
             else:
                 chosen.append(text)
         try:
-            cfg = hydra_compose(CONFIG_NAME, chosen)
+            cfg = self._compose(chosen)
         except Exception as other:
             return found or [Problem("", explain(other))]
         found += apply(cfg, values, groups)

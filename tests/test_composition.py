@@ -1,0 +1,354 @@
+"""What the shipped configuration composes to, which of two settings wins, and what mistakes are told as."""
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from spd_hydra.build import preflight
+from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
+from spd_hydra.composition import Composer, apply_overrides, compose
+from spd_hydra.config import RunConfig, from_dict, to_dict, to_yaml
+from spd_hydra.decomposition.subcomponents import Init
+from spd_hydra.logger.wandb import Wandb
+from spd_hydra.schedule import ScheduleKind
+from spd_hydra.section import ConfigError
+
+CONF = Path(str(resources.files("spd_hydra.conf")))
+EXPERIMENTS = sorted(
+    path.relative_to(CONF / "experiment").with_suffix("").as_posix()
+    for path in (CONF / "experiment").rglob("*.yaml")
+    if path.stem != "none"
+)
+OPTIONS = sorted(
+    path.relative_to(CONF).with_suffix("").as_posix()
+    for path in CONF.rglob("*.yaml")
+    if path.parent != CONF and not path.stem.startswith("_") and "hydra" not in path.parts[-3:]
+)
+
+
+@pytest.fixture(scope="module")
+def composer() -> Iterator[Composer]:
+    with Composer.open() as opened:
+        yield opened
+
+
+def errors(overrides: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    return str(caught.value).splitlines()
+
+
+# ---- what is shipped
+
+
+def test_there_is_an_experiment_for_every_toy_with_both_settings() -> None:
+    toys = ["tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id", "resid_mlp1", "resid_mlp2", "resid_mlp3"]
+    assert sorted([*toys, *(f"paper/{toy}" for toy in toys), "tms_5-2-untied"]) == EXPERIMENTS
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_composes_builds_and_survives_saving(composer: Composer, experiment: str) -> None:
+    config = composer.run_config([f"experiment={experiment}"])
+    assert config.name == experiment
+    assert from_dict(to_dict(config)) == config
+    parts = preflight(config)
+    assert set(config.decomposition.tied) == (
+        {"unembed"} if "tms" in experiment and "untied" not in experiment else set()
+    )
+    assert all(shape.C in {20, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_file_is_an_option_that_composes(composer: Composer, option: str) -> None:
+    group, _, name = option.partition("/")
+    assert name in composer.groups()[group]
+    given = [] if option != "experiment/none" else ["name=mine"]
+    assert isinstance(composer.run_config([f"{group}={name}", *given]), RunConfig)
+
+
+def test_every_shipped_file_begins_with_its_meaning_and_experiments_are_short() -> None:
+    for path in CONF.rglob("*.yaml"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line for line in lines[:2] if line.startswith("# ") and not line.startswith("# @")]
+        assert comments, f"{path} does not say what it is"
+        assert "experiment" not in path.parts or len(lines) <= 25
+
+
+def test_an_experiment_sets_nothing_but_its_name_and_chooses_the_rest() -> None:
+    for experiment in EXPERIMENTS:
+        given = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+        assert set(given) == {"defaults", "name"}
+
+
+def test_the_paper_settings_are_those_of_the_paper(composer: Composer) -> None:
+    config = composer.run_config(["experiment=paper/resid_mlp3"])
+    active = {name: term.coeff for name, term in config.loss.active_terms().items()}
+    assert active == {
+        "faithfulness": 1.0,
+        "importance_minimality": 5e-6,
+        "stochastic_recon": 1.0,
+        "stochastic_recon_layerwise": 1.0,
+    }
+    assert not config.decomposition.use_delta
+    assert config.decomposition.init is Init.aligned
+    assert (config.train.steps, config.train.lr, config.train.batch_size) == (200_000, 1e-3, 2048)
+    assert config.train.faithfulness_warmup.steps == 0
+    assert to_dict(config.ci_fn)["hidden"] == 128
+
+
+def test_the_delta_settings_train_no_faithfulness_and_keep_the_delta(composer: Composer) -> None:
+    config = composer.run_config(["experiment=tms_40-10-id"])
+    active = {name: term.coeff for name, term in config.loss.active_terms().items()}
+    assert active == {
+        "importance_minimality": 1e-4,
+        "stochastic_recon": 1.0,
+        "stochastic_recon_layerwise": 1.0,
+    }
+    assert config.decomposition.use_delta
+    assert config.loss.importance_minimality.p_start == 2.0
+    assert (config.train.steps, config.train.lr_schedule.kind) == (20_000, ScheduleKind.cosine)
+    assert {site: pattern.C for site, pattern in config.decomposition.sites.items()} == dict.fromkeys(
+        ["embed", "unembed", "hidden"], 200
+    )
+
+
+# ---- which of two settings wins
+
+
+def test_the_default_is_the_smallest_toy(composer: Composer) -> None:
+    assert composer.run_config([]) == composer.run_config(["experiment=tms_5-2"])
+
+
+def test_an_experiment_wins_over_the_defaults(composer: Composer) -> None:
+    assert composer.run_config([]).train.steps == 10_000
+    assert composer.run_config(["experiment=resid_mlp1"]).train.steps == 20_000
+
+
+def test_a_typed_value_wins_over_experiment_and_debug(composer: Composer) -> None:
+    config = composer.run_config(["train.steps=7", "experiment=resid_mlp1", "debug=smoke"])
+    assert config.train.steps == 7
+    assert config.eval.batch_size == 64
+
+
+def test_a_typed_group_wins_over_the_choice_of_the_experiment(composer: Composer) -> None:
+    config = composer.run_config(
+        ["experiment=tms_40-10", "loss=delta", "ci_fn=shared_mlp", "ci_fn.hidden=[8,4]"]
+    )
+    assert config.loss == composer.run_config(["loss=delta"]).loss
+    assert config.ci_fn == SharedMLPCausalImportance(hidden=[8, 4])
+    assert config.decomposition == composer.run_config(["decomposition=tms_40-10"]).decomposition
+
+
+def test_a_typed_logger_wins_over_debug_which_wins_over_the_settings_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /logger: wandb\nthreads: 3\n"
+    )
+    assert isinstance(compose([], config_dir=tmp_path).logger, Wandb)
+    smoke = compose(["debug=smoke"], config_dir=tmp_path)
+    assert not isinstance(smoke.logger, Wandb)
+    assert smoke.threads == 3
+    assert isinstance(compose(["debug=smoke", "logger=wandb"]).logger, Wandb)
+
+
+def test_an_experiment_of_your_own_is_found_in_config_dir(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /loss: tms_40-10\nname: mine\n"
+    )
+    config = compose(["experiment=mine", "seed=4"], config_dir=tmp_path)
+    assert (config.name, config.seed) == ("mine", 4)
+    assert config.loss.importance_minimality.coeff == 1e-4
+
+
+def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPD_OUT_DIR", str(tmp_path / "out"))
+    monkeypatch.delenv("SPD_CACHE_DIR", raising=False)
+    config = compose([])
+    assert config.out_dir == str(tmp_path / "out")
+    assert config.cache_dir == "~/.cache/spd_hydra"
+    assert compose(["out_dir=here"]).out_dir == "here"
+
+
+def test_entries_of_a_mapping_can_be_added_and_dropped(composer: Composer) -> None:
+    added = composer.run_config(["++decomposition.sites={ffn:{pattern:layers.*,C:64}}"])
+    assert added.decomposition.sites["ffn"].C == 64
+    dropped = composer.run_config(["experiment=tms_5-2-id", "~decomposition.sites.hidden"])
+    assert sorted(dropped.decomposition.sites) == ["embed", "unembed"]
+
+
+def test_composing_leaves_another_hydra_application_as_it_was() -> None:
+    GlobalHydra.instance().clear()
+    with hydra.initialize(config_path=None, version_base="1.2"):
+        before = GlobalHydra.instance().hydra
+        compose(["seed=1"])
+        assert GlobalHydra.instance().hydra is before
+        assert hydra.compose(overrides=["+a=1"]) == {"a": 1}
+    assert not GlobalHydra.instance().is_initialized()
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (
+            "trian.steps=5",
+            "trian.steps: there is no such key; did you mean train.steps? (given as trian.steps=5)",
+        ),
+        ("modle=tms_5-2", "modle: there is no such key; did you mean model? (given as modle=tms_5-2)"),
+        ("+sed=1", "sed: there is no such key; did you mean seed? (allow_extra=true accepts and ignores it)"),
+        (
+            "++train.stepz=1",
+            "train.stepz: there is no such key; did you mean train.steps? "
+            "(allow_extra=true accepts and ignores it)",
+        ),
+        (
+            "loss={stochastic_recn:1}",
+            "loss.stochastic_recn: there is no such key; did you mean loss.stochastic_recon? "
+            "(given as loss={stochastic_recn:1})",
+        ),
+        ("train.steps=abc", "train.steps: got 'abc', must be a whole number ≥ 1"),
+        ("train.steps=2.5", "train.steps: got 2.5, must be a whole number ≥ 1"),
+        ("train.steps=", "train.steps: got nothing, must be a whole number ≥ 1"),
+        ("train.lr=null", "train.lr: got null, must be a number > 0"),
+        ("train.clip_ci_fn=x", "train.clip_ci_fn: got 'x', must be a number > 0 or null"),
+        ("train.compile=maybe", "train.compile: got 'maybe', must be true or false"),
+        ("ci_fn.hidden=[3]", "ci_fn.hidden: got [3], must be a whole number ≥ 1"),
+        ("device=gpu", "device: got 'gpu', must be one of auto, cpu, cuda"),
+        (
+            "task=chek",
+            "task: got 'chek', must be one of decompose, train_target, analyse, check; did you mean check?",
+        ),
+        (
+            "model.training=3",
+            "model.training: got 3, must be a section with the keys steps, batch_size, lr, lr_schedule, "
+            "weight_decay, max_tries, max_loss",
+        ),
+        ("train.lr=-1", "train.lr: got -1.0, must be > 0"),
+        ("train.lr=nan", "train.lr: got nan, must be finite and > 0"),
+        ("loss.stochastic_recon.coeff=-1", "loss.stochastic_recon.coeff: got -1.0, must be ≥ 0"),
+        ("decomposition.sites.embed.C=0", "decomposition.sites.embed.C: got 0, must be ≥ 1"),
+        ("debug=null", "debug: got null; debug=none switches it off; otherwise choose one of none, smoke"),
+        ("logger=null", "logger: got null; choose one of files, wandb"),
+        ("data=tm", "data: got tm; did you mean tms? There are resid_mlp, tms"),
+        ("eval=", "eval: got nothing; must be one of default"),
+        ("+experiment=tms_5-2", "experiment: is chosen without +: experiment=tms_5-2"),
+        ("+seed=1", "seed: is there already, write it without +: seed=1"),
+        ("~train.lr", "train.lr: cannot be removed, only set to another value"),
+        ("experiment=none", "name: must be given, name=…"),
+        ("seed", "seed: not understood; write key=value, e.g. seed=1"),
+        (
+            "seed=1,2",
+            "seed: got several values (1,2); to run once with each add -m, for a list write seed=[1,2]",
+        ),
+        (
+            "decomposition.sites.ffn.C=4",
+            "decomposition.sites.ffn.C: decomposition.sites has no entry ffn, only embed, unembed. An entry "
+            "is added whole: '++decomposition.sites={ffn:{pattern:…,C:…}}' "
+            "(given as decomposition.sites.ffn.C=4)",
+        ),
+        (
+            "seed=${oc.env:SPD_NO_SUCH}",
+            "seed: KeyError raised while resolving interpolation: "
+            "\"Environment variable 'SPD_NO_SUCH' not found\"",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(typed: str, message: str) -> None:
+    assert errors([typed]) == [message]
+
+
+def test_a_short_key_is_met_with_the_full_ones() -> None:
+    (line,) = errors(["steps=3"])
+    assert line.startswith("steps: there is no such key; did you mean train.steps or ")
+
+
+def test_an_unknown_experiment_is_met_with_the_nearest_one() -> None:
+    (line,) = errors(["experiment=tms5-2"])
+    assert line.startswith("experiment: got tms5-2; did you mean tms_5-2? There are none, resid_mlp1,")
+
+
+def test_unbalanced_quotes_are_told_how_to_write_them() -> None:
+    (line,) = errors(["name='a b"])
+    assert line.startswith(
+        "name='a b: not understood; write key=value, put the whole into quotes for the shell"
+    )
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    lines = errors(["loss=foo", "sede=1", "train.compile=maybe", "seed=-1", "train.lr=0", "x y"])
+    assert [line.partition(":")[0] for line in lines] == [
+        "loss",
+        "x y",
+        "sede",
+        "train.compile",
+        "seed",
+        "train.lr",
+    ]
+
+
+def test_unknown_keys_pass_only_when_asked_for(composer: Composer) -> None:
+    assert composer.run_config(["+sed=1", "allow_extra=true"]).allow_extra
+    with pytest.raises(ConfigError, match="sed: there is no such key"):
+        composer.run_config(["+sed=1"])
+
+
+def test_a_missing_config_dir_is_named() -> None:
+    with pytest.raises(ConfigError, match="--config-dir: there is no folder /no/such"):
+        compose([], config_dir="/no/such")
+
+
+# ---- sweeps and resumes
+
+
+def test_a_sweep_has_a_job_for_every_combination(composer: Composer) -> None:
+    jobs = composer.jobs(["experiment=tms_5-2,tms_40-10", "seed=range(2)", "hydra.verbose=true"])
+    assert jobs == [
+        ["experiment=tms_5-2", "seed=0"],
+        ["experiment=tms_5-2", "seed=1"],
+        ["experiment=tms_40-10", "seed=0"],
+        ["experiment=tms_40-10", "seed=1"],
+    ]
+    assert composer.jobs(["experiment=glob(tms_40*)"]) == [
+        ["experiment=tms_40-10"],
+        ["experiment=tms_40-10-id"],
+    ]
+
+
+def test_a_sweep_over_nothing_is_a_mistake(composer: Composer) -> None:
+    with pytest.raises(ConfigError, match=r"^the sweep has no jobs: experiment=glob\(x\*\) matches nothing$"):
+        composer.jobs(["experiment=glob(x*)"])
+
+
+def test_a_configuration_may_ask_for_a_sweep_itself(composer: Composer) -> None:
+    assert composer.is_sweep(["hydra.mode=MULTIRUN"])
+    assert not composer.is_sweep([])
+
+
+def test_overrides_go_on_top_of_a_saved_configuration(composer: Composer) -> None:
+    saved = composer.run_config(["experiment=resid_mlp1", "seed=3"])
+    changed = apply_overrides(saved, ["resume=there", "train.steps=9", "logger=wandb", "hydra.verbose=true"])
+    assert (changed.resume, changed.train.steps, changed.seed) == ("there", 9, 3)
+    assert isinstance(changed.logger, Wandb)
+    assert changed.model == saved.model
+    assert to_yaml(apply_overrides(saved, [])) == to_yaml(saved)
+
+
+def test_overrides_of_a_saved_configuration_are_checked_alike(composer: Composer) -> None:
+    saved = composer.run_config(["experiment=resid_mlp1"])
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(saved, ["experiment=tms_5-2", "train.stepz=4", "train.lr=-1", "logger=wandbb", "a b"])
+    assert str(caught.value).splitlines() == [
+        "experiment: a run that goes on keeps its own; leave it out",
+        "logger: got wandbb; did you mean wandb? There are files, wandb",
+        "a b: not understood; write key=value, e.g. seed=1",
+        "train.stepz: there is no such key; did you mean train.steps? (given as train.stepz=4)",
+        "train.lr: got -1.0, must be > 0",
+    ]
