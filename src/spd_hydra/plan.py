@@ -71,7 +71,10 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
     directory = _resumed(overrides)
     if directory is None:
         return Job(overrides=list(overrides), config=composer.run_config(overrides))
-    saved = load_config(Path(directory) / "config.yaml")
+    try:
+        saved = load_config(Path(directory) / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"resume: {error}") from error
     config = apply_overrides(saved, overrides, config_dir=config_dir)
     return Job(overrides=list(overrides), config=config, saved=saved)
 

@@ -1,0 +1,225 @@
+"""Exit codes, messages, and what is passed on to the run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from spd_hydra import cli_task
+from spd_hydra.config import RunConfig
+from spd_hydra.run import Outcome, RunError
+from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.section import ConfigError
+
+Call = Callable[..., Any]
+END = "Nothing was started. spd-run --help lists every key.\n"
+
+
+class FakeRun:
+    """Stands in for the run: remembers how it was called, fails where told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.errors: dict[int, BaseException] = {}
+
+    def __call__(self, config: RunConfig, **others: Any) -> Outcome:
+        self.calls.append({"config": config, "argv": list(sys.argv), **others})
+        if config.seed in self.errors:
+            raise self.errors[config.seed]
+        return Outcome(None, {"losses": {"total": 0.5}})
+
+
+@pytest.fixture
+def fake_run(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    fake = FakeRun()
+    monkeypatch.setattr(cli_task, "run", fake)
+    return fake
+
+
+def test_a_single_run_gets_its_configuration_and_the_command_as_typed(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    ended = spd_run("experiment=resid_mlp1", "seed=3", "hydra.verbose=false")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    (call,) = fake_run.calls
+    assert (call["config"].name, call["config"].seed) == ("resid_mlp1", 3)
+    assert (call["run_dir"], call["saved"]) == (None, None)
+    assert call["argv"] == ["spd-run", "experiment=resid_mlp1", "seed=3", "hydra.verbose=false"]
+    assert list(tmp_path.iterdir()) == []  # Hydra made no folders
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call, fake_run: FakeRun) -> None:
+    ended = spd_run("trian.steps=5", "train.lr=nan")
+    assert ended.code == 2
+    assert ended.err == (
+        "The configuration is not valid:\n"
+        "  trian.steps: there is no such key; did you mean train.steps? (given as trian.steps=5)\n"
+        "  train.lr: got nan, must be finite and > 0\n" + END
+    )
+    assert fake_run.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["resume=/no/such"], "resume: /no/such is no run directory: it holds no config.yaml"),
+        (["--config-dir", "/no/such"], "--config-dir: there is no folder /no/such"),
+        (
+            ["--config-name", "x"],
+            "--config-name, --config-path: not supported; add YAML files with --config-dir",
+        ),
+        (
+            ["--experimental-rerun", "x.pickle"],
+            "--experimental-rerun: would unpickle a file, which can run any code; use resume=",
+        ),
+        (["--cfg", "job", "sede=1"], "sede: there is no such key; did you mean seed? (given as sede=1)"),
+        (["-m", "seed=0,1", "model=null"], "model: got null; choose one of "),
+        (["-m", "seed="], "seed: got nothing, must be a whole number ≥ 0"),
+        (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
+    ],
+)
+def test_words_that_make_no_sense_end_with_2(
+    spd_run: Call, fake_run: FakeRun, words: list[str], line: str
+) -> None:
+    ended = spd_run(*words)
+    assert ended.code == 2
+    assert ended.err.splitlines()[1].startswith(f"  {line}")
+    assert ended.err.endswith(END)
+    assert fake_run.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            ConfigError("out_dir: cannot be used"),
+            2,
+            "The configuration is not valid:\n  out_dir: cannot be used\n",
+        ),
+        (RunError("loss is NaN at step 3"), 1, "The run failed: loss is NaN at step 3\n"),
+        (RunDirectoryError("no room"), 1, "The run failed: no room\n"),
+        (SystemExit(7), 1, "The run ended itself with exit code 7.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+    ],
+)
+def test_a_run_that_fails_foreseeably_says_why_in_a_line(
+    spd_run: Call, fake_run: FakeRun, error: BaseException, code: int, text: str
+) -> None:
+    fake_run.errors[0] = error
+    ended = spd_run()
+    assert (ended.code, ended.err) == (code, text)
+
+
+def test_a_bug_shows_its_traceback_and_ends_with_1(spd_run: Call, fake_run: FakeRun) -> None:
+    fake_run.errors[0] = ZeroDivisionError("somewhere")
+    ended = spd_run()
+    assert ended.code == 1
+    assert ended.err.startswith("The run failed with an error that should not happen:\nTraceback")
+    assert ended.err.endswith("ZeroDivisionError: somewhere\n")
+
+
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own_even_when_one_fails(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    fake_run.errors[1] = RunError("loss is NaN at step 3")
+    ended = spd_run("-m", "seed=range(3)", "train.steps=5")
+    assert ended.code == 3
+    assert [call["config"].seed for call in fake_run.calls] == [0, 1, 2]
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [call["run_dir"] for call in fake_run.calls] == [sweep / str(job) for job in range(3)]
+    assert fake_run.calls[0]["argv"] == ["spd-run", "-m", "seed=range(3)", "train.steps=5"]
+    assert "The run failed: loss is NaN at step 3" in ended.err
+    assert "Traceback" not in ended.err
+    assert str(sweep / "sweep.html") in ended.out
+    assert (sweep / "sweep.csv").read_text().count("\n") == 4
+
+
+def test_a_sweep_without_failures_ends_with_0(spd_run: Call, fake_run: FakeRun) -> None:
+    assert spd_run("-m", "seed=0,1").code == 0
+    assert len(fake_run.calls) == 2
+
+
+def test_a_sweep_that_is_interrupted_still_shows_its_table(spd_run: Call, fake_run: FakeRun) -> None:
+    fake_run.errors[1] = KeyboardInterrupt()
+    ended = spd_run("-m", "seed=range(3)")
+    assert ended.code == 130
+    assert [call["config"].seed for call in fake_run.calls] == [0, 1]
+    assert "sweep.html" in ended.out
+
+
+def test_a_sweep_goes_where_it_is_told(spd_run: Call, fake_run: FakeRun, tmp_path: Path) -> None:
+    assert spd_run("-m", "seed=0,1", f"hydra.sweep.dir='{tmp_path}/my sweep'").code == 0
+    assert [call["run_dir"] for call in fake_run.calls] == [tmp_path / "my sweep" / job for job in ("0", "1")]
+
+
+def test_all_mistakes_of_all_jobs_are_told_before_the_first_one_starts(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    ended = spd_run("-m", "seed=0,-1", "train.steps=5,0")
+    assert ended.code == 2
+    assert ended.err == (
+        "The configuration is not valid:\n"
+        "  job 1 (seed=0 train.steps=0): train.steps: got 0, must be ≥ 1\n"
+        "  job 2 (seed=-1 train.steps=5): seed: got -1, must be ≥ 0\n"
+        "  job 3 (seed=-1 train.steps=0): seed: got -1, must be ≥ 0\n"
+        "  job 3 (seed=-1 train.steps=0): train.steps: got 0, must be ≥ 1\n" + END
+    )
+    assert fake_run.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_that_shows_only_when_building_stops_a_sweep_as_well(
+    spd_run: Call, fake_run: FakeRun
+) -> None:
+    ended = spd_run("-m", "decomposition.sites.embed.pattern=embed,nope")
+    assert ended.code == 2
+    assert (
+        "  job 1 (decomposition.sites.embed.pattern=nope): decomposition.sites.embed.pattern: 'nope'"
+        in ended.err
+    )
+    assert fake_run.calls == []
+
+
+def test_a_resumed_run_gets_the_saved_configuration_with_the_changes_on_top(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    saved = spd_run("--cfg", "job", "experiment=resid_mlp1", "seed=9")
+    assert saved.code == 0
+    from spd_hydra.composition import compose
+    from spd_hydra.config import to_yaml
+
+    folder = tmp_path / "a run, with 'odd' letters"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(compose(["experiment=resid_mlp1", "seed=9"])))
+    quoted = str(folder).replace("'", "\\'")
+    ended = spd_run(f"resume='{quoted}'", "train.steps=30000", "decomposition.sites.mlp_in.C=7")
+    assert (ended.code, ended.err) == (0, "")
+    (call,) = fake_run.calls
+    assert call["saved"].decomposition.sites["mlp_in"].C == 100
+    assert call["config"].decomposition.sites["mlp_in"].C == 7
+    assert (call["config"].seed, call["config"].train.steps) == (9, 30_000)
+    assert call["config"].resume == str(folder)
+
+
+def test_variables_of_a_dotenv_file_reach_the_configuration(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPD_OUT_DIR", "unset below, so that it is restored after the test")
+    monkeypatch.delenv("SPD_OUT_DIR")
+    (tmp_path / ".env").write_text("SPD_OUT_DIR=from_dotenv\n")
+    spd_run()
+    assert fake_run.calls[0]["config"].out_dir == "from_dotenv"
+
+
+def test_the_configuration_can_be_looked_at_without_running(spd_run: Call, fake_run: FakeRun) -> None:
+    shown = spd_run("--cfg", "job", "--package", "train", "experiment=resid_mlp1")
+    assert shown.code == 0
+    assert "steps: 20000\n" in shown.out
+    tree = spd_run("--info", "defaults-tree", "experiment=resid_mlp1")
+    assert tree.code == 0
+    assert "loss: resid_mlp1" in tree.out
+    assert fake_run.calls == []

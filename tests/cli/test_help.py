@@ -1,0 +1,66 @@
+"""`spd-run --help` teaches: examples that work, every preset, every key."""
+
+import re
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from spd_hydra.composition import compose
+from spd_hydra.config import sections
+from spd_hydra.section import registered
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def text(spd_run: Call) -> str:
+    ended = spd_run("--help")
+    assert ended.code == 0
+    return str(ended.out)
+
+
+def test_every_key_of_every_section_has_a_line(text: str) -> None:
+    # "loss.ci_masked_recon.* … keys as loss.stochastic_recon.*" stands for keys that are listed there
+    listed = set(re.findall(r"^    ([\w.<>]+) {2,}\S", text, flags=re.MULTILINE))
+    alike = dict(re.findall(r"^    ([\w.<>]+)\.\* .*keys as ([\w.<>]+)\.\*$", text, flags=re.MULTILINE))
+    for overrides in (
+        ["experiment=tms_5-2"],
+        ["experiment=resid_mlp2", "logger=wandb"],
+        ["ci_fn=vector_mlp"],
+    ):
+        for prefix, section in sections(compose(overrides)):
+            where = re.sub(r"^decomposition\.sites\.\w+", "decomposition.sites.<name>", prefix)
+            where = alike.get(where, where)
+            for name, value in vars(section).items():
+                is_section = hasattr(value, "problems") or name in {"sites", "extra"}
+                assert is_section or f"{where}.{name}".lstrip(".") in listed, f"{prefix}.{name} has no line"
+
+
+def test_every_kind_of_a_pluggable_section_is_listed(text: str) -> None:
+    for group in ("model", "data", "ci_fn", "logger"):
+        for kind in registered(group):
+            assert f"{group} of kind {kind}: " in text
+
+
+def test_every_experiment_has_a_meaning(text: str) -> None:
+    table = text.partition("EXPERIMENTS")[2].partition("\nGROUPS")[0].strip().splitlines()[1:]
+    assert len(table) == 16
+    assert all(re.fullmatch(r"  \S+ {2,}\S.*", line) for line in table)
+
+
+def test_meaning_default_and_range_stand_in_one_line(text: str) -> None:
+    (line,) = re.findall(r"^    train\.batch_size .*$", text, flags=re.MULTILINE)
+    assert line.split(maxsplit=2) == ["train.batch_size", "1024", "rows of the global batch (≥ 1)"]
+
+
+def test_the_examples_can_be_composed(text: str) -> None:
+    found = re.findall(r"^  spd-run(?: {3,}| )(.*?)(?: {3,}|$)", text, flags=re.MULTILINE)
+    examples = [shlex.split(words) for words in found]
+    assert len(examples) >= 8
+    for words in examples:
+        typed = [
+            word for word in words if "=" in word and "<" not in word and "," not in word and "(" not in word
+        ]
+        assert compose(typed).name
