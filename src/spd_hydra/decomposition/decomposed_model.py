@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from jaxtyping import Float
@@ -35,11 +35,11 @@ class DecomposedModel(nn.Module):
     """The target, its subcomponents and its causal-importance function.
 
     Only the subcomponents and the causal-importance function have trainable parameters. The target
-    itself is never modified: masked passes run on a copy of its module tree that shares every
-    parameter and holds a wrapper in place of each site.
+    stays in evaluation mode and is never modified: masked passes run on a copy of its module tree that
+    shares every parameter and buffer and holds a wrapper in place of each site.
 
     Args:
-        target: the trained model; its parameters are frozen by this constructor.
+        target: the trained model; this constructor freezes its parameters and sets evaluation mode.
         config: sites, number of subcomponents, ties, sigmoid.
         ci_fn: the causal-importance function.
         seed: the run's seed; initial values come from it.
@@ -55,7 +55,7 @@ class DecomposedModel(nn.Module):
         sites = find_sites(target, config.sites)
         check_ties(target, config.tied, sites)
         self.config = config
-        self.target = target.requires_grad_(False)
+        self.target = target.requires_grad_(False).eval()
         self.site_names = tuple(sites)
         self._roots: frozenset[str] = frozenset()
         self._layers = {name: target.get_submodule(name) for name in sites}
@@ -75,6 +75,18 @@ class DecomposedModel(nn.Module):
                 generator = rng.generator(seed, f"subcomponents/{name}")
                 made[name] = Subcomponents(weight, sites[name], self.config.init, generator)
         return nn.ModuleDict({_key(name): made[name] for name in sites})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A move to another device or precision replaces buffers: the copy has to share the new ones.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._patched = (_patched_copy(self.target, self.site_names, self._switch),)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the trainable parts; the target's stays what it was trained for."""
+        super().train(mode)
+        self.target.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +196,10 @@ class DecomposedModel(nn.Module):
             inputs[name], outputs[name] = x, layer(x)
             return outputs[name]
 
-        return CleanPass(self._run(batch, at_site), inputs, outputs)
+        output = self._run(batch, at_site)
+        if idle := [name for name in self.site_names if name not in inputs]:
+            raise ValueError(f"sites that do not run in the target's forward pass: {idle}; leave them out")
+        return CleanPass(output, inputs, outputs)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
@@ -276,11 +291,13 @@ def _patched_copy(target: nn.Module, sites: tuple[str, ...], switch: _Switch) ->
     """A copy of the module tree that shares all tensors, with a wrapper in place of each site."""
     shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
     patched = copy.deepcopy(target, shared)
-    for name in sites:
-        parent, _, attribute = name.rpartition(".")
-        setattr(
-            patched.get_submodule(parent), attribute, _SiteWrapper(name, patched.get_submodule(name), switch)
-        )
+    layers = {name: patched.get_submodule(name) for name in sites}
+    wrappers = {id(layer): _SiteWrapper(name, layer, switch) for name, layer in layers.items()}
+    # Also where the target holds the same layer under a second name.
+    for path, layer in list(patched.named_modules(remove_duplicate=False)):
+        if id(layer) in wrappers:
+            parent, _, attribute = path.rpartition(".")
+            setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
     return patched
 
 

@@ -1,0 +1,199 @@
+"""From patterns to sites: what matches, and what each mistake is told."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.layers import bias_vector, is_decomposable, is_embedding, weight_matrix
+from spd_hydra.decomposition.sites import check_ties, find_sites
+from spd_hydra.model.tms import TMSModel
+from spd_hydra.model.transposed import TransposedLinear
+from spd_hydra.section import ConfigError
+
+
+def conv1d(d_out: int, d_in: int) -> nn.Module:
+    layer: nn.Module = Conv1D(d_out, d_in)  # type: ignore[no-untyped-call]
+    return layer
+
+
+class Target(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(11, 4)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 8), "proj": conv1d(4, 8)})
+            for _ in range(2)
+        )
+        self.head = nn.Linear(4, 11, bias=False)
+        self.head.weight = self.wte.weight
+
+
+def patterns(**given: tuple[str, int]) -> dict[str, SitePattern]:
+    return {name: SitePattern(pattern=pattern, C=C) for name, (pattern, C) in given.items()}
+
+
+def test_sites_are_found_in_the_order_of_the_targets_modules_with_their_own_c() -> None:
+    sites = find_sites(Target(), patterns(out=("head", 3), mlp=("layers.*.fc", 7), proj=("layers.1.proj", 9)))
+    assert list(sites.items()) == [("layers.0.fc", 7), ("layers.1.fc", 7), ("layers.1.proj", 9), ("head", 3)]
+
+
+def test_a_star_matches_layers_of_every_kind_that_can_be_decomposed_and_nothing_else() -> None:
+    assert list(find_sites(Target(), patterns(every=("*", 2)))) == [
+        "wte",
+        "layers.0.fc",
+        "layers.0.proj",
+        "layers.1.fc",
+        "layers.1.proj",
+        "head",
+    ]
+
+
+def test_case_matters() -> None:
+    with pytest.raises(ConfigError, match="matches no module"):
+        find_sites(Target(), patterns(a=("HEAD", 2)))
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_module() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_sites(Target(), patterns(mlp=("layers.0.fcc", 2)))
+    assert str(caught.value) == (
+        "decomposition.sites.mlp.pattern: 'layers.0.fcc' matches no module of the target. "
+        "Did you mean 'layers.0.fc'? "
+        "It has: wte, layers.0.fc, layers.0.proj, layers.1.fc, layers.1.proj, head"
+    )
+
+
+def test_nothing_near_gives_no_hint() -> None:
+    with pytest.raises(ConfigError, match=r"matches no module of the target\. It has: wte, "):
+        find_sites(Target(), patterns(mlp=("zzz", 2)))
+
+
+def test_a_pattern_that_matches_only_modules_of_another_kind_is_named_with_that_kind() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_sites(Target(), patterns(n=("layers.*.norm", 2)))
+    assert str(caught.value) == (
+        "decomposition.sites.n.pattern: 'layers.*.norm' matches 'layers.0.norm', a LayerNorm; only Linear, "
+        "Embedding and Conv1D layers can be decomposed: "
+        "wte, layers.0.fc, layers.0.proj, layers.1.fc, layers.1.proj, head"
+    )
+
+
+def test_a_module_matched_twice_is_named_with_both_patterns() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_sites(Target(), patterns(some=("layers.*.fc", 2), one=("layers.1.*", 3)))
+    assert str(caught.value) == (
+        "decomposition.sites.one.pattern: 'layers.1.*' matches module 'layers.1.fc', which "
+        "decomposition.sites.some matches already; make one of them narrower"
+    )
+
+
+def test_a_long_list_of_modules_is_shortened() -> None:
+    target = nn.Sequential(*(nn.Linear(1, 1) for _ in range(30)))
+    with pytest.raises(ConfigError, match=r"18, 19, … \(30 in all\)$"):
+        find_sites(target, patterns(a=("nope", 2)))
+
+
+@pytest.mark.parametrize("C", [0, -3])
+def test_fewer_than_one_subcomponent_is_refused(C: int) -> None:
+    with pytest.raises(ConfigError, match=f"^C: got {C}, must be ≥ 1"):
+        SitePattern(pattern="embed", C=C)
+
+
+def test_the_weight_delta_is_on_and_the_sigmoid_leaky_by_default() -> None:
+    config = Decomposition()
+    assert config.use_delta
+    assert config.sigmoid.name == "leaky_hard"
+    assert config.init.name == "normal"
+
+
+def tms(n_hidden_layers: int = 0) -> TMSModel:
+    weight = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    return TMSModel(weight, torch.zeros(5), n_hidden_layers)
+
+
+def test_transposed_matrices_may_be_tied() -> None:
+    check_ties(tms(), {"unembed": "embed"}, {"embed": 4, "unembed": 4})
+    check_ties(Target(), {"head": "wte"}, {"wte": 4, "head": 4})
+
+
+def test_ties_need_no_values_on_the_meta_device() -> None:
+    check_ties(tms().to("meta"), {"unembed": "embed"}, {"embed": 4, "unembed": 4})
+
+
+@pytest.mark.parametrize(
+    ("tied", "sites", "message"),
+    [
+        (
+            {"unembed": "embed"},
+            {"embed": 4},
+            "decomposition.tied.unembed: 'unembed' is not a site; the sites are embed",
+        ),
+        (
+            {"unembed": "embd"},
+            {"embed": 4, "unembed": 4},
+            "decomposition.tied.unembed: 'embd' is not a site; the sites are embed, unembed",
+        ),
+        (
+            {"unembed": "embed"},
+            {"embed": 4, "unembed": 5},
+            "decomposition.tied.unembed: C is 5 here and 4 at 'embed'; make them equal",
+        ),
+        (
+            {"embed": "unembed", "unembed": "embed"},
+            {"embed": 4, "unembed": 4},
+            "decomposition.tied.embed: 'unembed' is itself tied; name the site that owns the subcomponents",
+        ),
+        (
+            {"hidden.0": "embed"},
+            {"embed": 4, "hidden.0": 4},
+            "decomposition.tied.hidden.0: the weight is not the transpose of that of 'embed'",
+        ),
+    ],
+)
+def test_an_impossible_tie_is_refused(tied: dict[str, str], sites: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_ties(tms(1), tied, sites)
+    assert str(caught.value) == message
+
+
+def test_equal_shapes_are_not_enough_for_a_tie() -> None:
+    target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match="the weight is not the transpose of that of '0'"):
+        check_ties(target, {"1": "0"}, {"0": 2, "1": 2})
+
+
+def test_weight_and_bias_of_every_kind_give_what_the_layer_computes() -> None:
+    shared = nn.Parameter(torch.randn(5, 4))
+    layers: list[nn.Module] = [
+        nn.Linear(5, 4),
+        nn.Linear(5, 4, bias=False),
+        conv1d(4, 5),
+        TransposedLinear(shared, nn.Parameter(torch.randn(4))),
+    ]
+    x = torch.randn(3, 5)
+    for layer in layers:
+        assert is_decomposable(layer)
+        assert not is_embedding(layer)
+        bias = bias_vector(layer)
+        expected = torch.einsum("oi,bi->bo", weight_matrix(layer), x) + (0 if bias is None else bias)
+        torch.testing.assert_close(layer(x), expected)
+    assert bias_vector(layers[1]) is None
+
+
+def test_an_embedding_reads_as_a_matrix_on_one_hot_inputs() -> None:
+    layer, tokens = nn.Embedding(7, 4), torch.tensor([0, 6, 3])
+    assert is_decomposable(layer)
+    assert is_embedding(layer)
+    assert bias_vector(layer) is None
+    one_hot = torch.nn.functional.one_hot(tokens, 7).float()
+    torch.testing.assert_close(one_hot @ weight_matrix(layer).T, layer(tokens))
+
+
+def test_other_layers_cannot_be_decomposed() -> None:
+    class Conv1D(nn.Module):  # of the same name, from elsewhere
+        pass
+
+    for layer in (nn.LayerNorm(3), nn.Conv1d(1, 1, 1), nn.ReLU(), Conv1D()):
+        assert not is_decomposable(layer)
