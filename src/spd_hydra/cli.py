@@ -1,6 +1,7 @@
 """`spd-run`: one run, or a sweep of runs, from the command line."""
 
 import argparse
+import importlib.metadata
 import logging
 import sys
 
@@ -19,6 +20,11 @@ def main() -> int:
     """Do what the command line says, and return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     load_dotenv()
+    if "--version" in sys.argv[1:]:
+        print(
+            *(f"{name} {importlib.metadata.version(name)}" for name in ("spd_hydra", "hydra-core", "torch"))
+        )
+        return ExitCode.ok
     arguments = get_args_parser().parse_args()
     try:
         return _main(arguments)

@@ -8,10 +8,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from spd_hydra.checkpoint import CheckpointError
 from spd_hydra.cli_hydra import command_line
 from spd_hydra.composition import Composer, to_run_config
 from spd_hydra.config_errors import invalid
 from spd_hydra.exit_code import ExitCode
+from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Job, plan_job
 from spd_hydra.run import Outcome, RunError, run
 from spd_hydra.run_dir import RunDirectoryError
@@ -75,7 +77,7 @@ def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float | None]:
     except ConfigError as error:
         _log.error("%s", invalid(error))
         return ExitCode.bad_config, None
-    except (RunError, RunDirectoryError) as error:
+    except (RunError, RunDirectoryError, CheckpointError, WeightsError) as error:
         _log.error("The run failed: %s", error)
     except SystemExit as error:
         _log.error("The run ended itself with exit code %s.", error.code)

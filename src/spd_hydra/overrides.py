@@ -94,6 +94,9 @@ def unreadable(text: str) -> Problem:
     """The message for words that are no override."""
     if "=" not in text:
         return Problem(text, "not understood; write key=value, e.g. seed=1")
+    key, _, value = text.partition("=")
+    if value.startswith("~"):
+        return Problem(text, f"not understood; write ~ as $HOME, or in quotes: '{key}=\"{value}\"'")
     advice = (
         "not understood; write key=value, put the whole into quotes for the shell if it has spaces, brackets "
         "or braces, and text with special characters into another pair: 'key=\"a, b\"'"

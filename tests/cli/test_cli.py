@@ -79,6 +79,7 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
         (["--cfg", "job", "sede=1"], "sede: there is no such key; did you mean seed? (given as sede=1)"),
         (["-m", "seed=0,1", "model=null"], "model: got null; choose one of "),
         (["-m", "seed="], "seed: got nothing, must be a whole number ≥ 0"),
+        (["out_dir=~/x"], "out_dir=~/x: not understood; write ~ as $HOME, or in quotes: 'out_dir=\"~/x\"'"),
         (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
     ],
 )
@@ -223,3 +224,13 @@ def test_the_configuration_can_be_looked_at_without_running(spd_run: Call, fake_
     assert tree.code == 0
     assert "loss: resid_mlp1" in tree.out
     assert fake_run.calls == []
+
+
+def test_the_versions_are_shown(spd_run: Call) -> None:
+    ended = spd_run("--version")
+    assert ended.code == 0
+    assert [word for word in ended.out.split() if not word[0].isdigit()] == [
+        "spd_hydra",
+        "hydra-core",
+        "torch",
+    ]
