@@ -27,7 +27,10 @@ EXPERIMENTS = sorted(
 OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("").as_posix()
     for path in CONF.rglob("*.yaml")
-    if path.parent != CONF and not path.stem.startswith("_") and "hydra" not in path.parts[-3:]
+    if path.parent != CONF
+    and not path.stem.startswith("_")
+    and path.relative_to(CONF).parts[0] not in {"hydra", "local"}
+    and path.relative_to(CONF).with_suffix("").as_posix().removeprefix("experiment/") not in EXPERIMENTS
 )
 
 

@@ -80,7 +80,9 @@ class RunConfig(Section):
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
         if not self.decomposition.sites:
-            yield Problem("decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms")
+            yield Problem(
+                "decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms_5-2"
+            )
 
 
 def to_dict(config: Section) -> dict[str, Any]:
