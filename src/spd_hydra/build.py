@@ -58,11 +58,13 @@ class Parts:
         )
 
     def ideal_l0(self) -> dict[str, float]:
-        """L0 of a perfect decomposition at sites with one subcomponent per feature: features x probability."""
+        """L0 of a perfect decomposition at sites with one subcomponent per feature: features x chance."""
         probability = getattr(self.config.data, "feature_probability", None)
         if self.known is None or probability is None:
             return {}
-        return {site: n * probability for site, n in self.known.identity.items() if site in self.model.site_names}
+        return {
+            site: n * probability for site, n in self.known.identity.items() if site in self.model.site_names
+        }
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -102,7 +104,9 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
     batches = config.data.bind(config.model)
-    model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(device)
+    model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
+        device
+    )
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     model.find_roots(example)
     with torch.no_grad():

@@ -85,8 +85,8 @@ def run(
     if config.resume is not None:
         return resume(config, saved)
     preflight(config)
-    directory = RunDirectory.create(Path(config.out_dir), config.name) if run_dir is None else RunDirectory.at(run_dir)
-    with directory:
+    root = Path(config.out_dir).expanduser()
+    with RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir) as directory:
         directory.write_config(to_yaml(config))
         directory.write_environment(describe_environment(device_of(config).type))
         return _recorded(directory, lambda: _decompose(config, directory))
@@ -102,18 +102,22 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
     path = Path(config.resume)
     saved = saved if saved is not None else load_config(path / "config.yaml")
     changed = [
-        (key, old, new) for key, old, new in differences(saved, config) if not key.startswith(_MAY_CHANGE_ON_RESUME)
+        (key, old, new)
+        for key, old, new in differences(saved, config)
+        if not key.startswith(_MAY_CHANGE_ON_RESUME)
     ]
     if changed:
         lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
         raise ConfigError(
             f"resume={path}: these changes would make it another run:\n{lines}\n"
-            "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for the rest"
+            "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for others"
         )
     with RunDirectory.open(path) as directory:
         summary = directory.read_summary()
         if summary is not None and summary.get("steps", 0) >= config.train.steps:
-            say(f"{path} has finished its {summary['steps']} steps: nothing to do. To go on, raise train.steps")
+            say(
+                f"{path} has finished its {summary['steps']} steps: nothing to do. Raise train.steps for more"
+            )
             return Outcome(path, summary)
         config = dataclasses.replace(config, resume=None, task=saved.task)
         directory.write_config(to_yaml(config))
@@ -124,19 +128,22 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
 def analyse(config: RunConfig) -> Outcome:
     """Measure a finished or stopped run again: metrics, figures, report and summary, into its directory."""
     if config.run is None:
-        raise ConfigError("run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>")
+        raise ConfigError(
+            "run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
+        )
     path = Path(config.run)
     with RunDirectory.open(path) as directory:
         config = load_config(path / "config.yaml")
-        device = device_of(config)
-        parts, target = _reopen(config, directory, device)
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
+        parts, target = _reopen(config, directory, device_of(config))
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         evaluation = _evaluate(parts, target, checkpoint.step)
         before = directory.read_summary() or {}
-        summary = _summary(parts, target, evaluation, before.get("seconds", {}), before.get("steps_per_second"))
+        summary = _summary(
+            parts, target, evaluation, before.get("seconds", {}), before.get("steps_per_second")
+        )
         _present(config, directory, evaluation, summary)
         return Outcome(path, summary)
 
@@ -165,12 +172,12 @@ def _decompose(config: RunConfig, directory: RunDirectory) -> Outcome:
         return Outcome(directory.path, summary)
     parts = assemble(config, target.module, device)
     tracker = config.logger.start(directory.path, config.name, redact(to_dict(config)))
-    summary, exit_code = None, 1
     try:
         summary = _train(config, parts, target, directory, tracker, started)
-        exit_code = 0
-    finally:
-        tracker.finish(summary, exit_code)
+    except BaseException:
+        tracker.finish(None, 1)
+        raise
+    tracker.finish(summary, 0)
     return Outcome(directory.path, summary)
 
 
@@ -199,7 +206,11 @@ def _train(
     checkpoint = load_newest(directory.checkpoints)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+        if trainer.step > config.train.steps:
+            raise ConfigError(f"train.steps: got {config.train.steps}, but the run has done {trainer.step}")
         say(f"going on from step {trainer.step}")
+    else:
+        directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
     first_step = trainer.step
     try:
         evaluation = trainer.fit()
@@ -251,9 +262,7 @@ def _target(config: RunConfig, directory: RunDirectory, device: torch.device) ->
     return target
 
 
-def _reopen(
-    config: RunConfig, directory: RunDirectory, device: torch.device
-) -> tuple[Parts, TrainedTarget]:
+def _reopen(config: RunConfig, directory: RunDirectory, device: torch.device) -> tuple[Parts, TrainedTarget]:
     target = read_target(config, directory.path, device)
     return assemble(config, target.module, device), target
 
@@ -293,11 +302,15 @@ def _evaluate(parts: Parts, target: TrainedTarget, step: int) -> Evaluation:
 
 def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
     """Do the work of a run; its status file says how that went, whatever happens."""
-    directory.write_status(Status.running, step=0)
+    directory.write_status(Status.running, step=_last_step(directory))
     try:
         outcome = work()
     except BaseException as error:
-        text = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        text = (
+            "interrupted by the user"
+            if isinstance(error, KeyboardInterrupt)
+            else f"{type(error).__name__}: {error}"
+        )
         directory.write_status(Status.failed, step=_last_step(directory), error=text)
         raise
     directory.write_status(Status.done, step=int(outcome.summary.get("steps", 0)))

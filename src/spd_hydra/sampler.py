@@ -1,13 +1,11 @@
 """Batches and random numbers of a step, from (seed, purpose, step) alone."""
 
-from typing import cast
-
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
 from spd_hydra import rng
-from spd_hydra.compiling import compiled
+from spd_hydra.compiling import can_compile, compiled
 from spd_hydra.data.base import Batches
 
 
@@ -21,7 +19,7 @@ class Sampler:
         rows: which rows of the global batch this process works on.
         columns: random numbers per position, as columns of `rng.uniform`.
         position_shape: shape of the positions of one row: `()` for vectors, `(length,)` for text.
-        compile: fuse the draws into one kernel.
+        compile: fuse the draws into one kernel, where that is possible.
     """
 
     def __init__(
@@ -38,12 +36,14 @@ class Sampler:
         self.batches, self.seed, self.purpose = batches, seed, purpose
         self.rows, self.columns = rows, columns.to(rows.device)
         self.positions = position_index(rows, position_shape)
-        self._draw = compiled(self._draw_all) if compile and batches.traceable else self._draw_all
+        fused = compile and batches.traceable and can_compile(rows.device.type)
+        self._draw = compiled(self._draw_all) if fused else self._draw_all
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""
-        keys = [rng.key(self.seed, f"{self.purpose}/{what}", step).to(self.rows.device) for what in ("data", "masks")]
-        return cast(tuple[Tensor, Tensor], self._draw(*keys))
+        data_key = rng.key(self.seed, f"{self.purpose}/data", step).to(self.rows.device)
+        mask_key = rng.key(self.seed, f"{self.purpose}/masks", step).to(self.rows.device)
+        return self._draw(data_key, mask_key)
 
     def _draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
         return self.batches(data_key, self.rows), rng.uniform(mask_key, self.positions, self.columns)

@@ -21,7 +21,9 @@ def summarise(
 
     def by_site(group: str) -> dict[str, float]:
         prefix = f"{group}/"
-        return {name.removeprefix(prefix): v for name, v in evaluation.metrics.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): v for name, v in evaluation.metrics.items() if name.startswith(prefix)
+        }
 
     return {
         "experiment": config.name,

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile, compiled
@@ -20,7 +20,7 @@ from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
-from spd_hydra.run_dir import RunDirectory
+from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
 from spd_hydra.trainer_config import Evaluation, Training
 
@@ -72,13 +72,14 @@ class Trainer:
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
         use_compiled = training.compile and can_compile(self.model.device.type)
         self.loss = compiled(objective.__call__) if use_compiled else objective
+        self.gradient_norms: dict[str, Tensor] = {}
         self._stop_requested = False
 
     def fit(self) -> EvaluationResult:
         """Train to the last step and return the last evaluation.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss or its gradient is no longer finite.
             Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
         """
         if self.step == 0:
@@ -98,7 +99,8 @@ class Trainer:
                 if self._stop_requested and self.step < self.training.steps:
                     self.save()
                     raise Interrupted
-        return result if result is not None else self._evaluate()
+        # A run that was stopped after its last checkpoint has logged this evaluation already.
+        return result if result is not None else self.evaluate(self.step)
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
@@ -108,24 +110,28 @@ class Trainer:
         batch, draws = self.sampler(self.step)
         loss = self.loss(batch, draws, self.objective.scheduled(progress))
         self.optimizer.zero_grad()
-        loss.total.backward()
-        # Reading the loss waits for the device: free on a CPU, done on log steps only on a GPU.
-        if batch.device.type == "cpu" or (self.step + 1) % self.training.log_every == 0:
+        torch.autograd.backward(loss.total)
+        self.gradient_norms = {
+            "components": _gradient_norm(self.components),
+            "ci_fn": _gradient_norm(self.ci_fn),
+        }
+        # Reading numbers waits for the device: free on a CPU, done on a GPU only before something is kept.
+        if batch.device.type == "cpu" or self._keeps_something(self.step + 1):
             self._require_finite(loss)
-        self._clip(self.components, self.training.clip_components)
-        self._clip(self.ci_fn, self.training.clip_ci_fn)
+        self._clip(self.components, self.training.clip_components, self.gradient_norms["components"])
+        self._clip(self.ci_fn, self.training.clip_ci_fn, self.gradient_norms["ci_fn"])
         self.optimizer.step()
         self.step += 1
         return loss
 
     def fit_weights(self) -> None:
-        """Faithfulness warmup: V and U alone learn to sum to the weights, with an optimiser that is then dropped."""
+        """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""
         warmup = self.training.faithfulness_warmup
         optimizer = adamw([self.components], lr=warmup.lr, weight_decay=warmup.weight_decay)
         for _ in range(warmup.steps):
             optimizer.zero_grad()
             statistics = faithfulness_statistics(self.model)
-            (statistics["sum"] / statistics["count"]).backward()
+            torch.autograd.backward(statistics["sum"] / statistics["count"])
             optimizer.step()
         optimizer.zero_grad()
 
@@ -138,6 +144,7 @@ class Trainer:
         }
         keep = self.training.keep_checkpoints
         save_checkpoint(self.run.checkpoints, self.step, tensors, {"step": self.step}, keep)
+        self.run.write_status(Status.running, self.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimiser, step; metrics logged after it are dropped."""
@@ -152,17 +159,27 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.training.steps
 
-    def _clip(self, parameters: list[nn.Parameter], limit: float | None) -> None:
+    def _keeps_something(self, step: int) -> bool:
+        """Whether this step is logged, measured or saved."""
+        often = (self.training.log_every, self.training.checkpoint_every, self.evaluation.every)
+        return step == self.training.steps or any(step % every == 0 for every in often)
+
+    def _clip(self, parameters: list[nn.Parameter], limit: float | None, norm: Tensor) -> None:
         if limit is not None:
-            nn.utils.clip_grad_norm_(parameters, limit)
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def _require_finite(self, loss: StepLoss) -> None:
-        if math.isfinite(loss.total.item()):
-            return
-        bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
+        total = loss.total.item()
+        if not math.isfinite(total):
+            bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
+            what = f"the loss is {total} at step {self.step}, in: {', '.join(bad) or 'their sum'}"
+        else:
+            bad = [part for part, norm in self.gradient_norms.items() if not math.isfinite(norm.item())]
+            if not bad:
+                return
+            what = f"the gradient is not finite at step {self.step}, in: {', '.join(bad)}"
         raise TrainingError(
-            f"the loss is {loss.total.item()} at step {self.step}, first in: {', '.join(bad) or 'their sum'}. "
-            f"The checkpoints in {self.run.checkpoints} are from before. Try a lower train.lr "
+            f"{what}. The checkpoints in {self.run.checkpoints} are from before. Try a lower train.lr "
             f"(now {self.training.lr:g}), train.clip_components=0.1, or train.precision=fp32"
         )
 
@@ -171,8 +188,7 @@ class Trainer:
         numbers |= {f"loss/{name}": value.item() for name, value in loss.terms.items()}
         l0 = {site: value.item() for site, value in loss.l0.items()}
         numbers |= {f"l0/{site}": value for site, value in l0.items()} | {"l0/total": sum(l0.values())}
-        numbers["grad_norm/components"] = _gradient_norm(self.components)
-        numbers["grad_norm/ci_fn"] = _gradient_norm(self.ci_fn)
+        numbers |= {f"grad_norm/{part}": norm.item() for part, norm in self.gradient_norms.items()}
         numbers["lr"] = self.optimizer.param_groups[0]["lr"]
         return numbers
 
@@ -199,7 +215,7 @@ class Trainer:
 
     @contextmanager
     def _ctrl_c_stops_at_step_boundary(self) -> Iterator[None]:
-        """The first Ctrl-C asks for a stop after the current step, where state is whole; the second is immediate."""
+        """The first Ctrl-C asks for a stop after this step, where all is whole; the second ends at once."""
 
         def request_stop(number: int, frame: FrameType | None) -> Any:
             if self._stop_requested:
@@ -222,6 +238,6 @@ def _shown(loss: StepLoss) -> dict[str, float]:
     return {"loss": loss.total.item(), "L0": sum(value.item() for value in loss.l0.values())}
 
 
-def _gradient_norm(parameters: list[nn.Parameter]) -> float:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+def _gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm of all their gradients together, before any clipping."""
+    return nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)

@@ -12,8 +12,9 @@ def neuron_contributions(model: DecomposedModel) -> list[NeuronContributions]:
     """Contributions of every layer, in the target and in the decomposition; none if it is no ResidMLP.
 
     Target: `(W_U[:, i] · W_out[:, n]) · (W_in[n] · W_E[i])` for feature i and neuron n. Decomposition:
-    the same with `max_c` of `(W_E[i] · V_c) U_c[n]` in place of `W_in[n] · W_E[i]`, so that it is
-    reproduced if one subcomponent carries the feature alone. Paper, §3.2.
+    the same with `(W_E[i] · V_c) U_c[n]` in place of `W_in[n] · W_E[i]`, for the c at which it is largest
+    in magnitude: the target's number, of either sign, if one subcomponent carries the feature alone.
+    Paper, §3.2.
     """
     target = model.target
     embed, unembed = getattr(target, "W_E", None), getattr(target, "W_U", None)
@@ -30,13 +31,13 @@ def neuron_contributions(model: DecomposedModel) -> list[NeuronContributions]:
         pieces = model.pieces(site_in)
         reads_in = embed @ model.weight(site_in).T  # [features, neurons]
         per_piece = (embed @ pieces.V)[:, :, None] * pieces.U[None]  # [features, C, neurons]
-        # The largest product, not the largest factor: a negative output weight turns max into min.
-        largest = (per_piece * reads_out[:, None]).amax(dim=1)
+        # Not the largest value: where all contributions are negative, that would be one of an idle piece.
+        strongest = per_piece.gather(1, per_piece.abs().argmax(dim=1, keepdim=True))[:, 0]
         found.append(
             NeuronContributions(
                 layer=f"layers.{index}",
                 target=(reads_out * reads_in).float().cpu().numpy(),
-                subcomponents=largest.float().cpu().numpy(),
+                subcomponents=(reads_out * strongest).float().cpu().numpy(),
             )
         )
     return found

@@ -53,7 +53,9 @@ def evaluate(
         inputs = objective.inputs(batch)
         activity.add({site: ci.lower for site, ci in inputs.ci.items()})
         for name, found in objective.statistics(inputs, terms, draws, schedule).items():
-            totals[name] = {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
+            totals[name] = (
+                {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
+            )
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
     metrics = _metrics(objective, losses, activity, verdict)

@@ -44,8 +44,8 @@ class SiteEvaluation:
 class NeuronContributions:
     """How much each neuron contributes to each feature's own output, in the target and in the decomposition.
 
-    For a residual MLP layer: `(W_U[i] · W_out) ⊙ (W_in · W_E[:, i])`; in the decomposition the largest
-    value over the subcomponents of W_in.
+    For a residual MLP layer: `(W_U[i] · W_out) ⊙ (W_in · W_E[:, i])`; in the decomposition the one
+    subcomponent of W_in that counts most stands for W_in.
     """
 
     layer: str

@@ -30,8 +30,8 @@ class Probe(NamedTuple):
 class Verdict:
     """Checks at both tolerances, recovery of the columns, and what follows from them.
 
-    `recovery` is that of the first site with known directions (TMS: the embedding); `per_site` has
-    all of them. `order` lists subcomponents with the matched or heaviest ones first.
+    `recovery` is the mean over the sites with known directions (TMS: the embedding alone), `per_site`
+    that of each. `order` lists subcomponents with the matched or heaviest ones first.
     """
 
     checks: list[SiteCheck]
@@ -42,13 +42,15 @@ class Verdict:
     cosine_decides: bool
 
     def holds(self, tolerance: float) -> bool:
-        """Whether every check passes at this tolerance and, where they decide, MMCS and ML2R do too."""
-        checks_pass = all(check.error == 0 for check in self.checks if check.tolerance == tolerance)
+        """Whether every check passes at this tolerance and, where they decide, MMCS and ML2R do too.
+
+        Never where no site with a known answer is decomposed.
+        """
+        errors = [check.error for check in self.checks if check.tolerance == tolerance]
+        checks_pass = bool(errors) and not any(errors)
         if not self.cosine_decides:
             return checks_pass
-        cosines_pass = (
-            self.recovery.mmcs >= LEAST_MMCS and abs(self.recovery.ml2r - 1) <= LARGEST_ML2R_ERROR
-        )
+        cosines_pass = self.recovery.mmcs >= LEAST_MMCS and abs(self.recovery.ml2r - 1) <= LARGEST_ML2R_ERROR
         return checks_pass and cosines_pass
 
 
@@ -65,7 +67,9 @@ def compare(model: DecomposedModel, known: KnownAnswer) -> Verdict:
     for site, kind, expected in _expectations(model, known):
         for tolerance in (STRICT_TOLERANCE, TOLERANCE):
             match = _match(kind, probes[site].lower, expected, tolerance)
-            checks.append(SiteCheck(name=kind, site=site, tolerance=tolerance, error=match.error, expected=expected))
+            checks.append(
+                SiteCheck(name=kind, site=site, tolerance=tolerance, error=match.error, expected=expected)
+            )
             order[site] = match.order
     per_site = {
         site: _site_recovery(model, site, known) for site in known.directions if site in model.site_names
@@ -82,9 +86,10 @@ def compare(model: DecomposedModel, known: KnownAnswer) -> Verdict:
 
 def _expectations(model: DecomposedModel, known: KnownAnswer) -> list[tuple[str, str, int]]:
     """Site, kind of check and expected number, for the sites that are decomposed."""
-    wanted: list[tuple[Mapping[str, int], str]] = [(known.identity, "identity"), (known.dense, "dense")]
-    found = [(site, kind, n) for sites, kind in wanted for site, n in sites.items() if site in model.site_names]
-    return sorted(found, key=lambda item: model.site_names.index(item[0]))
+    found = [(site, "identity", n) for site, n in known.identity.items()]
+    found += [(site, "dense", n) for site, n in known.dense.items()]
+    decomposed = [item for item in found if item[0] in model.site_names]
+    return sorted(decomposed, key=lambda item: model.site_names.index(item[0]))
 
 
 def _match(kind: str, g: np.ndarray, expected: int, tolerance: float) -> Match:

@@ -10,7 +10,7 @@ _NEARLY_BEST = 0.01
 
 
 class Recovery(NamedTuple):
-    """`mmcs`: mean max cosine similarity. `ml2r`: mean L2 ratio at the best of largest norm; `ml2r_plain`: at the best."""
+    """`mmcs`: mean max cosine. `ml2r_plain`: mean L2 ratio there; `ml2r`: at the largest nearly there."""
 
     mmcs: float
     ml2r: float

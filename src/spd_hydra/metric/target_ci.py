@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 class Match(NamedTuple):
-    """`error`: entries that contradict the pattern, 0 if it is found. `order`: subcomponents, matched ones first."""
+    """`error`: entries that contradict the pattern, 0: found. `order`: subcomponents, matched ones first."""
 
     error: int
     order: Int[np.ndarray, " C"]
