@@ -1,0 +1,133 @@
+"""One evaluation: additive over batches, honest about uncertified targets, complete in its numbers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from spd_hydra.build import Parts, assemble, untrained_target
+from spd_hydra.config import RunConfig
+from spd_hydra.metric import evaluate as module
+from spd_hydra.metric.evaluate import evaluate
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.known_answer import Verdict, compare
+from spd_hydra.metric.recovery import Recovery
+from spd_hydra.sampler import Sampler
+
+BATCHES, ROWS = 3, 16
+
+
+@pytest.fixture
+def parts(toy: Callable[..., RunConfig]) -> Parts:
+    config = toy("loss.importance_minimality.beta=0.5", f"eval.batch_size={ROWS}")
+    return assemble(config, untrained_target(config), torch.device("cpu"))
+
+
+def measured(parts: Parts, sampler: Sampler | None = None, **changes: Any) -> Evaluation:
+    arguments: dict[str, Any] = {
+        "step": 3,
+        "progress": 0.1,
+        "batches": BATCHES,
+        "reference_positions": 64,
+        "known": parts.known,
+        "certified": True,
+        "ideal_l0": parts.ideal_l0(),
+    }
+    return evaluate(parts.objective, sampler or parts.eval_sampler(), **arguments | changes)
+
+
+def test_batches_are_accumulated_before_anything_is_finalised(parts: Parts) -> None:
+    small = parts.eval_sampler()
+    pairs = [small(number) for number in range(BATCHES)]
+    together = torch.cat([batch for batch, _ in pairs]), torch.cat([draws for _, draws in pairs])
+
+    class One(Sampler):
+        def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            assert step == 0
+            return together
+
+    one = One(parts.batches, seed=0, purpose="eval", rows=small.rows, columns=small.columns)
+    in_parts, whole = measured(parts), measured(parts, one, batches=1)
+    assert in_parts.n_positions == whole.n_positions == BATCHES * ROWS
+    assert in_parts.metrics == pytest.approx(whole.metrics, rel=1e-5, nan_ok=True)
+    for site, own in whole.sites.items():
+        assert in_parts.sites[site].mean_ci == pytest.approx(own.mean_ci, rel=1e-5)
+        assert in_parts.sites[site].density == pytest.approx(own.density)
+        assert (in_parts.sites[site].histogram == own.histogram).all()
+
+
+def test_every_term_is_measured_whether_trained_on_or_not(parts: Parts) -> None:
+    found = measured(parts).metrics
+    terms = parts.config.loss.terms()
+    assert {name for name in found if name.startswith("loss/")} == {
+        "loss/total",
+        *(f"loss/{t}" for t in terms),
+    }
+    total = sum(term.coeff * found[f"loss/{name}"] for name, term in terms.items())
+    assert found["loss/total"] == pytest.approx(total, rel=1e-6)
+    assert any(term.coeff == 0 for term in terms.values())
+
+
+def test_sites_are_described_with_what_figures_need(parts: Parts) -> None:
+    found = measured(parts)
+    assert list(found.sites) == ["embed", "unembed"]
+    for site, own in found.sites.items():
+        C = parts.model.site_shapes()[site].C
+        assert sorted(own.order) == list(range(C))
+        assert own.mean_ci.shape == own.density.shape == (C,)
+        assert own.probe_lower is not None
+        assert own.probe_lower.shape == (5, C)
+        assert own.histogram.sum() == BATCHES * ROWS * C
+    assert found.sites["embed"].directions is not None
+    assert found.sites["unembed"].directions is None
+    assert found.metrics["l0/total"] == pytest.approx(found.metrics["l0/embed"] + found.metrics["l0/unembed"])
+    assert found.metrics["l0_ideal/embed"] == pytest.approx(5 * 0.05)
+
+
+def test_measuring_changes_nothing_and_needs_no_gradient(parts: Parts) -> None:
+    before = {name: value.clone() for name, value in parts.model.state_dict().items()}
+    first, second = measured(parts), measured(parts)
+    assert first.metrics == pytest.approx(second.metrics, rel=0, abs=0, nan_ok=True)
+    assert all(torch.equal(before[name], value) for name, value in parts.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("certified", "errors", "solved", "strict"),
+    [
+        (True, (0, 0), True, True),
+        (True, (1, 0), True, False),  # (strict tolerance, tolerance)
+        (True, (1, 1), False, False),
+        (False, (0, 0), False, False),
+    ],
+)
+def test_solved_takes_a_certified_target_and_no_error(
+    parts: Parts,
+    monkeypatch: pytest.MonkeyPatch,
+    certified: bool,
+    errors: tuple[int, int],
+    solved: bool,
+    strict: bool,
+) -> None:
+    def found(*arguments: Any) -> Verdict:
+        verdict = compare(*arguments)
+        checks = [
+            dataclasses.replace(check, error=errors[0 if check.tolerance == 0.1 else 1])
+            for check in verdict.checks
+        ]
+        return dataclasses.replace(verdict, checks=checks, recovery=Recovery(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(module, "compare", found)
+    result = measured(parts, certified=certified)
+    assert (result.solved, result.strict) == (solved, strict)
+
+
+def test_without_a_known_answer_there_is_no_verdict(parts: Parts) -> None:
+    found = measured(parts, known=None)
+    assert (found.solved, found.strict, found.mmcs, found.ml2r, found.checks) == (None, None, None, None, [])
+    assert not any(name.startswith("recovery/") for name in found.metrics)
+    assert list(found.sites["embed"].order) == sorted(
+        range(20), key=lambda c: -found.sites["embed"].mean_ci[c]
+    )

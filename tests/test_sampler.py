@@ -1,0 +1,94 @@
+"""Batches and random numbers of a step: slices of one global batch, the same every time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spd_hydra import rng
+from spd_hydra.data.sparse_features import SparseFeatures
+from spd_hydra.model.tms import TMS
+from spd_hydra.sampler import Sampler, position_index
+
+BATCHES = SparseFeatures(feature_probability=0.5).bind(TMS(n_features=3))
+COLUMNS = rng.columns("test", 4)
+
+
+def rows(first: int, last: int) -> Tensor:
+    return torch.arange(first, last, dtype=torch.int32)
+
+
+def sampler(
+    which: Tensor,
+    *,
+    seed: int = 0,
+    purpose: str = "train",
+    shape: tuple[int, ...] = (),
+    compile: bool = False,
+    columns: Tensor = COLUMNS,
+) -> Sampler:
+    return Sampler(
+        BATCHES,
+        seed=seed,
+        purpose=purpose,
+        rows=which,
+        columns=columns,
+        position_shape=shape,
+        compile=compile,
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_a_slice_of_the_rows_is_that_slice_of_the_whole(shape: tuple[int, ...]) -> None:
+    batch, draws = sampler(rows(0, 8), shape=shape)(3)
+    part_batch, part_draws = sampler(rows(2, 6), shape=shape)(3)
+    assert draws.shape == (8, *shape, 4)
+    assert torch.equal(part_batch, batch[2:6])
+    assert torch.equal(part_draws, draws[2:6])
+
+
+def test_the_same_step_gives_the_same_numbers_whatever_came_before() -> None:
+    fresh, used = sampler(rows(0, 8)), sampler(rows(0, 8))
+    for step in (7, 1, 4):
+        used(step)
+    for ours, theirs in zip(fresh(5), used(5), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "other", [{"purpose": "eval"}, {"seed": 1}, {"step": 6}], ids=["purpose", "seed", "step"]
+)
+def test_streams_differ_between_purposes_seeds_and_steps(other: dict[str, int | str]) -> None:
+    batch, draws = sampler(rows(0, 64))(5)
+    step = int(other.pop("step", 5))
+    other_batch, other_draws = sampler(rows(0, 64), **other)(step)  # type: ignore[arg-type]
+    assert not torch.equal(batch, other_batch)
+    assert (draws == other_draws).float().mean() < 0.01
+
+
+def test_data_does_not_depend_on_what_the_loss_draws() -> None:
+    few = sampler(rows(0, 8), columns=COLUMNS[:1])(2)
+    many = sampler(rows(0, 8))(2)
+    assert torch.equal(few[0], many[0])
+    assert torch.equal(few[1], many[1][:, :1])
+
+
+def test_torch_s_global_generator_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = sampler(rows(0, 8))(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(sampler(rows(0, 8))(1)[1], first[1])
+
+
+@pytest.mark.slow
+def test_the_compiled_draw_is_the_eager_one() -> None:
+    for ours, theirs in zip(sampler(rows(0, 33), compile=True)(4), sampler(rows(0, 33))(4), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_positions_are_numbered_row_by_row() -> None:
+    assert torch.equal(position_index(rows(2, 4), ()), rows(2, 4))
+    assert position_index(rows(2, 4), (3,)).tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert position_index(rows(1, 3), (2, 2)).tolist() == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert position_index(rows(0, 2), (2, 2)).dtype == torch.int32
