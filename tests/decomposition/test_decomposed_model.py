@@ -344,11 +344,12 @@ def test_after_an_exception_in_a_pass_the_model_still_gives_the_clean_output() -
     model, batch = make("sequential"), batch_of("sequential")
     masks = random_masks(model, (BATCH,))
     expected_masked, expected_clean = model(batch, masks), model.target(batch)
-    with pytest.raises(RuntimeError):
-        model(batch, masks | {"last": SiteMask(mask=torch.ones(BATCH, 99))})
+    (patched,) = model._patched
     with pytest.raises(RuntimeError):
         model.clean_pass(torch.randn(2, 99))
-    (patched,) = model._patched
+    assert torch.equal(patched(batch), expected_clean)
+    with pytest.raises(RuntimeError):
+        model(batch, masks | {"last": SiteMask(mask=torch.ones(BATCH, 99))})
     assert torch.equal(patched(batch), expected_clean)
     assert torch.equal(model(batch), expected_clean)
     assert torch.equal(model.clean_pass(batch).output, expected_clean)

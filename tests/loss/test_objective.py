@@ -1,6 +1,7 @@
 """The objective: what is summed, what is computed at all, and that compiling changes nothing."""
 
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -213,6 +214,21 @@ def test_bf16_runs_layers_in_half_precision_and_keeps_the_rest_in_float32(
     torch.autograd.backward(rough.total)
     assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in trained(model))
     assert all(p.dtype == torch.float32 for p in model.target.parameters())
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_masked_passes_run_in_the_precision_of_the_clean_one(chain: MakeModel, precision: Precision) -> None:
+    model = chain()
+    own = objective(model, LossSet(stochastic_recon=Recon(coeff=1)), precision)
+    autocast: list[bool] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return DecomposedModel.forward(model, *args, **kwargs)
+
+    with patch.object(model, "forward", watched):
+        own(batch(), draw(own), {})
+    assert autocast == [precision is Precision.bf16]
 
 
 def test_faithfulness_stays_in_float32_inside_a_users_own_autocast(chain: MakeModel) -> None:
