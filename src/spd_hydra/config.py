@@ -28,7 +28,6 @@ from spd_hydra.section import (
 )
 from spd_hydra.trainer_config import Evaluation, Training
 
-
 KIND = "_kind_"
 """Key that names the class of a pluggable section in plain data; no field begins with an underscore."""
 
