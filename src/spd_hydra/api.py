@@ -81,7 +81,9 @@ class Run:
             return load_checkpoint(directory.checkpoints / f"step_{step}")
         newest = load_newest(directory.checkpoints)
         if newest is None:
-            raise RunDirectoryError(f"{self.path} holds no checkpoint yet; look again later, or see its status")
+            raise RunDirectoryError(
+                f"{self.path} holds no checkpoint yet; look again later, or see its status"
+            )
         return newest
 
 

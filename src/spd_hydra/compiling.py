@@ -7,21 +7,29 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Any
 
 import torch
+import torch._inductor
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
 
+Options = dict[str, str | int | bool]
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+
+# Checks of every buffer's shape in every call, for those who work on the compiler.
+_WITHOUT_SELF_CHECKS: Options = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+
 # By default an intermediate of many operations that several sums read is written to memory first.
-_KEEP_IN_REGISTERS: dict[str, str | int | bool] = {
+_KEEP_IN_REGISTERS: Options = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 64,
     "realize_acc_reads_threshold": 64,
+    "cpp.enable_floating_point_contract_flag": "fast",  # a·b + c in one instruction
 }
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 @functools.cache
@@ -37,15 +45,46 @@ def can_compile(device_type: str) -> bool:
     return not missing
 
 
-def compiled(
-    function: Callable[Arguments, Result], *, keep_in_registers: bool = False
-) -> Callable[Arguments, Result]:
-    """The function as one compiled graph; a break in the graph is an error, never a silent slowdown.
+def is_tracing() -> bool:
+    """Whether a `Kernel` is recording the code that is running now, rather than just running it."""
+    return _tracing.get()
+
+
+class Kernel:
+    """A pure function of tensors, compiled as one piece per set of shapes, without a backward pass.
+
+    Unlike with `torch.compile` nothing is checked when it is called and nothing recorded for gradients: for a
+    toy model both take longer than the arithmetic. What is not an argument counts as constant. Gradients
+    can be computed inside, with `torch.autograd.grad`.
 
     Args:
-        function: what to compile; every set of shapes is compiled anew.
-        keep_in_registers: recompute intermediates rather than write them to memory, for a small function
-            with long arithmetic on large tensors.
+        function: from tensors to tensors.
+        keep_in_registers: recompute intermediates rather than write them to memory, for a small function with
+            long arithmetic on large tensors.
     """
-    options = dict(_KEEP_IN_REGISTERS) if keep_in_registers else None
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+    def __init__(self, function: Callable[..., Any], *, keep_in_registers: bool = False) -> None:
+        self._function = function
+        self._options = _WITHOUT_SELF_CHECKS | (_KEEP_IN_REGISTERS if keep_in_registers else {})
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """The function's value."""
+        layout = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        if layout not in self._compiled:
+            self._compiled[layout] = self._compile(tensors)
+        return self._compiled[layout](*tensors)
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        token = _tracing.set(True)
+        try:
+            graph = make_fx(lambda *args: self._function(*args))(
+                *tensors
+            )  # it miscounts a method's arguments
+        finally:
+            _tracing.reset(token)
+        with torch.no_grad():
+            run: Callable[..., Any] = torch._inductor.compile(
+                graph, list(tensors), options=dict(self._options)
+            )
+        return run

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from spd_hydra import rng
-from spd_hydra.compiling import can_compile, compiled
+from spd_hydra.compiling import Kernel, can_compile
 from spd_hydra.data.base import Batches
 
 
@@ -37,7 +37,7 @@ class Sampler:
         self.rows, self.columns = rows, columns.to(rows.device)
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
-        self._draw = compiled(self._draw_all) if fused else self._draw_all
+        self._draw = Kernel(self._draw_all) if fused else self._draw_all
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""

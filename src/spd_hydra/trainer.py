@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
-from spd_hydra.compiling import can_compile, compiled
+from spd_hydra.compiling import can_compile
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.loss.objective import Objective, StepLoss
@@ -22,6 +22,7 @@ from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
+from spd_hydra.step import Step
 from spd_hydra.trainer_config import Evaluation, Training
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ class Trainer:
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
-        use_compiled = training.compile and can_compile(self.model.device.type)
-        self.loss = compiled(objective.__call__) if use_compiled else objective
+        compile = training.compile and can_compile(self.model.device.type)
+        self.loss_and_gradients = Step(objective, compile=compile)
         self.gradient_norms: dict[str, Tensor] = {}
         self._stop_requested = False
 
@@ -108,9 +109,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
         batch, draws = self.sampler(self.step)
-        loss = self.loss(batch, draws, self.objective.scheduled(progress))
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss.total)
+        loss = self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
         # Before this step is logged, measured or saved. Norms take as long as a third of a toy's step, and
         # reading the loss waits for the device, which is free on a CPU.
         recorded = self._is_recorded(self.step + 1)

@@ -8,16 +8,14 @@ single input, dz/dh is one more number per (b, c): it is made in the forward pas
 same exponential, and the backward pass recomputes the hidden layer once, for the weights.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.compiling import compiled
+from spd_hydra.compiling import Kernel, is_tracing
 
 _RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
@@ -38,7 +36,7 @@ class _PrivateGeluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-        values = _values_kernel if torch.compiler.is_compiling() else _values
+        values = _values_kernel if is_tracing() else _values
         return values(h, w_in, b_in, w_out)
 
     @staticmethod
@@ -49,7 +47,7 @@ class _PrivateGeluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w_in, b_in, w_out, dz_dh = ctx.saved_tensors
-        gradients = _weight_gradients_kernel if torch.compiler.is_compiling() else _weight_gradients
+        gradients = _weight_gradients_kernel if is_tracing() else _weight_gradients
         grad_w_in, grad_b_in, grad_w_out = gradients(h, grad_z, w_in, b_in, w_out)
         return grad_z * dz_dh, grad_w_in, grad_b_in, grad_w_out
 
@@ -78,10 +76,13 @@ def _weight_gradients(
 # a second time in the backward pass, and writes the `[C, hidden, batch]` terms of the gradients to memory
 # to read them again three times over.
 
+_values_compiled = Kernel(_values, keep_in_registers=True)
+_weight_gradients_compiled = Kernel(_weight_gradients, keep_in_registers=True)
+
 
 @torch.library.custom_op("spd_hydra::private_gelu_values", mutates_args=())
 def _values_kernel(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-    return _compiled(_values)(h, w_in, b_in, w_out)
+    return _values_compiled(h, w_in, b_in, w_out)
 
 
 @_values_kernel.register_fake
@@ -93,17 +94,12 @@ def _(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Ten
 def _weight_gradients_kernel(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _compiled(_weight_gradients)(h, grad_z, w_in, b_in, w_out)
+    return _weight_gradients_compiled(h, grad_z, w_in, b_in, w_out)
 
 
 @_weight_gradients_kernel.register_fake
 def _(h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(w_in), torch.empty_like(b_in), torch.empty_like(w_out)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return compiled(function, keep_in_registers=True)
 
 
 def _normal_cdf_pdf(x: Tensor) -> tuple[Tensor, Tensor]:
