@@ -77,7 +77,7 @@ def test_state_is_named_by_quantity_and_parameter() -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     named = parameters()
-    with pytest.raises(ValueError, match="'ci.other' fits no parameter"):
+    with pytest.raises(ValueError, match=r"'ci\.other' fits no parameter"):
         load_state_tensors(optimizer_of(named), named, {"exp_avg.ci.other": torch.zeros(4)})
 
 

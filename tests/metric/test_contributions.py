@@ -28,8 +28,8 @@ def set_perfect(model: DecomposedModel, site: str, scale: float = 1.0) -> None:
     """Piece c reads feature c alone (dual basis of the embedding) and writes what the matrix makes of it."""
     embed = model.target.get_buffer("W_E")
     with torch.no_grad():
-        model.pieces(site).V.zero_()
-        model.pieces(site).U.zero_()
+        for parameter in model.pieces(site).parameters():
+            parameter.zero_()
         model.pieces(site).V[:, :N_FEATURES] = torch.linalg.pinv(embed)
         model.pieces(site).U[:N_FEATURES] = scale * (embed @ model.weight(site).T)
 

@@ -88,7 +88,8 @@ def brute_dense_error(g: np.ndarray, k: int, tolerance: float) -> int:
     """The definition, entry by entry, with columns sorted by their sums."""
     by_weight = sorted(range(g.shape[1]), key=lambda column: -g[:, column].sum())
     idle = sum(all(entry < 1 - tolerance for entry in g[:, column]) for column in by_weight[:k])
-    return idle + sum(entry > tolerance for column in by_weight[k:] for entry in g[:, column])
+    superfluous = sum(entry > tolerance for column in by_weight[k:] for entry in g[:, column])
+    return int(idle + superfluous)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,0 +1,339 @@
+"""One run from configuration to report: what it leaves behind, and how it says what went wrong."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spd_hydra.build import device_of, preflight
+from spd_hydra.composition import Composer, compose
+from spd_hydra.config import Device, RunConfig, Task, load_config
+from spd_hydra.run import Outcome, RunError, run
+from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.saved_run import read_target
+from spd_hydra.section import ConfigError
+
+Toy = Callable[..., RunConfig]
+FILES = {
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "report.html",
+    "status.json",
+    "summary.json",
+    "target.safetensors",
+}
+
+
+def directory_of(outcome: Outcome) -> Path:
+    assert outcome.run_dir is not None
+    return outcome.run_dir
+
+
+def files(directory: Path) -> dict[str, str]:
+    """Digest of every file below a directory, hidden ones left out."""
+    found = [path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+@pytest.fixture(scope="module")  # made before the pictures are switched off
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that no test may change."""
+    folder = tmp_path_factory.mktemp("finished")
+    return directory_of(
+        run(compose(["debug=smoke", f"out_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"]))
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a run of 20 steps."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("spd_hydra.run.draw_all", lambda *arguments: [])
+
+
+# ---- what a run leaves behind --------------------------------------------------------------------------
+
+
+def test_a_run_directory_holds_what_was_promised_and_nothing_else(finished: Path) -> None:
+    found = set(files(finished))
+    checkpoint = {"manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {name for name in found if "/" not in name} == FILES
+    assert {name for name in found if name.startswith("checkpoints/")} == {
+        f"checkpoints/step_{step}/{name}" for step in (10, 20) for name in checkpoint
+    }
+    figures = found - FILES - {name for name in found if name.startswith("checkpoints/")}
+    assert figures
+    assert all(name.startswith("figures/") and name.endswith(".png") for name in figures)
+    assert {path.name for path in finished.iterdir() if path.name.startswith(".")} == {".lock"}
+
+
+def test_the_summary_has_the_promised_keys(finished: Path) -> None:
+    summary = read_json(finished / "summary.json")
+    promised = (
+        "experiment seed steps solved strict checks thresholds mmcs ml2r alive l0 losses target seconds"
+    )
+    assert {*promised.split(), "steps_per_second"} <= set(summary)
+    assert (summary["experiment"], summary["seed"], summary["steps"]) == ("tms_5-2", 0, 20)
+    assert set(summary["seconds"]) == {"target", "train", "eval", "total"}
+    assert {(c["name"], c["site"], c["tolerance"], c["expected"]) for c in summary["checks"]} == {
+        ("identity", site, tolerance, 5) for site in ("embed", "unembed") for tolerance in (0.1, 0.2)
+    }
+    assert set(summary["alive"]) == {"embed", "unembed"}
+    assert set(summary["l0"]) == {"embed", "unembed", "total"}
+    assert all(value is None or math.isfinite(value) for value in summary["losses"].values())
+
+
+def test_the_summary_repeats_the_last_evaluation(finished: Path) -> None:
+    summary = read_json(finished / "summary.json")
+    last = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][-1]
+    assert (last["step"], last["split"]) == (20, "eval")
+    assert {f"loss/{name}": value for name, value in summary["losses"].items()}.items() <= last.items()
+    assert last["recovery/mmcs"] == summary["mmcs"]
+    for check in summary["checks"]:
+        assert last[f"recovery/{check['name']}_error_{check['tolerance']}/{check['site']}"] == check["error"]
+
+
+def test_the_saved_configuration_is_that_of_the_run(finished: Path) -> None:
+    saved = load_config(finished / "config.yaml")
+    assert saved.train.steps == 20
+    assert read_json(finished / "status.json")["status"] == "done"
+    assert read_json(finished / "status.json")["step"] == 20
+
+
+def test_the_kept_target_is_the_one_that_was_decomposed(finished: Path) -> None:
+    config = load_config(finished / "config.yaml")
+    target = read_target(config, finished, torch.device("cpu"))
+    facts = read_json(finished / "summary.json")["target"]
+    assert (target.seed, target.tries, target.certified) == (facts["seed"], facts["tries"], False)
+    assert [m.name for m in target.measurements] == [m["name"] for m in facts["measurements"]]
+    assert not any(parameter.requires_grad for parameter in target.module.parameters())
+
+
+def test_an_uncertified_target_is_never_solved_and_said_to_be_unfit(
+    toy: Toy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        outcome = run(toy())
+    assert (outcome.summary["solved"], outcome.summary["strict"]) == (False, False)
+    assert outcome.summary["target"]["certified"] is False
+    assert any("certified" in record.getMessage() for record in caplog.records)
+    assert "not certified" in (directory_of(outcome) / "report.html").read_text()
+
+
+def test_the_same_configuration_gives_the_same_numbers_in_another_directory(toy: Toy) -> None:
+    config = toy()
+    one, two = directory_of(run(config)), directory_of(run(config))
+    assert one != two
+    assert one.parent == two.parent
+    ours, theirs = files(one), files(two)
+    same = [n for n in ours if n.endswith((".safetensors", "metrics.jsonl")) and n != "target.safetensors"]
+    assert len(same) == 5
+    assert [ours[name] for name in same] == [theirs[name] for name in same]
+
+
+def test_another_seed_gives_other_numbers(toy: Toy) -> None:
+    losses = [run(toy(f"seed={seed}")).summary["losses"]["total"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_training_lowers_the_loss(toy: Toy) -> None:
+    outcome = run(toy("train.steps=200", "train.log_every=1", "train.faithfulness_warmup.steps=0"))
+    rows = [json.loads(x) for x in (directory_of(outcome) / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss/total"] for row in rows if row["split"] == "train"]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+# ---- variants ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ci_fn=vector_mlp"],
+        ["ci_fn=shared_mlp"],
+        ["train.precision=bf16"],
+        ["loss.importance_minimality={p_start:2.0,p_end:0.5}"],
+        ["decomposition=tms_5-2-untied"],
+        ["decomposition.use_delta=false", "decomposition.init=aligned"],
+        ["decomposition.sites.unembed.C=7", "decomposition=tms_5-2-untied"],
+        ["loss.stochastic_recon.masks=binomial", "loss.ci_masked_recon_layerwise.coeff=1"],
+        ["model=tms_5-2-id", "decomposition=tms_5-2-id"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_variant_runs_to_its_end_with_finite_numbers(toy: Toy, overrides: list[str]) -> None:
+    outcome = run(toy("train.steps=4", "eval.every=2", *overrides))
+    assert outcome.summary["steps"] == 4
+    assert all(math.isfinite(value) for value in outcome.summary["losses"].values())
+    rows = [json.loads(x) for x in (directory_of(outcome) / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+
+
+@pytest.mark.slow
+def test_a_residual_mlp_runs_to_its_end(toy: Toy) -> None:
+    small = ["model.n_features=6", "model.d_embed=12", "model.d_mlp=4", "decomposition.sites.mlp_in.C=8"]
+    outcome = run(toy("experiment=resid_mlp1", "train.steps=3", "model.training.steps=3", *small))
+    assert {check["site"] for check in outcome.summary["checks"]} == {"layers.0.mlp_in", "layers.0.mlp_out"}
+    assert (directory_of(outcome) / "figures" / "neuron_contributions.png").exists()
+
+
+def shipped_experiments() -> list[str]:
+    with Composer.open() as composer:
+        return [name for name in composer.groups()["experiment"] if name != "none"]
+
+
+@pytest.mark.parametrize("experiment", shipped_experiments())
+def test_every_shipped_experiment_builds(experiment: str) -> None:
+    parts = preflight(compose([f"experiment={experiment}", "device=cpu"]))
+    assert parts.known is not None
+    assert set(parts.known.identity) | set(parts.known.dense) == set(parts.model.site_names)
+    ties = parts.config.decomposition.tied
+    assert not ties or set(ties) <= set(parts.model.site_names)
+
+
+# ---- other tasks ---------------------------------------------------------------------------------------
+
+
+def test_check_says_how_large_it_is_and_leaves_nothing_behind(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    outcome = run(toy("task=check"))
+    assert outcome.run_dir is None
+    assert not (tmp_path / "runs").exists()
+    # Tied: V [5, 20] and U [20, 2] once; per site 20 private MLPs of 16 hidden units.
+    trainable = 20 * (5 + 2) + 2 * 20 * (3 * 16 + 1)
+    assert outcome.summary == {"experiment": "tms_5-2", "trainable_parameters": trainable}
+    said = capsys.readouterr().out
+    assert f"{trainable:,}" in said
+    assert "embed: 2 x 5, C = 20" in said
+    assert "unembed: 5 x 2, C = 20" in said
+
+
+def test_train_target_writes_the_target_and_what_it_measured(toy: Toy) -> None:
+    outcome = run(toy("task=train_target"))
+    directory = directory_of(outcome)
+    assert set(files(directory)) == {
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "summary.json",
+        "target.safetensors",
+    }
+    assert outcome.summary["target"]["measurements"]
+    assert read_json(directory / "status.json")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_analysing_again_gives_the_same_summary_and_pictures(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy()
+    first = run(config)
+    directory = directory_of(first)
+    before = files(directory)
+    for path in (directory / "figures").iterdir():
+        path.unlink()
+    (directory / "report.html").unlink()
+    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    again = run(dataclasses.replace(config, task=Task.analyse, run=str(directory)))
+    assert again.summary == first.summary
+    after = files(directory)
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name] != after[name]} <= {"report.html"}
+
+
+def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
+    config = toy()
+    directory = directory_of(run(config))
+    (directory / "summary.json").unlink()
+    again = run(dataclasses.replace(config, task=Task.analyse, run=str(directory)))
+    assert again.summary["steps"] == 20
+    assert (directory / "summary.json").exists()
+
+
+def test_analysing_needs_a_run_with_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run: task=analyse needs the directory of a run"):
+        run(toy("task=analyse"))
+    with pytest.raises((ConfigError, RunDirectoryError), match="not the directory of a run"):
+        run(toy("task=analyse", f"run={tmp_path}"))
+    empty = directory_of(run(toy("task=train_target")))
+    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
+        run(toy("task=analyse", f"run={empty}"))
+
+
+# ---- what can go wrong ---------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_says_why_and_keeps_its_directory(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not finite|the loss is") as raised:
+        run(toy("train.lr=1e30"))
+    assert "train.lr (now 1e+30)" in str(raised.value)
+    (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
+    status = read_json(directory / "status.json")
+    assert status["status"] == "failed"
+    assert str(raised.value) in status["error"]
+    assert not (directory / "summary.json").exists()
+
+
+def test_a_mistake_shows_before_anything_is_made(toy: Toy, tmp_path: Path) -> None:
+    config = toy()
+    config.decomposition.sites["embed"].pattern = "nowhere"
+    with pytest.raises(ConfigError, match="nowhere"):
+        run(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_run_says_so_in_its_status(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spd_hydra.run.obtain", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy())
+    (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
+    status = read_json(directory / "status.json")
+    assert (status["status"], status["error"]) == ("failed", "interrupted by the user")
+
+
+def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    from spd_hydra import run as module
+
+    def spying(config: RunConfig, directory: Any) -> Outcome:
+        seen.append(read_json(directory.path / "status.json")["status"])
+        return Outcome(directory.path, {"steps": 0})
+
+    monkeypatch.setattr(module, "_decompose", spying)
+    run(toy())
+    assert seen == ["running"]
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device: got cuda.*device=cpu"):
+        run(toy("device=cuda"))
+    assert device_of(dataclasses.replace(toy(), device=Device.auto)) == torch.device("cpu")
+
+
+def test_a_home_folder_may_be_abbreviated(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = dataclasses.replace(toy("task=train_target"), out_dir="~/mine")
+    assert directory_of(run(config)).parent == tmp_path / "mine" / "tms_5-2"

@@ -1,0 +1,386 @@
+"""The training loop: schedule, clipping, warmup, cadence, and how it stops."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spd_hydra.build import Parts, assemble, untrained_target
+from spd_hydra.checkpoint import load_newest
+from spd_hydra.config import RunConfig
+from spd_hydra.logger.base import Logger
+from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.trainer import Interrupted, Trainer, TrainingError
+
+Toy = Callable[..., RunConfig]
+Make = Callable[..., Trainer]
+STEPS = 6
+
+
+@dataclasses.dataclass(kw_only=True)
+class Breaks(Loss):
+    """0, until a fraction of training is done; from then on a loss or a gradient that is not finite."""
+
+    loss_at: float = 2.0
+    gradient_at: float = 2.0
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        loss = math.nan if progress >= self.loss_at else 0.0
+        return {"loss": loss, "under_root": 0.0 if progress >= self.gradient_at else 1.0}
+
+    def statistics(self, inputs: LossInputs) -> Statistics:
+        site = inputs.model.site_names[0]
+        nothing = 0 * inputs.model.pieces(site).V.square().sum()
+        root = (inputs.schedule["under_root"] + nothing).sqrt() - inputs.schedule["under_root"]
+        return {"sum": root + inputs.schedule["loss"], "count": torch.ones(())}
+
+
+class Recorder(Logger):
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str]] = []
+
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.rows.append((step, split))
+
+
+@pytest.fixture
+def make(toy: Toy, tmp_path: Path) -> Iterator[Make]:
+    """A trainer of a small run, with an untrained target and an evaluation that measures nothing."""
+    opened: list[RunDirectory] = []
+
+    def build(*overrides: str, extra: dict[str, Loss] | None = None, steps: int = STEPS) -> Trainer:
+        config = toy(f"train.steps={steps}", "train.log_every=1", *overrides)
+        config.loss.extra = extra or {}
+        parts: Parts = assemble(config, untrained_target(config), torch.device("cpu"))
+        opened.append(RunDirectory.create(tmp_path / "made", "toy"))
+        return Trainer(
+            parts.objective,
+            training=config.train,
+            evaluation=config.eval,
+            sampler=parts.train_sampler(),
+            evaluate=lambda step: Evaluation(
+                step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": 0.0}, sites={}
+            ),
+            on_figures=lambda evaluation: None,
+            run=opened[-1],
+            tracker=Recorder(),
+        )
+
+    yield build
+    for directory in opened:
+        directory.close()
+
+
+def rows(trainer: Trainer, split: str = "train") -> list[dict[str, Any]]:
+    return [row for row in trainer.run.read_metrics() if row["split"] == split]
+
+
+def values(parameters: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def saved_steps(trainer: Trainer) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in trainer.run.checkpoints.glob("step_*"))
+
+
+def first_gradients(trainer: Trainer) -> dict[str, float]:
+    """Norms of the gradients that the optimiser saw in its first step: its mean is a tenth of them."""
+    norms = {}
+    for part, parameters in [("components", trainer.components), ("ci_fn", trainer.ci_fn)]:
+        means = [trainer.optimizer.state[p]["exp_avg"] * 10 for p in parameters]
+        norms[part] = float(torch.cat([mean.flatten() for mean in means]).norm())
+    return norms
+
+
+# ---- one step ------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_follows_the_schedule_step_by_step(make: Make) -> None:
+    trainer = make("train.lr=0.01", "train.lr_schedule.kind=cosine", "train.lr_schedule.final_fraction=0.1")
+    trainer.fit()
+    expected = [0.01 * (0.1 + 0.9 * (1 + math.cos(math.pi * t / (STEPS - 1))) / 2) for t in range(STEPS)]
+    assert [row["lr"] for row in rows(trainer)] == pytest.approx(expected)
+
+
+def test_the_first_update_moves_by_the_learning_rate(make: Make) -> None:
+    # Adam's first step is lr · g / (|g| + 1e-8): at most lr, and nearly that where |g| is not tiny.
+    trainer = make("train.lr=0.003", "train.lr_schedule.kind=constant")
+    before = values(trainer.components + trainer.ci_fn)
+    trainer.train_step()
+    after = values(trainer.components + trainer.ci_fn)
+    moved = [float((new - old).abs().max()) for new, old in zip(after, before, strict=True)]
+    assert max(moved) == pytest.approx(0.003, rel=1e-3)
+
+
+@pytest.mark.parametrize(("clipped", "free"), [("components", "ci_fn"), ("ci_fn", "components")])
+def test_components_and_ci_fn_are_clipped_apart(make: Make, clipped: str, free: str) -> None:
+    plain, limited = make(), make(f"train.clip_{clipped}=1e-5")
+    plain.train_step()
+    limited.train_step()
+    natural, seen = first_gradients(plain), first_gradients(limited)
+    assert natural[clipped] > 2e-5
+    assert seen[clipped] == pytest.approx(1e-5, rel=1e-2)
+    assert seen[free] == pytest.approx(natural[free], rel=1e-5)
+
+
+def test_a_limit_above_the_norm_changes_nothing(make: Make) -> None:
+    plain, limited = make(), make("train.clip_components=1e6", "train.clip_ci_fn=1e6")
+    plain.train_step()
+    limited.train_step()
+    assert first_gradients(limited) == pytest.approx(first_gradients(plain), rel=1e-6)
+
+
+def test_logged_norms_are_those_before_clipping(make: Make) -> None:
+    plain, limited = make(steps=1), make("train.clip_components=1e-5", "train.clip_ci_fn=1e-5", steps=1)
+    plain.fit()
+    limited.fit()
+    for part, norm in first_gradients(plain).items():
+        assert rows(plain)[0][f"grad_norm/{part}"] == pytest.approx(norm, rel=1e-4)
+        assert rows(limited)[0][f"grad_norm/{part}"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_only_subcomponents_and_causal_importances_are_trained(make: Make) -> None:
+    trainer = make()
+    target_before = {name: value.clone() for name, value in trainer.model.target.state_dict().items()}
+    trainable = dict(trainer.model.named_parameters())
+    before = {name: value.detach().clone() for name, value in trainable.items()}
+    trainer.train_step()
+    for name, value in trainer.model.target.state_dict().items():
+        assert torch.equal(value, target_before[name]), name
+    assert all(parameter.grad is None for parameter in trainer.model.target.parameters())
+    changed = {name for name, value in trainable.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name, value in trainable.items() if value.requires_grad}
+    assert {name.partition(".")[0] for name in changed} == {"subcomponents", "ci_fn"}
+
+
+def test_a_step_is_a_function_of_the_seed(make: Make) -> None:
+    losses = []
+    for _ in range(2):
+        trainer = make()
+        torch.manual_seed(len(losses))  # whatever state torch's own generator is in
+        losses.append([float(trainer.train_step().total) for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+# ---- faithfulness warmup -------------------------------------------------------------------------------
+
+
+def test_the_warmup_fits_the_weights_and_leaves_the_ci_fn_alone(make: Make) -> None:
+    trainer = make("train.faithfulness_warmup={steps:50,lr:0.01,weight_decay:0.0}")
+    ci_before = values(trainer.ci_fn)
+
+    def error() -> float:
+        deltas = [trainer.model.weight_delta(site).detach() for site in trainer.model.site_names]
+        return float(torch.cat([delta.flatten() for delta in deltas]).square().mean())
+
+    before = error()
+    trainer.fit_weights()
+    assert error() < before / 10
+    for new, old in zip(trainer.ci_fn, ci_before, strict=True):
+        assert torch.equal(new, old)
+    assert trainer.step == 0
+
+
+def test_the_optimiser_of_the_warmup_is_forgotten(make: Make) -> None:
+    trainer = make("train.faithfulness_warmup.steps=3")
+    trainer.fit_weights()
+    assert len(trainer.optimizer.state) == 0
+    assert all(parameter.grad is None for parameter in trainer.components)
+
+
+def test_without_warmup_training_starts_from_the_initial_values(make: Make) -> None:
+    trainer = make("train.faithfulness_warmup.steps=0")
+    before = values(trainer.components)
+    trainer.fit_weights()
+    for new, old in zip(trainer.components, before, strict=True):
+        assert torch.equal(new, old)
+
+
+def test_the_warmup_is_not_repeated_after_a_resume(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make("train.checkpoint_every=3")
+    first.fit()
+    again = make(steps=STEPS + 2)
+    checkpoint = load_newest(first.run.checkpoints)
+    assert checkpoint is not None
+    again.restore(checkpoint)
+    monkeypatch.setattr(again, "fit_weights", lambda: pytest.fail("warmed up a second time"))
+    again.fit()
+    assert again.step == STEPS + 2
+
+
+# ---- cadence -------------------------------------------------------------------------------------------
+
+
+def test_everything_happens_at_its_steps_and_at_the_last(make: Make) -> None:
+    trainer = make(
+        "train.log_every=3", "eval.every=4", "train.checkpoint_every=5", "train.keep_checkpoints=9", steps=11
+    )
+    trainer.fit()
+    assert [row["step"] for row in rows(trainer, "train")] == [3, 6, 9, 11]
+    assert [row["step"] for row in rows(trainer, "eval")] == [4, 8, 11]
+    assert saved_steps(trainer) == [5, 10, 11]
+    assert isinstance(trainer.tracker, Recorder)
+    logged = [(row["step"], row["split"]) for row in trainer.run.read_metrics()]
+    assert trainer.tracker.rows == logged
+
+
+def test_the_last_evaluation_is_returned_and_made_once(make: Make) -> None:
+    trainer = make("eval.every=2")
+    assert trainer.fit().step == STEPS
+    assert [row["step"] for row in rows(trainer, "eval")] == [2, 4, 6]
+
+
+def test_figures_are_drawn_in_between_at_their_steps(make: Make) -> None:
+    trainer = make("eval.every=2", "eval.figures_every=4", steps=12)
+    drawn: list[int] = []
+    trainer.on_figures = lambda evaluation: drawn.append(evaluation.step)
+    trainer.fit()
+    assert drawn == [4, 8]  # those of the last step are drawn with the report
+
+
+def test_only_the_newest_checkpoints_are_kept(make: Make) -> None:
+    trainer = make("train.checkpoint_every=1", "train.keep_checkpoints=2")
+    trainer.fit()
+    assert saved_steps(trainer) == [5, 6]
+
+
+def test_rows_hold_every_active_term_sparsity_norms_and_rate(make: Make) -> None:
+    trainer = make(steps=1)
+    trainer.fit()
+    terms = trainer.objective.losses.active_terms()
+    expected = {"step", "split", "lr", "loss/total", "grad_norm/components", "grad_norm/ci_fn"}
+    expected |= {f"loss/{name}" for name in terms} | {"l0/total", "l0/embed", "l0/unembed"}
+    (row,) = rows(trainer)
+    assert set(row) == expected
+    total = sum(term.coeff * row[f"loss/{name}"] for name, term in terms.items())
+    assert row["loss/total"] == pytest.approx(total, rel=1e-5)
+
+
+def test_time_spent_is_counted_by_what_it_was_spent_on(make: Make) -> None:
+    trainer = make()
+    trainer.fit()
+    assert trainer.seconds["train"] > 0
+    assert set(trainer.seconds) == {"train", "eval"}
+
+
+# ---- stopping ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "names"), [("loss_at", "broken"), ("gradient_at", "components")])
+def test_numbers_that_are_not_finite_stop_the_run_before_they_do_harm(
+    make: Make, kind: str, names: str
+) -> None:
+    broken = Breaks(coeff=1.0, **{kind: 0.5})  # from step 3 of 6 on
+    trainer = make("train.checkpoint_every=1", extra={"broken": broken})
+    with pytest.raises(TrainingError, match=rf"at step 3, in: {names}\.") as raised:
+        trainer.fit()
+    assert "train.lr" in str(raised.value)
+    assert trainer.step == 3
+    assert saved_steps(trainer) == [2, 3]
+    checkpoint = load_newest(trainer.run.checkpoints)
+    assert checkpoint is not None
+    for name, parameter in trainer.model.trainable_state().items():
+        assert torch.equal(parameter, checkpoint.tensors["model"][name])
+        assert parameter.isfinite().all()
+    assert [row["step"] for row in rows(trainer)] == [1, 2, 3]
+
+
+def test_a_gradient_that_breaks_between_records_never_reaches_a_checkpoint(make: Make) -> None:
+    broken = Breaks(coeff=1.0, gradient_at=0.5)
+    trainer = make("train.log_every=10", "eval.every=10", "train.checkpoint_every=5", extra={"b": broken})
+    with pytest.raises(TrainingError):
+        trainer.fit()
+    assert saved_steps(trainer) == []
+
+
+def test_ctrl_c_saves_after_the_step_that_is_running(make: Make) -> None:
+    trainer = make("train.checkpoint_every=100", steps=50)
+    step = trainer.train_step
+
+    def interrupted() -> Any:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert trainer.step == 4
+    assert saved_steps(trainer) == [4]
+    assert [row["step"] for row in rows(trainer)] == [1, 2, 3, 4]
+
+
+def test_a_second_ctrl_c_stops_at_once(make: Make) -> None:
+    trainer = make("train.checkpoint_every=100", steps=50)
+
+    def interrupted() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on after the second Ctrl-C")
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt) as raised:
+        trainer.fit()
+    assert not isinstance(raised.value, Interrupted)
+    assert saved_steps(trainer) == []
+
+
+def test_ctrl_c_during_the_last_step_lets_the_run_end(make: Make) -> None:
+    trainer = make()
+    step = trainer.train_step
+
+    def interrupted() -> Any:
+        if trainer.step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    trainer.train_step = interrupted  # type: ignore[method-assign]
+    assert trainer.fit().step == STEPS
+
+
+# ---- going on ------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_a_checkpoint_ends_with_the_same_bits(make: Make) -> None:
+    whole = make("train.checkpoint_every=3", "train.keep_checkpoints=5")
+    whole.fit()
+    resumed = make("train.checkpoint_every=3")
+    (whole.run.checkpoints / "step_6").rename(whole.run.checkpoints / ".step_6")
+    half = load_newest(whole.run.checkpoints)
+    assert half is not None
+    assert half.step == 3
+    resumed.restore(half)
+    resumed.fit()
+    for name, parameter in whole.model.trainable_state().items():
+        assert torch.equal(parameter, resumed.model.trainable_state()[name])
+    assert rows(resumed) == rows(whole)[3:]
+
+
+def test_a_run_that_was_stopped_after_its_last_checkpoint_is_measured_without_another_row(make: Make) -> None:
+    trainer = make()
+    trainer.fit()
+    checkpoint = load_newest(trainer.run.checkpoints)
+    assert checkpoint is not None
+    before = trainer.run.read_metrics()
+    trainer.restore(checkpoint)
+    assert trainer.fit().step == STEPS
+    assert trainer.run.read_metrics() == before
+
+
+def test_the_status_file_tells_the_step_of_the_last_checkpoint(make: Make) -> None:
+    trainer = make("train.checkpoint_every=4")
+    trainer.fit()
+    status = json.loads((trainer.run.path / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("running", STEPS)
