@@ -10,7 +10,7 @@ import torch
 
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
-from spd_hydra.composition import compose
+from spd_hydra.composition import compose as compose
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.run import run
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of the metrics log: `{"step", "split", "<group>/<name>": number}`; a `pandas.DataFrame` takes them."""
+        """Rows of the metrics log, as a `pandas.DataFrame` takes them: step, split, <group>/<name>."""
         return RunDirectory.view(self.path).read_metrics()
 
     @property

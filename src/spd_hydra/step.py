@@ -33,7 +33,7 @@ class Step:
             for parameter in self._parameters.values():
                 parameter.grad = None
             loss = self._objective(batch, draws, schedule)
-            loss.total.backward()
+            torch.autograd.backward(loss.total)
             return StepLoss(loss.total.detach(), loss.terms, loss.l0)
         self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
         scheduled = [schedule[term][name] for term, name in self._schedule_keys]

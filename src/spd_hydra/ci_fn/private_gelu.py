@@ -82,7 +82,8 @@ _weight_gradients_compiled = Kernel(_weight_gradients, keep_in_registers=True)
 
 @torch.library.custom_op("spd_hydra::private_gelu_values", mutates_args=())
 def _values_kernel(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-    return _values_compiled(h, w_in, b_in, w_out)
+    values: tuple[Tensor, Tensor] = _values_compiled(h, w_in, b_in, w_out)
+    return values
 
 
 @_values_kernel.register_fake
@@ -94,7 +95,8 @@ def _(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Ten
 def _weight_gradients_kernel(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _weight_gradients_compiled(h, grad_z, w_in, b_in, w_out)
+    gradients: tuple[Tensor, Tensor, Tensor] = _weight_gradients_compiled(h, grad_z, w_in, b_in, w_out)
+    return gradients
 
 
 @_weight_gradients_kernel.register_fake

@@ -1,6 +1,5 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self, cast
 
@@ -14,6 +13,7 @@ from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
 from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
 from spd_hydra.decomposition.sites import check_ties, find_sites
 from spd_hydra.decomposition.subcomponents import (
     Subcomponents,
@@ -59,8 +59,8 @@ class DecomposedModel(nn.Module):
         self.site_names = tuple(sites)
         self._roots: frozenset[str] = frozenset()
         self._layers = {name: target.get_submodule(name) for name in sites}
-        self._switch = _Switch()
-        self._patched = (_patched_copy(target, self.site_names, self._switch),)  # in a tuple: not a submodule
+        self._switch = Switch()
+        self._patched = (patched_copy(target, self.site_names, self._switch),)  # in a tuple: not a submodule
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
@@ -79,7 +79,7 @@ class DecomposedModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A move to another device or precision replaces buffers: the copy has to share the new ones.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._patched = (_patched_copy(self.target, self.site_names, self._switch),)
+        self._patched = (patched_copy(self.target, self.site_names, self._switch),)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -176,7 +176,7 @@ class DecomposedModel(nn.Module):
 
         return self._run(batch, at_site)
 
-    def _run(self, batch: Tensor, at_site: "_AtSite") -> Tensor:
+    def _run(self, batch: Tensor, at_site: AtSite) -> Tensor:
         # No context manager: torch.compile follows try/finally in one graph.
         self._switch.at_site = at_site
         try:
@@ -264,41 +264,6 @@ def _masked_output(
         return y
     assert own is not None, "routing needs the layer's own output"
     return torch.where(site.route[..., None], y, own)
-
-
-_AtSite = Callable[[str, nn.Module, Tensor], Tensor]
-
-
-class _Switch:
-    """What the wrapped sites do at the moment; None: what the target does."""
-
-    def __init__(self) -> None:
-        self.at_site: _AtSite | None = None
-
-
-class _SiteWrapper(nn.Module):
-    def __init__(self, name: str, layer: nn.Module, switch: _Switch) -> None:
-        super().__init__()
-        self.name, self.layer, self.switch = name, layer, switch
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.switch.at_site is None:
-            return cast(Tensor, self.layer(x))
-        return self.switch.at_site(self.name, self.layer, x)
-
-
-def _patched_copy(target: nn.Module, sites: tuple[str, ...], switch: _Switch) -> nn.Module:
-    """A copy of the module tree that shares all tensors, with a wrapper in place of each site."""
-    shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
-    patched = copy.deepcopy(target, shared)
-    layers = {name: patched.get_submodule(name) for name in sites}
-    wrappers = {id(layer): _SiteWrapper(name, layer, switch) for name, layer in layers.items()}
-    # Also where the target holds the same layer under a second name.
-    for path, layer in list(patched.named_modules(remove_duplicate=False)):
-        if id(layer) in wrappers:
-            parent, _, attribute = path.rpartition(".")
-            setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
-    return patched
 
 
 def _key(site: str) -> str:

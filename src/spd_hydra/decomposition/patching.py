@@ -1,0 +1,45 @@
+"""A copy of the target in which chosen layers do what a switch says.
+
+Wrappers rather than hooks: a compiler ignores hooks that were added later, and the target stays untouched.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor, nn
+
+AtSite = Callable[[str, nn.Module, Tensor], Tensor]
+"""Called in place of a site's layer with its name, the layer and the input; gives the output."""
+
+
+class Switch:
+    """What the wrapped sites of one patched copy do at the moment; None: what the target does."""
+
+    def __init__(self) -> None:
+        self.at_site: AtSite | None = None
+
+
+class _SiteWrapper(nn.Module):
+    def __init__(self, name: str, layer: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.name, self.layer, self.switch = name, layer, switch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.switch.at_site is None:
+            return cast(Tensor, self.layer(x))
+        return self.switch.at_site(self.name, self.layer, x)
+
+
+def patched_copy(target: nn.Module, sites: tuple[str, ...], switch: Switch) -> nn.Module:
+    """A copy of the module tree that shares all tensors, with a wrapper in place of each site."""
+    shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
+    patched = copy.deepcopy(target, shared)
+    layers = {name: patched.get_submodule(name) for name in sites}
+    wrappers = {id(layer): _SiteWrapper(name, layer, switch) for name, layer in layers.items()}
+    # Also where the target holds the same layer under a second name.
+    for path, layer in list(patched.named_modules(remove_duplicate=False)):
+        if id(layer) in wrappers:
+            parent, _, attribute = path.rpartition(".")
+            setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
+    return patched
