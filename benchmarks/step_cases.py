@@ -1,0 +1,148 @@
+"""What `step_time.py` compares: the same training step, compiled, uncompiled and plain."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from benchmarks.plain_step import PlainStep
+from torch import Tensor
+
+from spd_hydra import rng
+from spd_hydra.build import Parts, assemble, untrained_target
+from spd_hydra.composition import compose
+from spd_hydra.config import RunConfig
+from spd_hydra.logger.base import Logger
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.sampler import Sampler
+from spd_hydra.trainer import Trainer
+
+VARIANTS = ("compiled", "eager", "plain")
+TOLERANCE = 1e-5
+_SHIFT = 0.1  # of the initial weights, so that no bias is exactly zero when gradients are compared
+
+Sample = tuple[Tensor, Tensor]
+"""A batch and its random numbers."""
+
+Numbers = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A preset, and the batch size where it is not the preset's own: `tms_5-2@4096`."""
+
+    experiment: str
+    batch_size: int | None = None
+
+    @classmethod
+    def read(cls, text: str) -> "Case":
+        """The case that a text names.
+
+        Raises:
+            ValueError: what follows @ is no number.
+        """
+        experiment, _, size = text.partition("@")
+        return cls(experiment, int(size) if size else None)
+
+    def __str__(self) -> str:
+        return self.experiment if self.batch_size is None else f"{self.experiment}@{self.batch_size}"
+
+    def config(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """The preset, on the CPU."""
+        size = [] if self.batch_size is None else [f"train.batch_size={self.batch_size}"]
+        return compose([f"experiment={self.experiment}", "device=cpu", *size, *overrides])
+
+
+class Variant:
+    """One way to take a training step.
+
+    Args:
+        step: draws data and random numbers, or takes the given ones; computes losses and gradients, which
+            it leaves in the parameters; updates. Returns every term and `total`.
+        parameters: what is trained, by name.
+    """
+
+    def __init__(self, step: "_Step", parameters: Mapping[str, Tensor]) -> None:
+        self.step = step
+        self._parameters = parameters
+
+    def losses_and_gradients(self, sample: Sample) -> tuple[Numbers, dict[str, Tensor]]:
+        """Take a step on the given data: every term and `total`, and the gradient of `total` by parameter."""
+        losses = self.step(sample)
+        gradients = {name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None}
+        return {name: value.item() for name, value in losses.items()}, gradients
+
+
+class _Step(Protocol):
+    def __call__(self, sample: Sample | None = None) -> Mapping[str, Tensor]: ...
+
+
+def parts_of(config: RunConfig, *, compiled: bool) -> Parts:
+    """The decomposition of an untrained target, whose step costs what that of a trained one does."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
+    parts = assemble(config, untrained_target(config), torch.device("cpu"))
+    generator = rng.generator(config.seed, "benchmark")
+    with torch.no_grad():
+        for parameter in parts.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(_SHIFT * torch.randn(parameter.shape, generator=generator))
+    return parts
+
+
+def make(name: str, config: RunConfig) -> Variant:
+    """One of `VARIANTS`, all with the same initial weights."""
+    parts = parts_of(config, compiled=name == "compiled")
+    if name == "plain":
+        plain = PlainStep(parts)
+        return Variant(plain.step, plain.parameters)
+    sampler = parts.train_sampler()
+    trainer = Trainer(
+        parts.objective,
+        training=parts.config.train,
+        evaluation=parts.config.eval,
+        sampler=sampler,
+        evaluate=_no_evaluation,
+        on_figures=lambda evaluation: None,
+        run=RunDirectory(Path()),  # never written to: a step by itself neither logs nor saves
+        tracker=Logger(),
+    )
+
+    def step(sample: Sample | None = None) -> dict[str, Tensor]:
+        trainer.sampler = sampler if sample is None else cast(Sampler, lambda step: sample)
+        loss = trainer.train_step()
+        return {**loss.terms, "total": loss.total.detach()}
+
+    return Variant(step, {name: p for name, p in parts.model.named_parameters() if p.requires_grad})
+
+
+def example(config: RunConfig) -> Sample:
+    """The batch and the draws of step 0, from the project's own sampler."""
+    return parts_of(config, compiled=False).train_sampler()(0)
+
+
+def differences(variant: Variant, reference: Variant, sample: Sample) -> tuple[Numbers, Numbers]:
+    """Relative differences |a - b| / |b| of losses by term and ‖a - b‖ / ‖b‖ of gradients by parameter.
+
+    Both take a step. What only one of the two has counts as infinitely different.
+    """
+    losses, gradients = variant.losses_and_gradients(sample)
+    losses_wanted, gradients_wanted = reference.losses_and_gradients(sample)
+    of_losses = {
+        name: abs(losses[name] - losses_wanted[name]) / abs(losses_wanted[name])
+        for name in losses.keys() & losses_wanted.keys()
+    }
+    of_gradients = {
+        name: ((gradients[name] - gradients_wanted[name]).norm() / gradients_wanted[name].norm()).item()
+        for name in gradients.keys() & gradients_wanted.keys()
+    }
+    return (
+        of_losses | dict.fromkeys(losses.keys() ^ losses_wanted.keys(), math.inf),
+        of_gradients | dict.fromkeys(gradients.keys() ^ gradients_wanted.keys(), math.inf),
+    )
+
+
+def _no_evaluation(step: int) -> Evaluation:
+    raise AssertionError("the benchmark takes steps and never evaluates")
