@@ -164,7 +164,7 @@ def test_only_subcomponents_and_causal_importances_are_trained(make: Make) -> No
 
 
 def test_a_step_is_a_function_of_the_seed(make: Make) -> None:
-    losses = []
+    losses: list[list[float]] = []
     for _ in range(2):
         trainer = make()
         torch.manual_seed(len(losses))  # whatever state torch's own generator is in

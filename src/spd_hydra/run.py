@@ -113,11 +113,10 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
             "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for others"
         )
     with RunDirectory.open(path) as directory:
-        summary = directory.read_summary()
-        if summary is not None and summary.get("steps", 0) >= config.train.steps:
-            say(
-                f"{path} has finished its {summary['steps']} steps: nothing to do. Raise train.steps for more"
-            )
+        summary, status = directory.read_summary() or {}, directory.read_status() or {}
+        steps = summary.get("steps", 0)
+        if steps >= config.train.steps and status.get("status") == Status.done.value:
+            say(f"{path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
             return Outcome(path, summary)
         config = dataclasses.replace(config, resume=None, task=saved.task)
         directory.write_config(to_yaml(config))

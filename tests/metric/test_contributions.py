@@ -38,7 +38,7 @@ def test_the_target_s_contributions_are_those_of_the_formula() -> None:
     model = decomposed()
     embed = model.target.get_buffer("W_E").numpy()
     W_in = model.weight("layers.0.mlp_in").numpy()
-    W_out = model.target.get_submodule("layers.0.mlp_out").weight.detach().numpy()
+    W_out = model.target.get_parameter("layers.0.mlp_out.weight").detach().numpy()
     (found,) = neuron_contributions(model)
     assert found.layer == "layers.0"
     for feature in range(N_FEATURES):

@@ -1,0 +1,338 @@
+"""A run that was killed and resumed ends with the bits of one that was not; what a resume refuses."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from spd_hydra.config import RunConfig, load_config
+from spd_hydra.run import Outcome, run
+from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.section import ConfigError
+
+Toy = Callable[..., RunConfig]
+STEPS, SAVED_EVERY = 12, 3
+CADENCE = [
+    f"train.steps={STEPS}",
+    f"train.checkpoint_every={SAVED_EVERY}",
+    "train.log_every=2",
+    "eval.every=4",
+]
+
+# Runs histories, each a list of moments to be killed at. Every attempt is a fork, so that one import of
+# torch serves them all. A moment is the number of a file operation inside the run's directory (as Python's
+# audit hooks see them: before a file is opened, renamed or removed) or of a training step.
+DRIVER = """
+import dataclasses, json, os, signal, sys, traceback
+from pathlib import Path
+from spd_hydra.composition import compose
+from spd_hydra.config import load_config
+from spd_hydra.run import run
+from spd_hydra.trainer import Trainer
+import spd_hydra.run as module
+
+out, words, histories = json.loads(sys.argv[1])
+module.draw_all = lambda *arguments: []
+step = Trainer.train_step
+counted = {"files": 0, "steps": 0}
+doom = {}
+
+def count(what):
+    counted[what] += 1
+    if counted[what] == doom.get(what):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def heard(event, arguments):
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and out in str(arguments[0]):
+        count("files")
+
+def counting_step(self):
+    count("steps")
+    return step(self)
+
+sys.addaudithook(heard)
+Trainer.train_step = counting_step
+
+def attempt(directory, root):
+    if directory is None:
+        return run(compose([*words, f"out_dir={root}"]))
+    return run(dataclasses.replace(load_config(directory / "config.yaml"), resume=str(directory)))
+
+def begun(root):
+    return next((path.parent for path in root.glob("*/*/config.yaml")), None)
+
+for name, moments in histories.items():
+    root = Path(out) / name
+    killed = 0
+    for moment in [*moments, {}]:
+        child = os.fork()
+        if child == 0:
+            try:
+                doom.update(moment)
+                attempt(begun(root), root)
+                (Path(out) / "files").write_text(str(counted["files"]))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == 0 or (code == -signal.SIGKILL and moment), (name, moment, code)
+        killed += code != 0
+    files = int((Path(out) / "files").read_text())
+    print(json.dumps({"history": name, "killed": killed, "files": files}), flush=True)
+"""
+
+Moment = dict[str, int]
+
+
+class Played(NamedTuple):
+    """How often each history was killed, and the number of file operations of the last attempt."""
+
+    killed: dict[str, int]
+    operations: int
+
+
+def play(folder: Path, words: list[str], histories: dict[str, list[Moment]]) -> Played:
+    """Run every history below `folder/runs/<name>`."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps([str(folder / "runs"), words, histories])],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"history"')]
+    assert [row["history"] for row in told] == list(histories)
+    return Played({row["history"]: row["killed"] for row in told}, told[-1]["files"])
+
+
+def result_of(root: Path) -> dict[str, Any]:
+    """Everything that must not depend on how a run came to its end; the directory holds one run."""
+    runs = [path.parent for path in root.glob("*/*/summary.json")]
+    assert len(runs) == 1, f"{root} holds {len(runs)} finished runs"
+    (directory,) = runs
+    found: dict[str, Any] = {}
+    for path in sorted((directory / "checkpoints").rglob("*.*")):
+        found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    found["metrics"] = (directory / "metrics.jsonl").read_text()
+    summary = json.loads((directory / "summary.json").read_text())
+    for changing in ("seconds", "steps_per_second"):
+        del summary[changing]
+    del summary["target"]["cached"]
+    found["summary"] = summary
+    found["status"] = json.loads((directory / "status.json").read_text())["status"]
+    return found
+
+
+def words_for(cache: Path, *more: str) -> list[str]:
+    return ["debug=smoke", f"cache_dir={cache}", "model.training.batch_size=64", *CADENCE, *more]
+
+
+def require_identical(folder: Path, histories: dict[str, list[Moment]]) -> None:
+    undisturbed = result_of(folder / "runs" / "undisturbed")
+    assert undisturbed["status"] == "done"
+    for name in histories:
+        assert result_of(folder / "runs" / name) == undisturbed, f"{name}: {histories[name]}"
+
+
+def killed_everywhere(folder: Path, words: list[str], number: int, seed: int) -> None:
+    """Kill at random steps and at random file operations, up to three times in a row, and compare."""
+    operations = play(folder, words, {"undisturbed": []}).operations
+    assert operations > 50
+    rng = random.Random(seed)
+
+    def moment() -> Moment:
+        if rng.random() < 0.5:
+            return {"steps": rng.randint(1, STEPS)}
+        return {"files": rng.randint(1, operations)}
+
+    histories = {f"history_{n}": [moment() for _ in range(rng.randint(1, 3))] for n in range(number)}
+    killed = play(folder, words, histories).killed
+    assert sum(killed.values()) >= number
+    require_identical(folder, histories)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path, target_cache: Path) -> None:
+    words = words_for(target_cache)
+    histories: dict[str, list[Moment]] = {
+        "undisturbed": [],
+        "before the first checkpoint": [{"steps": 3}],
+        "between checkpoints": [{"steps": 6}],
+        "again and again": [{"steps": 2}, {"steps": 5}, {"steps": 4}],
+    }
+    played = play(tmp_path, words, histories)
+    assert played.killed == {name: len(moments) for name, moments in histories.items()}
+    require_identical(tmp_path, histories)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_may_be_killed_at_any_moment(tmp_path: Path, target_cache: Path, seed: int) -> None:
+    killed_everywhere(tmp_path, words_for(target_cache), number=12, seed=seed)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, target_cache: Path
+) -> None:
+    words = words_for(target_cache, "train.compile=true", "loss.stochastic_recon_layerwise.coeff=0")
+    histories: dict[str, list[Moment]] = {"undisturbed": [], "killed": [{"steps": 5}]}
+    assert play(tmp_path, words, histories).killed["killed"] == 1
+    require_identical(tmp_path, histories)
+
+
+# ---- in this process -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("spd_hydra.run.draw_all", lambda *arguments: [])
+    return directory_of(run(toy(*CADENCE)))
+
+
+def directory_of(outcome: Outcome) -> Path:
+    assert outcome.run_dir is not None
+    return outcome.run_dir
+
+
+def resumed(directory: Path, **train: Any) -> RunConfig:
+    """The saved configuration, to be gone on with."""
+    config = dataclasses.replace(load_config(directory / "config.yaml"), resume=str(directory))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Of every file but the lock, which says who held it last."""
+    found = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def unfinished(directory: Path) -> None:
+    """Make a finished run look as if it had been killed just before its last checkpoint."""
+    for path in (directory / "checkpoints" / f"step_{STEPS}").iterdir():
+        path.unlink()
+    (directory / "checkpoints" / f"step_{STEPS}").rmdir()
+    (directory / "summary.json").unlink()
+
+
+def test_a_run_killed_between_its_summary_and_its_report_gets_its_report(finished: Path) -> None:
+    before = result_of(finished.parents[1])
+    status = json.loads((finished / "status.json").read_text())
+    (finished / "status.json").write_text(json.dumps(status | {"status": "running"}))
+    (finished / "report.html").unlink()
+    run(resumed(finished))
+    assert (finished / "report.html").exists()
+    assert result_of(finished.parents[1]) == before
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digests(finished)
+    outcome = run(resumed(finished))
+    assert "nothing to do" in capsys.readouterr().out
+    assert outcome.summary["steps"] == STEPS
+    assert digests(finished) == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = result_of(finished.parents[1])
+    (finished / "summary.json").unlink()
+    weights = finished / "checkpoints" / f"step_{STEPS}" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    run(resumed(finished))
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any(f"step_{STEPS} is damaged" in w and f"step_{STEPS - SAVED_EVERY}" in w for w in warnings)
+    assert result_of(finished.parents[1]) == before
+
+
+def test_without_a_whole_checkpoint_nothing_is_restarted_silently(finished: Path) -> None:
+    (finished / "summary.json").unlink()
+    for weights in finished.glob("checkpoints/*/model.safetensors"):
+        weights.write_bytes(b"")
+    before = digests(finished / "checkpoints")
+    with pytest.raises(Exception, match="none is whole"):
+        run(resumed(finished))
+    assert digests(finished / "checkpoints") == before
+    assert json.loads((finished / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_run_without_any_checkpoint_starts_again_without_rows_of_the_first_attempt(finished: Path) -> None:
+    before = result_of(finished.parents[1])
+    unfinished(finished)
+    for path in [*finished.glob("checkpoints/*/*")]:
+        path.unlink()
+    for path in [*finished.glob("checkpoints/*")]:
+        path.rmdir()
+    run(resumed(finished))
+    assert result_of(finished.parents[1]) == before
+
+
+def test_more_steps_may_be_asked_for(finished: Path) -> None:
+    rows_before = (finished / "metrics.jsonl").read_text()
+    outcome = run(resumed(finished, steps=STEPS + 4))
+    assert outcome.run_dir == finished
+    assert outcome.summary["steps"] == STEPS + 4
+    assert load_config(finished / "config.yaml").train.steps == STEPS + 4
+    assert load_config(finished / "config.yaml").resume is None
+    rows = (finished / "metrics.jsonl").read_text()
+    assert rows.startswith(rows_before)
+    assert json.loads(rows.splitlines()[-1])["step"] == STEPS + 4
+
+
+def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
+    unfinished(finished)
+    with pytest.raises(ConfigError, match=f"train.steps: got 5, but the run has done {STEPS - SAVED_EVERY}"):
+        run(resumed(finished, steps=5))
+
+
+def test_logging_evaluation_and_checkpoint_keys_may_change(finished: Path) -> None:
+    unfinished(finished)
+    config = resumed(finished, log_every=1, keep_checkpoints=7)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batches=2))
+    assert run(config).summary["thresholds"]["positions"] == 2 * config.eval.batch_size
+
+
+def test_changes_that_make_another_run_are_refused_with_a_list(finished: Path) -> None:
+    before = digests(finished)
+    config = resumed(finished, lr=0.5, steps=STEPS + 4)
+    config = dataclasses.replace(config, seed=7)
+    config.decomposition.sites["embed"].C = 33
+    with pytest.raises(ConfigError) as raised:
+        run(config, saved=load_config(finished / "config.yaml"))
+    text = str(raised.value)
+    assert "would make it another run" in text
+    for line in ("seed: 0 → 7", "train.lr: 0.001 → 0.5", "decomposition.sites.embed.C: 20 → 33"):
+        assert f"\n  {line}\n" in text
+    assert "train.steps:" not in text
+    assert digests(finished) == before
+
+
+def test_a_directory_that_is_no_run_is_refused_in_words(toy: Toy, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises((ConfigError, RunDirectoryError), match="no run directory") as raised:
+            run(dataclasses.replace(toy(), resume=str(path)))
+        assert str(path) in str(raised.value)
+
+
+def test_a_resumed_run_keeps_its_target_even_without_the_cache(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished(finished)
+    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    before = (finished / "target.safetensors").read_bytes()
+    assert run(resumed(finished)).summary["steps"] == STEPS
+    assert (finished / "target.safetensors").read_bytes() == before
