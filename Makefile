@@ -48,10 +48,10 @@ format: $(INSTALLED_DEV) ## rewrite the sources as ruff wants them
 	$(BIN)/ruff format .
 
 recovery: $(INSTALLED) ## train every toy over its seeds and write the table of known answers found
-	$(BIN)/python benchmarks/recovery.py $(ARGS)
+	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
 bench: $(INSTALLED) ## milliseconds per training step beside a plain implementation
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
+	$(BIN)/python -m benchmarks.step_time $(ARGS)
 
 constraints: $(INSTALLED_DEV) ## write the installed versions to constraints.txt
 	$(PIP) freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+.*//' | LC_ALL=C sort -f > constraints.txt.new

@@ -14,11 +14,11 @@ from spd_hydra.run_dir import RunDirectory, RunDirectoryError
 
 HEADER = [
     "experiment", "seeds", "solved", "strict", "certified", "MMCS", "ML2R", "alive (expected)",
-    "target tries", "seconds, median", "steps/s",
+    "target tries", "time, median", "steps/s, median",
 ]  # fmt: skip
 RUN_HEADER = [
     "experiment", "seed", "result", "strict", "certified", "error at 0.2", "error at 0.1", "MMCS", "ML2R",
-    "alive", "L0", "target tries", "seconds", "of which target", "steps/s", "loss",
+    "alive", "L0", "target tries", "time", "of which target", "steps/s", "loss",
 ]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ a tolerance of 0.2 at every site, and for TMS MMCS ≥ 0.99 and |ML2R − 1| ≤
 brackets the 95 % interval of Wilson. A failed run counts as not solved. MMCS and ML2R: mean ± standard
 deviation over seeds; worst: the one farthest from 1. *alive*: subcomponents per site that any input of the
 evaluation needs, smallest to largest number over seeds. Targets are tried until one is certified, so the
-number of tries says nothing about the decomposition. *seconds*: target, compilation, training and evaluation
+number of tries says nothing about the decomposition. *time*: target, compilation, training and evaluation
 of one run. An experiment that ends in `-untied` is a harder variant, here for comparison.
 
 ## Every run
@@ -159,8 +159,8 @@ def _group_cells(runs: Sequence[Run]) -> list[str]:
         _near_one(done, "ml2r"),
         _alive(done),
         f"{statistics.mean(tries):.1f} (at most {max(tries):.0f})" if tries else NOTHING,
-        _median(done, "seconds"),
-        _median(done, "steps_per_second"),
+        _median(done, "seconds", duration),
+        _median(done, "steps_per_second", number),
     ]
 
 
@@ -221,9 +221,9 @@ def _alive(runs: Sequence[Run]) -> str:
     return ", ".join(texts) or NOTHING
 
 
-def _median(runs: Sequence[Run], key: str) -> str:
+def _median(runs: Sequence[Run], key: str, shown: Callable[[float], str]) -> str:
     values = [value for run in runs if (value := run.value(key)) is not None]
-    return number(round(statistics.median(values), 1)) if values else NOTHING
+    return shown(statistics.median(values)) if values else NOTHING
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -251,7 +251,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         f"device: {values(lambda e: e.get('device_name') or e.get('device'))}, "
         f"threads per run: {values(lambda e: e.get('threads'))}",
         f"Python {values(lambda e: e.get('python'))}, torch {values(lambda e: e.get('torch'))}, "
-        f"{values(lambda e: e.get('platform'))}",
+        f"{values(lambda e: str(e.get('platform')).partition('-')[0])}",
         f"commit: {values(commit)}",
         f"date: {' to '.join(dict.fromkeys([days[0], days[-1]])) if days else NOTHING}",
     ]

@@ -131,17 +131,25 @@ def differences(variant: Variant, reference: Variant, sample: Sample) -> tuple[N
     losses, gradients = variant.losses_and_gradients(sample)
     losses_wanted, gradients_wanted = reference.losses_and_gradients(sample)
     of_losses = {
-        name: abs(losses[name] - losses_wanted[name]) / abs(losses_wanted[name])
+        name: _relative(abs(losses[name] - losses_wanted[name]), abs(losses_wanted[name]))
         for name in losses.keys() & losses_wanted.keys()
     }
     of_gradients = {
-        name: ((gradients[name] - gradients_wanted[name]).norm() / gradients_wanted[name].norm()).item()
+        name: _relative(
+            (gradients[name] - gradients_wanted[name]).norm().item(), gradients_wanted[name].norm().item()
+        )
         for name in gradients.keys() & gradients_wanted.keys()
     }
     return (
         of_losses | dict.fromkeys(losses.keys() ^ losses_wanted.keys(), math.inf),
         of_gradients | dict.fromkeys(gradients.keys() ^ gradients_wanted.keys(), math.inf),
     )
+
+
+def _relative(difference: float, size: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / size if size else math.inf
 
 
 def _no_evaluation(step: int) -> Evaluation:

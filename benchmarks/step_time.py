@@ -9,6 +9,7 @@ same weights; their losses and gradients are compared first. Exit code 1: they d
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -25,7 +26,7 @@ from benchmarks.step_memory import hidden_bytes, measure_in_fresh_process
 from spd_hydra.compiling import can_compile
 from spd_hydra.environment import describe_environment
 
-CASES = "tms_5-2@4096,tms_5-2,tms_40-10@4096,tms_40-10,resid_mlp1@2048"
+CASES = "tms_5-2@4096,tms_5-2,tms_40-10@4096,tms_40-10,resid_mlp1@2048,resid_mlp1"
 _ROUND_SECONDS = 0.2  # of one variant, before the next one's turn
 _FEWEST_ROUNDS = 3
 
@@ -98,7 +99,7 @@ def complaints(result: dict[str, Any]) -> list[str]:
     for case in result["cases"]:
         for name, agreement in case["agreement"].items():
             for what in ("losses", "gradients"):
-                worst = max(agreement[what], key=lambda key: agreement[what][key])
+                worst = max(agreement[what], key=lambda key: _size(agreement[what][key]))
                 if not agreement[what][worst] <= TOLERANCE:
                     found.append(
                         f"{case['case']}: {name} and plain {what} differ by {agreement[what][worst]:.1e} "
@@ -111,6 +112,10 @@ def complaints(result: dict[str, Any]) -> list[str]:
                 f"{memory['case']}: compiled makes a tensor as large as [batch, C, hidden]: {largest} bytes"
             )
     return found
+
+
+def _size(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def main() -> int:
