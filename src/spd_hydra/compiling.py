@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,9 @@ def can_compile(device_type: str) -> bool:
     """Whether this machine can compile a step; if not, one line in the log says what is missing."""
     if device_type == "cpu":
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        missing = "" if shutil.which(compiler) else f"no C++ compiler ({compiler})"
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        missing = "" if header.exists() else f"no headers of Python ({header}; often python3-dev)"
+        missing = missing if shutil.which(compiler) else f"no C++ compiler ({compiler})"
     else:
         missing = "" if importlib.util.find_spec("triton") else "no Triton"
     if missing:

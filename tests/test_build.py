@@ -1,0 +1,73 @@
+"""From a configuration to the objects of a run."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from spd_hydra.build import assemble, preflight, untrained_target
+from spd_hydra.config import RunConfig
+from spd_hydra.section import ConfigError
+
+Toy = Callable[..., RunConfig]
+
+
+def test_training_draws_for_active_terms_and_evaluation_for_all(toy: Toy) -> None:
+    parts = preflight(toy())
+    terms = parts.config.loss
+    draws = {
+        name: parts.objective.columns(chosen).numel()
+        for name, chosen in [("train", terms.active_terms()), ("eval", terms.terms())]
+    }
+    assert parts.train_sampler()(0)[1].shape == (64, draws["train"])
+    assert parts.eval_sampler()(0)[1].shape == (64, draws["eval"])
+    assert draws["train"] < draws["eval"]
+
+
+def test_evaluation_data_is_held_out_and_always_the_same(toy: Toy) -> None:
+    parts = preflight(toy())
+    held_out = parts.eval_sampler()(0)[0]
+    assert torch.equal(held_out, parts.eval_sampler()(0)[0])
+    assert not any(torch.equal(held_out, parts.train_sampler()(step)[0]) for step in range(20))
+
+
+def test_a_term_draws_the_same_in_training_and_evaluation_columns(toy: Toy) -> None:
+    # The columns belong to the term, so that switching another term on does not change its masks.
+    alone = preflight(toy("loss.stochastic_recon_layerwise.coeff=0")).train_sampler()
+    beside = preflight(toy("loss.stochastic_recon_layerwise.coeff=1")).train_sampler()
+    assert torch.isin(alone.columns, beside.columns).all()
+    assert alone.columns.numel() < beside.columns.numel()
+
+
+def test_ideal_l0_is_features_times_their_probability(toy: Toy) -> None:
+    assert preflight(toy()).ideal_l0() == {"embed": 0.25, "unembed": 0.25}
+    hidden = preflight(toy("model=tms_5-2-id", "decomposition=tms_5-2-id"))
+    assert set(hidden.ideal_l0()) == {"embed", "unembed"}
+
+
+def test_initial_values_depend_on_the_seed_alone(toy: Toy) -> None:
+    def initial(seed: int) -> list[torch.Tensor]:
+        config = toy(f"seed={seed}")
+        torch.manual_seed(seed + 99)
+        model = assemble(config, untrained_target(config), torch.device("cpu")).model
+        return [value for _, value in sorted(model.trainable_state().items())]
+
+    same, again, other = initial(3), initial(3), initial(4)
+    assert all(torch.equal(a, b) for a, b in zip(same, again, strict=True))
+    assert not torch.equal(same[-1], other[-1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decomposition.sites.embed.pattern=nowhere"], "nowhere"),
+        (["model=tms_5-2", "decomposition=resid_mlp1"], "mlp_in"),
+        (["decomposition.tied={embed:embed}"], "embed"),
+    ],
+    ids=["no such site", "sites of another target", "tied to itself"],
+)
+def test_what_does_not_fit_the_target_is_refused_by_name(
+    toy: Toy, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight(toy(*overrides))

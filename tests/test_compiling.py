@@ -1,0 +1,100 @@
+"""Where a step cannot be compiled one line says so, and the run comes to the same result."""
+
+import logging
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from spd_hydra.compiling import can_compile
+from spd_hydra.config import RunConfig
+from spd_hydra.run import run
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    can_compile.cache_clear()
+    yield
+    can_compile.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "spd_hydra.compiling"]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_missing_compiler_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert not can_compile("cpu")
+    assert not can_compile("cpu")
+    (line,) = warnings_in(caplog)
+    assert "no C++ compiler" in line
+    assert "uncompiled" in line
+    assert "\n" not in line
+
+
+def test_the_compiler_that_cxx_names_is_the_one_that_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not can_compile("cpu")
+    assert "no-such-compiler" in warnings_in(caplog)[0]
+
+
+def test_a_compiler_without_python_s_headers_is_not_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    for folder, possible in [(tmp_path, False), (tmp_path / "include", True)]:
+        monkeypatch.setattr(sysconfig, "get_path", {"include": str(folder)}.__getitem__)
+        can_compile.cache_clear()
+        assert can_compile("cpu") is possible
+    (line,) = warnings_in(caplog)
+    assert "Python.h" in line
+
+
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not can_compile("cuda")
+    assert "Triton" in warnings_in(caplog)[0]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_without_a_compiler_equals_one_that_is_not_compiled(
+    toy: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("spd_hydra.run.draw_all", lambda *arguments: [])
+    metrics = []
+    with caplog.at_level(logging.WARNING):
+        for compile in ("true", "false"):
+            outcome = run(toy("train.steps=5", f"train.compile={compile}"))
+            assert outcome.run_dir is not None
+            metrics.append((outcome.run_dir / "metrics.jsonl").read_bytes())
+    assert metrics[0] == metrics[1]
+    assert len(warnings_in(caplog)) == 1
+
+
+@pytest.mark.slow
+def test_the_command_works_on_a_machine_without_a_compiler(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("spd-run"), "debug=smoke", "train.compile=true"],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("no C++ compiler") == 1
