@@ -72,7 +72,7 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wte = nn.Embedding(7, 4)
-        proj: nn.Module = Conv1D(4, 4)  # type: ignore[no-untyped-call]
+        proj: nn.Module = Conv1D(4, 4)
         self.proj = proj
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.wte.weight

@@ -14,7 +14,7 @@ from spd_hydra.section import ConfigError
 
 
 def conv1d(d_out: int, d_in: int) -> nn.Module:
-    layer: nn.Module = Conv1D(d_out, d_in)  # type: ignore[no-untyped-call]
+    layer: nn.Module = Conv1D(d_out, d_in)
     return layer
 
 

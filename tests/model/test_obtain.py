@@ -78,6 +78,7 @@ def test_without_any_certified_target_the_best_one_comes_back_and_says_so(
     for number in range(3):
         again = obtained(picky(wanted=number, max_tries=3))
         assert again.certified
+        assert again.loss is not None
         losses.append(again.loss)
     assert target.loss == min(losses)
 
@@ -135,7 +136,7 @@ def test_a_damaged_cache_file_is_trained_again_with_a_warning(
     trained = obtained(quick(), tmp_path)
     (file,) = (tmp_path / "targets").iterdir()
     whole = file.read_bytes()
-    file.write_bytes(damage(whole))  # type: ignore[operator]
+    file.write_bytes(damage(whole))
     with caplog.at_level(logging.WARNING):
         again = obtained(quick(), tmp_path)
     assert "The cached target cannot be used and is trained again" in caplog.text
