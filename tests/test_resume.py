@@ -122,7 +122,8 @@ def result_of(root: Path) -> dict[str, Any]:
     assert len(runs) == 1, f"{root} holds {len(runs)} finished runs"
     (directory,) = runs
     found: dict[str, Any] = {}
-    for path in sorted((directory / "checkpoints").rglob("*.*")):
+    # Older checkpoints than the last are kept longer where the process was killed before it removed them.
+    for path in sorted((directory / "checkpoints" / f"step_{STEPS}").iterdir()):
         found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
     found["metrics"] = (directory / "metrics.jsonl").read_text()
     summary = json.loads((directory / "summary.json").read_text())
