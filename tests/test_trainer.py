@@ -72,6 +72,7 @@ def make(toy: Toy, tmp_path: Path) -> Iterator[Make]:
                 step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": 0.0}, sites={}
             ),
             on_figures=lambda evaluation: None,
+            initial_state=parts.initial_state,
             run=opened[-1],
             tracker=Recorder(),
         )
@@ -384,3 +385,47 @@ def test_the_status_file_tells_the_step_of_the_last_checkpoint(make: Make) -> No
     trainer.fit()
     status = json.loads((trainer.run.path / "status.json").read_text())
     assert (status["status"], status["step"]) == ("running", STEPS)
+
+
+def measured(trainer: Trainer, losses: list[float]) -> list[dict[str, Tensor]]:
+    """Let the evaluations after the beginnings give these losses; the states they saw are kept in the list."""
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(step: int) -> Evaluation:
+        loss = losses[len(seen)] if len(seen) < len(losses) else 0.0
+        seen.append({name: value.clone() for name, value in trainer.model.trainable_state().items()})
+        return Evaluation(step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": loss}, sites={})
+
+    trainer.evaluate = evaluate
+    return seen
+
+
+def test_of_several_initialisations_the_one_of_lowest_loss_goes_on(make: Make) -> None:
+    trainer = make("train.restarts.number=3", "train.restarts.fraction=0.5")
+    seen = measured(trainer, [3.0, 1.0, 2.0])
+    trainer.begin()
+    assert trainer.step == STEPS // 2
+    assert len(seen) == 3
+    now = trainer.model.trainable_state()
+    assert all(torch.equal(now[name], seen[1][name]) for name in now)
+    assert not any(torch.equal(seen[0][name], seen[1][name]) for name in now if name.endswith("V"))
+    assert [row["step"] for row in rows(trainer)] == [1, 2, 3]
+    assert [(row["step"], row["loss/total"]) for row in rows(trainer, "eval")] == [(3, 1.0)]
+
+
+def test_the_chosen_beginning_ends_as_if_it_had_been_the_only_one(make: Make) -> None:
+    alone = make()
+    alone.fit()
+    chosen = make("train.restarts.number=2", "train.restarts.fraction=0.5")
+    measured(chosen, [1.0, 2.0])
+    chosen.fit()
+    ends = (alone.model.trainable_state(), chosen.model.trainable_state())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert [row["loss/total"] for row in rows(alone)] == [row["loss/total"] for row in rows(chosen)]
+
+
+def test_a_share_of_the_steps_too_small_for_one_still_gives_one(make: Make) -> None:
+    trainer = make("train.restarts.number=2", "train.restarts.fraction=0.01")
+    measured(trainer, [1.0, 2.0])
+    trainer.begin()
+    assert trainer.step == 1

@@ -32,6 +32,13 @@ class Parts:
     known: KnownAnswer | None
     position_shape: tuple[int, ...]
 
+    def initial_state(self, number: int) -> dict[str, torch.Tensor]:
+        """Untrained subcomponents and causal-importance function of the `number`-th initialisation."""
+        config = self.config
+        seed = rng.derived_seed(config.seed, "restart", number) if number else config.seed
+        model = DecomposedModel(self.model.target, config.decomposition, config.ci_fn, seed=seed)
+        return model.trainable_state()
+
     def train_sampler(self) -> Sampler:
         """Training batches and the random numbers of the active loss terms."""
         config = self.config

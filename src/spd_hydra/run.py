@@ -199,6 +199,7 @@ def _train(
         sampler=parts.train_sampler(),
         evaluate=lambda step: _evaluate(parts, target, step),
         on_figures=draw,
+        initial_state=parts.initial_state,
         run=directory,
         tracker=tracker,
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user at a step boundary, after saving a checkpoint."""
 
 
+class _Beginning(NamedTuple):
+    """An initialisation after its first steps: its state, its rows of metrics and what was measured then."""
+
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rows: list[tuple[int, dict[str, float]]]
+    measured: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Training loss, averaged over the evaluation's batches."""
+        return self.measured["loss/total"]
+
+
 class Trainer:
     """Trains subcomponents and causal-importance function of one decomposition.
 
@@ -46,6 +60,7 @@ class Trainer:
         sampler: training batches and random numbers by step.
         evaluate: measures the model after a number of steps.
         on_figures: called with an evaluation whose figures are due.
+        initial_state: untrained parameters of the n-th initialisation; 0 is the one the model starts with.
         run: receives metrics and checkpoints.
         tracker: receives metrics too.
     """
@@ -59,12 +74,14 @@ class Trainer:
         sampler: Sampler,
         evaluate: Callable[[int], EvaluationResult],
         on_figures: Callable[[EvaluationResult], None],
+        initial_state: Callable[[int], dict[str, Tensor]],
         run: RunDirectory,
         tracker: Logger,
     ) -> None:
         self.objective, self.model = objective, objective.model
         self.training, self.evaluation = training, evaluation
         self.sampler, self.evaluate, self.on_figures = sampler, evaluate, on_figures
+        self.initial_state = initial_state
         self.run, self.tracker = run, tracker
         self.step = 0
         self.seconds = {"train": 0.0, "eval": 0.0}
@@ -84,7 +101,7 @@ class Trainer:
             Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
         """
         if self.step == 0:
-            self.fit_weights()
+            self.begin()
         result = None
         with Progress(self.training.steps, self.step) as progress, self._ctrl_c_stops_at_step_boundary():
             while self.step < self.training.steps:
@@ -102,6 +119,58 @@ class Trainer:
                     raise Interrupted
         # A run that was stopped after its last checkpoint has logged this evaluation already.
         return result if result is not None else self.evaluate(self.step)
+
+    def begin(self) -> None:
+        """Faithfulness warmup, for the only initialisation or for each of several, of which the best goes on.
+
+        The best is the one with the lowest training loss on the evaluation's batches after its first steps;
+        these count as steps of the run, and their rows of metrics are logged once it is chosen.
+        """
+        restarts = self.training.restarts
+        if restarts.number == 1:
+            self.fit_weights()
+            return
+        steps = max(1, int(restarts.fraction * self.training.steps))
+        best: _Beginning | None = None
+        for number in range(restarts.number):
+            beginning = self._try(self.initial_state(number), steps)
+            logger.info(
+                "initialisation %d of %d: loss %.4g after %d steps",
+                number + 1,
+                restarts.number,
+                beginning.loss,
+                steps,
+            )
+            if best is None or beginning.loss < best.loss:
+                best = beginning
+        assert best is not None, "there is at least one initialisation"
+        self._load(best.parameters, best.optimizer)
+        for step, numbers in best.rows:
+            self._log("train", numbers, step)
+        self._log("eval", best.measured)
+
+    def _try(self, state: dict[str, Tensor], steps: int) -> "_Beginning":
+        """Train an initialisation for its first steps."""
+        self._load(state, {})
+        self.step = 0
+        self.fit_weights()
+        rows = []
+        with self._timed("train"):
+            while self.step < steps:
+                loss = self.train_step()
+                if self._due(self.training.log_every):
+                    rows.append((self.step, self._train_numbers(loss)))
+        with self._timed("eval"):
+            measured = self.evaluate(self.step).metrics
+        parameters = {name: value.clone() for name, value in self.model.trainable_state().items()}
+        moments = state_tensors(self.optimizer, self._named_parameters())
+        moments = {name: value.clone() for name, value in moments.items()}
+        return _Beginning(parameters, moments, rows, measured)
+
+    def _load(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        self.model.load_trainable_state(parameters)
+        self.optimizer.state.clear()
+        load_state_tensors(self.optimizer, self._named_parameters(), optimizer)
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
@@ -146,8 +215,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimiser, step; metrics logged after it are dropped."""
-        self.model.load_trainable_state(checkpoint.tensors["model"])
-        load_state_tensors(self.optimizer, self._named_parameters(), checkpoint.tensors["optimizer"])
+        self._load(checkpoint.tensors["model"], checkpoint.tensors["optimizer"])
         self.step = checkpoint.step
         self.run.truncate_metrics(self.step)
 
@@ -207,9 +275,10 @@ class Trainer:
             self.on_figures(result)
         return result
 
-    def _log(self, split: str, numbers: dict[str, float]) -> None:
-        self.run.append_metrics(self.step, split, numbers)
-        self.tracker.log(self.step, split, numbers)
+    def _log(self, split: str, numbers: dict[str, float], step: int | None = None) -> None:
+        step = self.step if step is None else step
+        self.run.append_metrics(step, split, numbers)
+        self.tracker.log(step, split, numbers)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -17,6 +17,19 @@ class FaithfulnessWarmup(Section):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Restarts(Section):
+    """Several initialisations of one decomposition, of which the one with the lowest loss goes on.
+
+    A decomposition can start in a basin whose best loss is above that of the solution: two features that
+    share a subcomponent, say. The choice is by the training loss on held-out batches, which needs no known
+    answer.
+    """
+
+    number: int = option(1, "initialisations to choose from; 1: no choice", ge=1)
+    fraction: float = option(0.2, "share of train.steps that each of them gets before the choice", gt=0, le=1)
+
+
+@dataclasses.dataclass(kw_only=True)
 class Training(Section):
     """One AdamW, without weight decay, on V, U and the causal-importance function."""
 
@@ -29,6 +42,7 @@ class Training(Section):
     faithfulness_warmup: FaithfulnessWarmup = option(
         default_factory=FaithfulnessWarmup, help="fit the weights before training"
     )
+    restarts: Restarts = option(default_factory=Restarts, help="choose among several initialisations")
     clip_components: float | None = option(
         None, "largest gradient norm of V and U together; null: no limit", gt=0
     )
