@@ -388,7 +388,7 @@ def test_the_status_file_tells_the_step_of_the_last_checkpoint(make: Make) -> No
 
 
 def measured(trainer: Trainer, losses: list[float]) -> list[dict[str, Tensor]]:
-    """Let the evaluations after the beginnings give these losses; the states they saw are kept in the list."""
+    """Let the evaluations after the beginnings give these losses; the list keeps the states they saw."""
     seen: list[dict[str, Tensor]] = []
 
     def evaluate(step: int) -> Evaluation:

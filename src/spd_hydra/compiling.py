@@ -80,11 +80,11 @@ class Kernel:
         return self._compiled[layout](*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        tensors = tuple(t.detach() for t in tensors)  # tracing others warns that it reads their `.grad`
         token = _tracing.set(True)
         try:
-            graph = make_fx(lambda *args: self._function(*args))(
-                *tensors
-            )  # it miscounts a method's arguments
+            # A function of its own, because a method's arguments would be miscounted.
+            graph = make_fx(lambda *args: self._function(*args))(*tensors)
         finally:
             _tracing.reset(token)
         with torch.no_grad():

@@ -138,7 +138,6 @@ def test_a_disagreement_or_a_tensor_too_large_is_a_complaint(loss: float, larges
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
 def test_the_compiled_step_agrees_and_its_time_is_measured() -> None:
     threads = torch.get_num_threads()
     found = time_case(Case.read("tms_5-2@64"), seconds=0.5)
