@@ -58,7 +58,7 @@ class Step:
         values = [p.detach().requires_grad_() for p in others[len(scheduled) :]]
         parameters = dict(zip(self._parameters, values, strict=True))
         loss: StepLoss = functional_call(self._module, parameters, (batch, draws, schedule))
-        gradients = torch.autograd.grad(loss.total, values)
+        gradients = torch.autograd.grad(loss.total, values, allow_unused=True, materialize_grads=True)
         terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
         l0 = [loss.l0[site] for site in self._objective.model.site_names]
         return loss.total.detach(), *terms, *l0, *gradients

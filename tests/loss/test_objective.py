@@ -18,6 +18,7 @@ from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Objective, Precision
 from spd_hydra.loss.recon import Recon
+from spd_hydra.step import Step
 
 MakeModel = Callable[..., DecomposedModel]
 ROWS = 16
@@ -274,20 +275,20 @@ def gradients_of(loss: Tensor, model: DecomposedModel) -> tuple[Tensor, ...]:
         (Divergence.kl, ["importance_minimality", "stochastic_recon", "unmasked_recon"]),
     ],
 )
-def test_the_compiled_objective_equals_the_eager_one(
+def test_the_compiled_step_equals_the_eager_one(
     chain: MakeModel, divergence: Divergence, names: list[str]
 ) -> None:
     terms = everything().terms()
     model, losses = chain(), LossSet(divergence=divergence, **{name: terms[name] for name in names})
     model.find_roots(batch())
     own = objective(model, losses)
-    compiled = torch.compile(own.__call__, fullgraph=True, dynamic=False)
+    steps = [Step(own, compile=compile) for compile in (False, True)]
     for step in (0, 1):  # another p does not need another graph
-        arguments = (batch(), draw(own, step), own.scheduled(step / 2))
         results = []
-        for function in (own, compiled):
-            loss = function(*arguments)
-            results.append((loss, gradients_of(loss.total, model)))
+        for function in steps:
+            loss = function(batch(), draw(own, step), own.scheduled(step / 2))
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained(model)]
+            results.append((loss, found))
         (eager, eager_gradients), (fused, fused_gradients) = results
         torch.testing.assert_close(fused.total, eager.total, rtol=1e-6, atol=1e-6)
         for name, term in eager.terms.items():
@@ -296,3 +297,13 @@ def test_the_compiled_objective_equals_the_eager_one(
             assert torch.equal(fused.l0[site], number)
         for a, b in zip(fused_gradients, eager_gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_loss_that_some_parameters_do_not_enter_compiles(chain: MakeModel) -> None:
+    model = chain()
+    own = objective(model, LossSet(faithfulness=Faithfulness(coeff=1.0)))
+    for compile in (False, True):
+        Step(own, compile=compile)(batch(), draw(own, 0), {})
+        assert all(p.grad is None or not p.grad.any() for p in model.ci_parameters())
+        assert all(p.grad is not None and p.grad.any() for p in model.component_parameters())
