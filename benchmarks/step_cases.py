@@ -106,6 +106,7 @@ def make(name: str, config: RunConfig) -> Variant:
         sampler=sampler,
         evaluate=_no_evaluation,
         on_figures=lambda evaluation: None,
+        initial_state=parts.initial_state,
         run=RunDirectory(Path()),  # never written to: a step by itself neither logs nor saves
         tracker=Logger(),
     )
