@@ -6,6 +6,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from spd_hydra import rng
+from spd_hydra.compiling import can_compile
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.model import training
 from spd_hydra.model.base import TargetSpec
@@ -131,7 +132,7 @@ def test_a_base_target_has_no_loss() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_compiled_draws_give_the_batches_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not training._can_compile():
+    if not can_compile("cpu"):
         pytest.skip("no C++ compiler")
     spec = TMS(n_features=40, training=TargetTraining(steps=2, batch_size=64))
     batches, key = SparseFeatures().bind(spec), rng.key(0, "t")

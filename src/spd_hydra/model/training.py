@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from spd_hydra.compiling import can_compile
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.schedule import Schedule
 from spd_hydra.section import Problem, Section, option
@@ -163,7 +163,7 @@ def _stream(recipe: TargetTraining, batches: BatchSource, key: Int32[Tensor, "2"
     elif (
         recipe.steps * size * width > _COMPILE_ABOVE
         and getattr(batches, "traceable", False)
-        and _can_compile()
+        and can_compile(key.device.type)
     ):
         block = size
         # Small intermediate results (a word per row or column) are kept, not computed again for each number.
@@ -181,10 +181,6 @@ def _stream(recipe: TargetTraining, batches: BatchSource, key: Int32[Tensor, "2"
 def _width(batches: BatchSource, key: Int32[Tensor, "2"]) -> int:
     """Numbers per row."""
     return batches(key, torch.zeros(1, dtype=torch.int32, device=key.device)).numel()
-
-
-def _can_compile() -> bool:
-    return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
 
 
 @contextlib.contextmanager
