@@ -53,3 +53,7 @@ def _main(arguments: argparse.Namespace) -> int:
     from spd_hydra.cli_run import start  # noqa: PLC0415
 
     return start(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
