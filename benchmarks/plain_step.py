@@ -32,12 +32,13 @@ class PlainStep:
 
     Args:
         parts: what the project would train; its weights are copied, its configuration is read.
+        dtype: of all arithmetic; float64 for a reference that is exact beside float32.
 
     Raises:
         ValueError: the configuration asks for something that the plain step does not know.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
         _require_known(parts)
         model = parts.model
         self.config = parts.config
@@ -46,11 +47,12 @@ class PlainStep:
         self.batch_size = parts.config.train.batch_size
         self.n_features = int(parts.config.model.n_features)  # type: ignore[attr-defined]  # a toy has them
         self.parameters = {
-            name: p.detach().clone().requires_grad_()
+            name: p.detach().to(dtype, copy=True).requires_grad_()
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        self.target = copy.deepcopy(model.target)
+        self.dtype = dtype
+        self.target = copy.deepcopy(model.target).to(dtype)
         self.sites = {name: _Site(self.target.get_submodule(name)) for name in self.site_names}
         for name, site in self.sites.items():
             parent, _, attribute = name.rpartition(".")
@@ -61,7 +63,8 @@ class PlainStep:
 
     def step(self, sample: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """One update, on the given batch and draws or on new ones; returns every term and `total`."""
-        terms = self.losses(*(self.sample() if sample is None else sample))
+        batch, draws = self.sample() if sample is None else sample
+        terms = self.losses(batch.to(self.dtype), draws.to(self.dtype))
         self.optimizer.zero_grad()
         torch.autograd.backward(terms["total"])
         self.optimizer.step()

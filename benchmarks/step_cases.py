@@ -21,6 +21,7 @@ from spd_hydra.sampler import Sampler
 from spd_hydra.trainer import Trainer
 
 VARIANTS = ("compiled", "eager", "plain")
+REFERENCE = "plain in float64"
 TOLERANCE = 1e-5
 _SHIFT = 0.1  # of the initial weights, so that no bias is exactly zero when gradients are compared
 
@@ -93,10 +94,10 @@ def parts_of(config: RunConfig, *, compiled: bool) -> Parts:
 
 
 def make(name: str, config: RunConfig) -> Variant:
-    """One of `VARIANTS`, all with the same initial weights."""
+    """One of `VARIANTS` or the `REFERENCE`, all with the same initial weights."""
     parts = parts_of(config, compiled=name == "compiled")
-    if name == "plain":
-        plain = PlainStep(parts)
+    if name in ("plain", REFERENCE):
+        plain = PlainStep(parts, torch.float64 if name == REFERENCE else torch.float32)
         return Variant(plain.step, plain.parameters)
     sampler = parts.train_sampler()
     trainer = Trainer(
@@ -106,7 +107,6 @@ def make(name: str, config: RunConfig) -> Variant:
         sampler=sampler,
         evaluate=_no_evaluation,
         on_figures=lambda evaluation: None,
-        initial_state=parts.initial_state,
         run=RunDirectory(Path()),  # never written to: a step by itself neither logs nor saves
         tracker=Logger(),
     )

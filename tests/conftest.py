@@ -1,14 +1,23 @@
 """Small runs for the tests of what lies above the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from spd_hydra.build import Parts, assemble, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
+from spd_hydra.logger.base import Logger
+from spd_hydra.loss.base import Loss
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.trainer import Trainer
 
 Toy = Callable[..., RunConfig]
+Make = Callable[..., Trainer]
+STEPS = 6
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +35,39 @@ def toy(tmp_path: Path, target_cache: Path) -> Toy:
         return compose(["debug=smoke", *places, "model.training.batch_size=64", *overrides])
 
     return make
+
+
+class Recorder(Logger):
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str]] = []
+
+    def log(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.rows.append((step, split))
+
+
+@pytest.fixture
+def make(toy: Toy, tmp_path: Path) -> Iterator[Make]:
+    """A trainer of a small run, with an untrained target and an evaluation that measures nothing."""
+    opened: list[RunDirectory] = []
+
+    def build(*overrides: str, extra: dict[str, Loss] | None = None, steps: int = STEPS) -> Trainer:
+        config = toy(f"train.steps={steps}", "train.log_every=1", *overrides)
+        config.loss.extra = extra or {}
+        parts: Parts = assemble(config, untrained_target(config), torch.device("cpu"))
+        opened.append(RunDirectory.create(tmp_path / "made", "toy"))
+        return Trainer(
+            parts.objective,
+            training=config.train,
+            evaluation=config.eval,
+            sampler=parts.train_sampler(),
+            evaluate=lambda step: Evaluation(
+                step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": 0.0}, sites={}
+            ),
+            on_figures=lambda evaluation: None,
+            run=opened[-1],
+            tracker=Recorder(),
+        )
+
+    yield build
+    for directory in opened:
+        directory.close()

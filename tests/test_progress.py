@@ -42,10 +42,10 @@ def test_away_from_a_terminal_there_is_a_line_per_half_minute(caplog: pytest.Log
         run(Progress(1000, stream=stream, clock=clock), clock, numbers, range(1, 1001), seconds=0.125)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "step 240/1000  loss 0.001235  L0 0.25  8 it/s  ETA 1m35s",
-        "step 480/1000  loss 0.001235  L0 0.25  8 it/s  ETA 1m05s",
-        "step 720/1000  loss 0.001235  L0 0.25  8 it/s  ETA 35s",
-        "step 960/1000  loss 0.001235  L0 0.25  8 it/s  ETA 5s",
+        "step 241/1000  loss 0.001235  L0 0.25  8 it/s  ETA 1m35s",
+        "step 481/1000  loss 0.001235  L0 0.25  8 it/s  ETA 1m05s",
+        "step 721/1000  loss 0.001235  L0 0.25  8 it/s  ETA 35s",
+        "step 961/1000  loss 0.001235  L0 0.25  8 it/s  ETA 5s",
         "step 1000/1000  loss 0.001235  L0 0.25  8 it/s  ETA 0s",
     ]
     assert numbers.calls == 5
@@ -56,9 +56,9 @@ def test_after_a_resume_the_rate_counts_only_new_steps(caplog: pytest.LogCapture
     clock = Clock()
     progress = Progress(600, start=500, stream=io.StringIO(), clock=clock)
     with caplog.at_level(logging.INFO):
-        run(progress, clock, Numbers(), range(501, 516), seconds=2.0)
+        run(progress, clock, Numbers(), range(501, 517), seconds=2.0)
     assert [record.getMessage() for record in caplog.records] == [
-        "step 515/600  loss 0.001235  L0 0.25  0.5 it/s  ETA 2m50s"
+        "step 516/600  loss 0.001235  L0 0.25  0.5 it/s  ETA 2m48s"
     ]
 
 
@@ -69,6 +69,28 @@ def test_time_before_the_first_step_does_not_count(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO):
         run(progress, clock, Numbers(), range(1, 30), seconds=1.0)
     assert caplog.records == []
+
+
+def test_the_first_step_which_may_be_compiled_counts_for_no_forecast(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock()
+    with caplog.at_level(logging.INFO), Progress(1000, stream=io.StringIO(), clock=clock) as progress:
+        clock.now += 100.0
+        progress.update(1, Numbers())
+        clock.now += 30.0
+        progress.update(31, Numbers())
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 31/1000  loss 0.001235  L0 0.25  1 it/s  ETA 16m09s"
+    ]
+
+
+def test_the_word_before_the_steps_can_be_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    with caplog.at_level(logging.INFO):
+        progress = Progress(2, what="initialisations, step", stream=io.StringIO(), clock=clock)
+        run(progress, clock, Numbers(), range(1, 3), seconds=1.0)
+    assert caplog.records[0].getMessage().startswith("initialisations, step 2/2  loss")
 
 
 def test_on_a_terminal_there_is_a_bar_and_numbers_are_asked_once_a_second(

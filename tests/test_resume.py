@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from spd_hydra.config import RunConfig, load_config
-from spd_hydra.run import Outcome, run
+from spd_hydra.result import Outcome
+from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
 

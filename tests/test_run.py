@@ -15,7 +15,8 @@ import torch
 from spd_hydra.build import device_of, preflight
 from spd_hydra.composition import Composer, compose
 from spd_hydra.config import Device, RunConfig, Task, load_config
-from spd_hydra.run import Outcome, RunError, run
+from spd_hydra.result import Outcome
+from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.saved_run import read_target
 from spd_hydra.section import ConfigError
@@ -87,7 +88,8 @@ def test_the_summary_has_the_promised_keys(finished: Path) -> None:
     )
     assert {*promised.split(), "seconds", "steps_per_second"} <= set(summary)
     assert (summary["experiment"], summary["seed"], summary["steps"]) == ("tms_5-2", 0, 20)
-    assert set(summary["seconds"]) == {"target", "train", "eval", "total"}
+    assert set(summary["seconds"]) == {"target", "compile", "train", "eval", "total"}
+    assert summary["restarts"] is None
     assert {(c["name"], c["site"], c["tolerance"], c["expected"]) for c in summary["checks"]} == {
         ("identity", site, tolerance, 5) for site in ("embed", "unembed") for tolerance in (0.1, 0.2)
     }

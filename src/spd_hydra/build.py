@@ -11,6 +11,8 @@ from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.objective import Objective
+from spd_hydra.metric.evaluate import evaluate
+from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
 from spd_hydra.sampler import Sampler
@@ -62,6 +64,21 @@ class Parts:
             rows=_rows(config.eval.batch_size, self.model.device),
             columns=self.objective.columns(config.loss.terms()),
             position_shape=self.position_shape,
+        )
+
+    def evaluate(self, step: int, *, certified: bool) -> Evaluation:
+        """Measure the model as it is after `step` steps, on held-out data."""
+        config = self.config
+        return evaluate(
+            self.objective,
+            self.eval_sampler(),
+            step=step,
+            progress=step / config.train.steps,
+            batches=config.eval.batches,
+            reference_positions=config.train.batch_size * torch.Size(self.position_shape).numel(),
+            known=self.known,
+            certified=certified,
+            ideal_l0=self.ideal_l0(),
         )
 
     def ideal_l0(self) -> dict[str, float]:

@@ -15,7 +15,8 @@ from spd_hydra.config_errors import invalid
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Job, plan_job
-from spd_hydra.run import Outcome, RunError, run
+from spd_hydra.result import Outcome
+from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
 

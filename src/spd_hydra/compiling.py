@@ -12,10 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +77,13 @@ class Kernel:
         return self._compiled[layout](*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        # Imported only now: the compiler takes longer to import than all else together.
+        import torch._inductor  # noqa: PLC0415
+        from torch._guards import TracingContext, tracing  # noqa: PLC0415
+        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+
         tensors = tuple(t.detach() for t in tensors)  # tracing others warns that it reads their `.grad`
         token = _tracing.set(True)
         try:
@@ -87,8 +91,9 @@ class Kernel:
             graph = make_fx(lambda *args: self._function(*args))(*tensors)
         finally:
             _tracing.reset(token)
-        with torch.no_grad():
-            run: Callable[..., Any] = torch._inductor.compile(
-                graph, list(tensors), options=dict(self._options)
-            )
+        # The compiler's cache on disk wants to know on which shapes a graph depends: here on all of them.
+        fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+        inputs: list[Any] = [fake.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+        with torch.no_grad(), tracing(TracingContext(fake)):
+            run: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=dict(self._options))
         return run

@@ -23,6 +23,7 @@ class Progress:
     Args:
         total: the step at which training ends.
         start: the step at which it begins, above 0 after a resume.
+        what: the word before the number of steps.
         disable: show nothing.
         stream: where the bar goes; what it is decides between bar and lines. Default: standard error.
         clock: gives seconds.
@@ -33,24 +34,31 @@ class Progress:
         total: int,
         start: int = 0,
         *,
+        what: str = "step",
         disable: bool = False,
         line_seconds: float = 30.0,
         bar_seconds: float = 1.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._disable, self._clock = total, disable, clock
+        self._total, self._what, self._disable, self._clock = total, what, disable, clock
         self._stream = sys.stderr if stream is None else stream
         self._bar: tqdm[Never] | None = None
         self._seconds = bar_seconds if self._stream.isatty() else line_seconds
         self._shown_step, self._shown_at = start, clock()
         self._step = start
+        self._is_first = True
 
     def __enter__(self) -> Self:
         self._shown_at = self._clock()
         if not self._disable and self._stream.isatty():
             self._bar = tqdm(
-                total=self._total, initial=self._step, file=self._stream, dynamic_ncols=True, unit="it"
+                total=self._total,
+                initial=self._step,
+                file=self._stream,
+                dynamic_ncols=True,
+                unit="it",
+                desc=None if self._what == "step" else self._what,
             )
         return self
 
@@ -61,7 +69,10 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.update(advance)
-        if step > self._shown_step and (
+        if self._is_first and step < self._total:  # its time is that of compiling, of no use for a forecast
+            self._is_first = False
+            self._shown_step, self._shown_at = step, self._clock()
+        elif step > self._shown_step and (
             self._clock() - self._shown_at >= self._seconds or step >= self._total
         ):
             self._show(numbers())
@@ -83,7 +94,7 @@ class Progress:
             self._bar.set_postfix(texts)
         else:
             rate = (self._step - self._shown_step) / max(now - self._shown_at, 1e-9)
-            parts = [f"step {self._step}/{self._total}"]
+            parts = [f"{self._what} {self._step}/{self._total}"]
             parts += [f"{name} {text}" for name, text in texts.items()]
             parts += [f"{rate:.3g} it/s", f"ETA {format_duration((self._total - self._step) / rate)}"]
             logger.info("  ".join(parts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +10,21 @@ from typing import Any
 
 import torch
 
-from spd_hydra import report
+from spd_hydra.analyse import analyse
 from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
 from spd_hydra.checkpoint import load_newest
 from spd_hydra.config import RunConfig, Task, differences, load_config, to_dict, to_yaml
 from spd_hydra.environment import describe_environment
 from spd_hydra.figure.base import draw_all
 from spd_hydra.logger.base import Logger
-from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.redaction import redact
+from spd_hydra.restarts import begin_with_best
+from spd_hydra.result import Outcome, conclude
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
 from spd_hydra.section import ConfigError
-from spd_hydra.summary import summarise
 from spd_hydra.trainer import Interrupted, Trainer, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,6 @@ _MAY_CHANGE_ON_RESUME = (
 
 class RunError(RuntimeError):
     """The run failed for a reason that its message explains; no traceback is needed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a run came to: its directory (None for a check) and its summary."""
-
-    run_dir: Path | None
-    summary: dict[str, Any]
 
 
 def run(
@@ -124,29 +117,6 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
         return _recorded(directory, lambda: _decompose(config, directory))
 
 
-def analyse(config: RunConfig) -> Outcome:
-    """Measure a finished or stopped run again: metrics, figures, report and summary, into its directory."""
-    if config.run is None:
-        raise ConfigError(
-            "run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
-        )
-    path = Path(config.run)
-    with RunDirectory.open(path) as directory:
-        config = load_config(path / "config.yaml")
-        checkpoint = load_newest(directory.checkpoints)
-        if checkpoint is None:
-            raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
-        parts, target = _reopen(config, directory, device_of(config))
-        parts.model.load_trainable_state(checkpoint.tensors["model"])
-        evaluation = _evaluate(parts, target, checkpoint.step)
-        before = directory.read_summary() or {}
-        summary = _summary(
-            parts, target, evaluation, before.get("seconds", {}), before.get("steps_per_second")
-        )
-        _present(config, directory, evaluation, summary)
-        return Outcome(path, summary)
-
-
 def check(config: RunConfig) -> dict[str, Any]:
     """Build everything without training and say how large it is."""
     parts = preflight(config)
@@ -197,56 +167,55 @@ def _train(
         training=config.train,
         evaluation=config.eval,
         sampler=parts.train_sampler(),
-        evaluate=lambda step: _evaluate(parts, target, step),
+        evaluate=lambda step: parts.evaluate(step, certified=target.certified),
         on_figures=draw,
-        initial_state=parts.initial_state,
         run=directory,
         tracker=tracker,
     )
-    checkpoint = load_newest(directory.checkpoints)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-        if trainer.step > config.train.steps:
-            raise ConfigError(f"train.steps: got {config.train.steps}, but the run has done {trainer.step}")
-        say(f"going on from step {trainer.step}")
-    else:
-        directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
-    first_step = trainer.step
-    try:
-        evaluation = trainer.fit()
-    except TrainingError as error:
-        raise RunError(str(error)) from error
-    except Interrupted:
-        say(f"saved at step {trainer.step}; go on with: spd-run resume={directory.path}")
-        raise
+    first_step = _restore(trainer, directory, config)
+    evaluation = _fit(trainer, parts, directory)
     seconds = {"target": target.seconds} | trainer.seconds | {"total": time.perf_counter() - started}
-    speed = (trainer.step - first_step) / seconds["train"] if seconds["train"] else None
-    summary = _summary(parts, target, evaluation, seconds, speed)
-    drawn = _present(config, directory, evaluation, summary)
+    trained = seconds["train"]
+    summary, drawn = conclude(
+        directory,
+        parts,
+        target,
+        evaluation,
+        seconds=seconds,
+        steps_per_second=(trainer.step - first_step) / trained if trained else None,
+        restarts=trainer.facts.get("restarts"),
+    )
     tracker.log_figures(evaluation.step, drawn)
     return summary
 
 
-def _present(
-    config: RunConfig, directory: RunDirectory, evaluation: Evaluation, summary: dict[str, Any]
-) -> dict[str, Path]:
-    """Draw figures, write summary and report, print the verdict."""
-    history = directory.read_metrics()
-    drawn = draw_all(evaluation, history, directory.figures)
-    directory.write_summary(summary)
-    path = directory.path / "report.html"
-    report.write_report(
-        path,
-        summary=summary,
-        evaluation=evaluation,
-        history=history,
-        figures=drawn,
-        config_text=directory.read_config(),
-        environment=directory.read_environment(),
-        warnings=() if summary["target"]["certified"] else ("The target is not certified.",),
-    )
-    say(report.verdict_table(summary, path))
-    return {figure.name: figure.path for figure in drawn}
+def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> int:
+    """Go on from the newest whole checkpoint, if there is one; returns its step."""
+    checkpoint = load_newest(directory.checkpoints)
+    if checkpoint is None:
+        directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
+        return 0
+    trainer.restore(checkpoint)
+    if trainer.step > config.train.steps:
+        raise ConfigError(f"train.steps: got {config.train.steps}, but the run has done {trainer.step}")
+    say(f"going on from step {trainer.step}")
+    return trainer.step
+
+
+def _fit(trainer: Trainer, parts: Parts, directory: RunDirectory) -> Evaluation:
+    hint = f"spd-run {shlex.quote(f'resume={directory.path}')}"
+    try:
+        if trainer.step == 0:
+            begin_with_best(trainer, parts.initial_state)
+        return trainer.fit()
+    except TrainingError as error:
+        raise RunError(str(error)) from error
+    except Interrupted:
+        say(f"saved at step {trainer.step}; go on with: {hint}")
+        raise
+    except KeyboardInterrupt:
+        say(f"stopped without saving; go on from the newest checkpoint, if there is one, with: {hint}")
+        raise
 
 
 def _target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
@@ -260,44 +229,6 @@ def _target(config: RunConfig, directory: RunDirectory, device: torch.device) ->
     if not target.certified:
         logger.warning("no certified target in %d tries; the run goes on and cannot be solved", target.tries)
     return target
-
-
-def _reopen(config: RunConfig, directory: RunDirectory, device: torch.device) -> tuple[Parts, TrainedTarget]:
-    target = read_target(config, directory.path, device)
-    return assemble(config, target.module, device), target
-
-
-def _summary(
-    parts: Parts,
-    target: TrainedTarget,
-    evaluation: Evaluation,
-    seconds: dict[str, float],
-    steps_per_second: float | None,
-) -> dict[str, Any]:
-    return summarise(
-        parts.config,
-        evaluation,
-        target_facts(target),
-        cosine_decides=parts.known is not None and parts.known.cosine_decides,
-        seconds=seconds,
-        steps_per_second=steps_per_second,
-    )
-
-
-def _evaluate(parts: Parts, target: TrainedTarget, step: int) -> Evaluation:
-    config = parts.config
-    per_row = torch.Size(parts.position_shape).numel()
-    return evaluate(
-        parts.objective,
-        parts.eval_sampler(),
-        step=step,
-        progress=step / config.train.steps,
-        batches=config.eval.batches,
-        reference_positions=config.train.batch_size * per_row,
-        known=parts.known,
-        certified=target.certified,
-        ideal_l0=parts.ideal_l0(),
-    )
 
 
 def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:

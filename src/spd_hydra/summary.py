@@ -16,6 +16,7 @@ def summarise(
     cosine_decides: bool,
     seconds: Mapping[str, float],
     steps_per_second: float | None,
+    restarts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The summary of a run: verdict with all checks and thresholds, sparsity, losses, target, times."""
 
@@ -59,4 +60,5 @@ def summarise(
         "target": dict(target),
         "seconds": dict(seconds),
         "steps_per_second": steps_per_second,
+        "restarts": None if restarts is None else dict(restarts),
     }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +36,6 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by the user at a step boundary, after saving a checkpoint."""
 
 
-class _Beginning(NamedTuple):
-    """An initialisation after its first steps: its state, its rows of metrics and what was measured then."""
-
-    parameters: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rows: list[tuple[int, dict[str, float]]]
-    measured: dict[str, float]
-
-    @property
-    def loss(self) -> float:
-        """Training loss, averaged over the evaluation's batches."""
-        return self.measured["loss/total"]
-
-
 class Trainer:
     """Trains subcomponents and causal-importance function of one decomposition.
 
@@ -60,7 +46,6 @@ class Trainer:
         sampler: training batches and random numbers by step.
         evaluate: measures the model after a number of steps.
         on_figures: called with an evaluation whose figures are due.
-        initial_state: untrained parameters of the n-th initialisation; 0 is the one the model starts with.
         run: receives metrics and checkpoints.
         tracker: receives metrics too.
     """
@@ -74,22 +59,22 @@ class Trainer:
         sampler: Sampler,
         evaluate: Callable[[int], EvaluationResult],
         on_figures: Callable[[EvaluationResult], None],
-        initial_state: Callable[[int], dict[str, Tensor]],
         run: RunDirectory,
         tracker: Logger,
     ) -> None:
         self.objective, self.model = objective, objective.model
         self.training, self.evaluation = training, evaluation
         self.sampler, self.evaluate, self.on_figures = sampler, evaluate, on_figures
-        self.initial_state = initial_state
         self.run, self.tracker = run, tracker
         self.step = 0
-        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
+        self.facts: dict[str, Any] = {}
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
+        self._is_to_be_compiled = compile  # by the first step
         self.gradient_norms: dict[str, Tensor] = {}
         self._stop_requested = False
 
@@ -101,18 +86,17 @@ class Trainer:
             Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
         """
         if self.step == 0:
-            self.begin()
+            self.fit_weights()
         result = None
         with Progress(self.training.steps, self.step) as progress, self._ctrl_c_stops_at_step_boundary():
             while self.step < self.training.steps:
-                with self._timed("train"):
-                    loss = self.train_step()
-                progress.update(self.step, lambda loss=loss: _shown(loss))  # type: ignore[misc]
-                if self._due(self.training.log_every):
-                    self._log("train", self._train_numbers(loss))
-                if self._due(self.evaluation.every):
+                loss = self.train_step()
+                progress.update(self.step, lambda loss=loss: loss.summary())  # type: ignore[misc]
+                if self.is_due(self.training.log_every):
+                    self.log("train", self.numbers_of(loss))
+                if self.is_due(self.evaluation.every):
                     result = self._evaluate()
-                if self._due(self.training.checkpoint_every):
+                if self.is_due(self.training.checkpoint_every):
                     self.save()
                 if self._stop_requested and self.step < self.training.steps:
                     self.save()
@@ -120,60 +104,27 @@ class Trainer:
         # A run that was stopped after its last checkpoint has logged this evaluation already.
         return result if result is not None else self.evaluate(self.step)
 
-    def begin(self) -> None:
-        """Faithfulness warmup, for the only initialisation or for each of several, of which the best goes on.
-
-        The best is the one with the lowest training loss on the evaluation's batches after its first steps;
-        these count as steps of the run, and their rows of metrics are logged once it is chosen.
-        """
-        restarts = self.training.restarts
-        if restarts.number == 1:
-            self.fit_weights()
-            return
-        steps = max(1, int(restarts.fraction * self.training.steps))
-        best: _Beginning | None = None
-        for number in range(restarts.number):
-            beginning = self._try(self.initial_state(number), steps)
-            logger.info(
-                "initialisation %d of %d: loss %.4g after %d steps",
-                number + 1,
-                restarts.number,
-                beginning.loss,
-                steps,
-            )
-            if best is None or beginning.loss < best.loss:
-                best = beginning
-        assert best is not None, "there is at least one initialisation"
-        self._load(best.parameters, best.optimizer)
-        for step, numbers in best.rows:
-            self._log("train", numbers, step)
-        self._log("eval", best.measured)
-
-    def _try(self, state: dict[str, Tensor], steps: int) -> "_Beginning":
-        """Train an initialisation for its first steps."""
-        self._load(state, {})
-        self.step = 0
-        self.fit_weights()
-        rows = []
-        with self._timed("train"):
-            while self.step < steps:
-                loss = self.train_step()
-                if self._due(self.training.log_every):
-                    rows.append((self.step, self._train_numbers(loss)))
-        with self._timed("eval"):
-            measured = self.evaluate(self.step).metrics
-        parameters = {name: value.clone() for name, value in self.model.trainable_state().items()}
-        moments = state_tensors(self.optimizer, self._named_parameters())
-        moments = {name: value.clone() for name, value in moments.items()}
-        return _Beginning(parameters, moments, rows, measured)
-
-    def _load(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+    def set_state(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], *, step: int) -> None:
+        """Go on from a step with these parameters and optimiser moments (none: a new optimiser)."""
         self.model.load_trainable_state(parameters)
         self.optimizer.state.clear()
         load_state_tensors(self.optimizer, self._named_parameters(), optimizer)
+        self.step = step
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and optimiser moments, as `set_state` takes them; the training goes on changing them."""
+        return self.model.trainable_state(), state_tensors(self.optimizer, self._named_parameters())
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
+        with self._timed("compile" if self._is_to_be_compiled else "train"):
+            loss = self._train_step()
+        self._is_to_be_compiled = False
+        return loss
+
+    def _train_step(self) -> StepLoss:
+        if self._is_to_be_compiled:
+            logger.info("compiling the training step")
         progress = self.step / self.training.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
@@ -205,24 +156,23 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         self.run.sync_metrics()
-        tensors = {
-            "model": self.model.trainable_state(),
-            "optimizer": state_tensors(self.optimizer, self._named_parameters()),
-        }
-        keep = self.training.keep_checkpoints
-        save_checkpoint(self.run.checkpoints, self.step, tensors, {"step": self.step}, keep)
+        parameters, optimizer = self.state()
+        tensors = {"model": parameters, "optimizer": optimizer}
+        state = {"step": self.step, "facts": self.facts}
+        save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.training.keep_checkpoints)
         self.run.write_status(Status.running, self.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimiser, step; metrics logged after it are dropped."""
-        self._load(checkpoint.tensors["model"], checkpoint.tensors["optimizer"])
-        self.step = checkpoint.step
+        self.set_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"], step=checkpoint.step)
+        self.facts = dict(checkpoint.state["facts"])
         self.run.truncate_metrics(self.step)
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    def _due(self, every: int) -> bool:
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps, and after the last, is due now."""
         return self.step % every == 0 or self.step == self.training.steps
 
     def _is_recorded(self, step: int) -> bool:
@@ -257,25 +207,26 @@ class Trainer:
             f"(now {self.training.lr:g}), train.clip_components=0.1, or train.precision=fp32"
         )
 
-    def _train_numbers(self, loss: StepLoss) -> dict[str, float]:
-        numbers = {"loss/total": loss.total.item()}
-        numbers |= {f"loss/{name}": value.item() for name, value in loss.terms.items()}
-        l0 = {site: value.item() for site, value in loss.l0.items()}
-        numbers |= {f"l0/{site}": value for site, value in l0.items()} | {"l0/total": sum(l0.values())}
-        numbers |= {f"grad_norm/{part}": norm.item() for part, norm in self.gradient_norms.items()}
-        numbers["lr"] = self.optimizer.param_groups[0]["lr"]
-        return numbers
+    def numbers_of(self, loss: StepLoss) -> dict[str, float]:
+        """What the metrics log holds of the step just taken."""
+        norms = {f"grad_norm/{part}": norm.item() for part, norm in self.gradient_norms.items()}
+        return loss.numbers() | norms | {"lr": self.optimizer.param_groups[0]["lr"]}
+
+    def measure(self) -> EvaluationResult:
+        """Evaluate the model as it is."""
+        with self._timed("eval"):
+            return self.evaluate(self.step)
 
     def _evaluate(self) -> EvaluationResult:
-        with self._timed("eval"):
-            result = self.evaluate(self.step)
-        self._log("eval", result.metrics)
+        result = self.measure()
+        self.log("eval", result.metrics)
         every = self.evaluation.figures_every
         if every and self.step % every == 0 and self.step < self.training.steps:
             self.on_figures(result)
         return result
 
-    def _log(self, split: str, numbers: dict[str, float], step: int | None = None) -> None:
+    def log(self, split: str, numbers: dict[str, float], step: int | None = None) -> None:
+        """Add a row to the metrics of a step, by default the present one."""
         step = self.step if step is None else step
         self.run.append_metrics(step, split, numbers)
         self.tracker.log(step, split, numbers)
@@ -307,7 +258,3 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def _shown(loss: StepLoss) -> dict[str, float]:
-    return {"loss": loss.total.item(), "L0": sum(value.item() for value in loss.l0.values())}

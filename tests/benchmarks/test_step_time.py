@@ -125,8 +125,8 @@ def test_the_page_shows_times_ratios_and_differences() -> None:
 @pytest.mark.parametrize(
     ("loss", "largest", "words"),
     [
-        (2e-5, 2**18, "eager and plain losses differ by 2.0e-05 in total, more than 1e-05"),
-        (float("nan"), 2**18, "eager and plain losses differ by nan"),
+        (2e-5, 2**18, "eager and plain in float64: losses differ by 2.0e-05 in total, more than 1e-05"),
+        (float("nan"), 2**18, "eager and plain in float64: losses differ by nan"),
         (0.0, 2**19, r"as large as \[batch, C, hidden\]: 524288 bytes"),
     ],
 )

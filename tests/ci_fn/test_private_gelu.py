@@ -27,7 +27,7 @@ def arguments(
     return h, w_in, b_in, w_out
 
 
-@pytest.mark.parametrize("positions", [(1,), (BATCH,), (3, 4), (2, 3, 2)])
+@pytest.mark.parametrize("positions", [(1,), (BATCH,), (3, 4), (2, 3, 2), (256,), (3, 200)])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 def test_value_and_all_gradients_are_those_of_the_exact_gelu(
     positions: tuple[int, ...], spread: float
@@ -51,6 +51,16 @@ def test_float32_is_as_exact_as_float32_can_be() -> None:
     double = tuple(tensor.detach().double() for tensor in single)
     error = (private_gelu_mlp(*single).double() - plain(*double)).abs().max()
     assert error < 1e-5
+
+
+def test_gradients_of_the_weights_keep_their_digits_over_thousands_of_positions() -> None:
+    single = arguments(5000, dtype=torch.float32)
+    double = tuple(tensor.detach().double().requires_grad_() for tensor in single)
+    incoming = torch.linspace(-1, 1, 5000)[:, None] + torch.linspace(0, 0.1, C)
+    found = torch.autograd.grad(private_gelu_mlp(*single), single, incoming)
+    expected = torch.autograd.grad(plain(*double), double, incoming.double())
+    for own, other in zip(found[1:], expected[1:], strict=True):
+        assert ((own - other).norm() / other.norm()).item() < 2e-6
 
 
 def test_far_tails_give_zero_and_the_identity() -> None:

@@ -10,7 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from spd_hydra import cli_task
 from spd_hydra.config import RunConfig
-from spd_hydra.run import Outcome, RunError
+from spd_hydra.result import Outcome
+from spd_hydra.run import RunError
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
 

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.section import Problem, option
+
+_POSITIONS_PER_SUM = 256
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,7 +51,7 @@ class ImportanceMinimality(Loss):
 
     def statistics(self, inputs: LossInputs) -> Statistics:
         sums = {
-            f"sum/{site}": self._power(ci.upper.float(), inputs).flatten(0, -2).sum(0)
+            f"sum/{site}": _sum_over_positions(self._power(ci.upper.float(), inputs))
             for site, ci in inputs.ci.items()
         }
         return sums | {"count": inputs.draws.new_tensor(float(inputs.n_positions))}
@@ -65,3 +67,11 @@ class ImportanceMinimality(Loss):
         if self.beta == 0:
             return f.sum()
         return (f * (1 + self.beta * torch.log2(1 + reference_positions * f))).sum()
+
+
+def _sum_over_positions(x: Float[Tensor, "*positions C"]) -> Float[Tensor, " C"]:
+    """Sum in two levels: a compiled sum adds one term after another, and thousands of float32 terms drift."""
+    flat = x.flatten(0, -2)
+    rows = max(1, min(_POSITIONS_PER_SUM, len(flat)))
+    padded = nn.functional.pad(flat, (0, 0, 0, -len(flat) % rows))
+    return torch.unflatten(padded, 0, (-1, rows)).sum(1).sum(0)

@@ -32,6 +32,16 @@ class StepLoss(NamedTuple):
     terms: dict[str, Float[Tensor, ""]]
     l0: dict[str, Float[Tensor, ""]]
 
+    def numbers(self) -> dict[str, float]:
+        """All of them as numbers, by the names of the metrics log. Waits for the device."""
+        l0 = {f"l0/{site}": value.item() for site, value in self.l0.items()}
+        terms = {f"loss/{name}": value.item() for name, value in self.terms.items()}
+        return {"loss/total": self.total.item()} | terms | l0 | {"l0/total": sum(l0.values())}
+
+    def summary(self) -> dict[str, float]:
+        """What is shown of them while training goes on. Waits for the device."""
+        return {"loss": self.total.item(), "L0": sum(value.item() for value in self.l0.values())}
+
 
 class Objective:
     """Computes loss terms on a batch.

@@ -1,0 +1,44 @@
+"""`task=analyse`: a finished or stopped run measured again."""
+
+from pathlib import Path
+
+from spd_hydra.build import assemble, device_of
+from spd_hydra.checkpoint import load_newest
+from spd_hydra.config import RunConfig, load_config
+from spd_hydra.result import Outcome, conclude
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_run import read_target
+from spd_hydra.section import ConfigError
+
+
+def analyse(config: RunConfig) -> Outcome:
+    """Measure the newest checkpoint of a run: metrics, figures, report and summary, into its directory.
+
+    Raises:
+        ConfigError: no directory was named, or it holds no checkpoint.
+    """
+    if config.run is None:
+        raise ConfigError(
+            "run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
+        )
+    path = Path(config.run)
+    with RunDirectory.open(path) as directory:
+        config = load_config(path / "config.yaml")
+        checkpoint = load_newest(directory.checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
+        device = device_of(config)
+        target = read_target(config, directory.path, device)
+        parts = assemble(config, target.module, device)
+        parts.model.load_trainable_state(checkpoint.tensors["model"])
+        before = directory.read_summary() or {}
+        summary, _ = conclude(
+            directory,
+            parts,
+            target,
+            parts.evaluate(checkpoint.step, certified=target.certified),
+            seconds=before.get("seconds", {}),
+            steps_per_second=before.get("steps_per_second"),
+            restarts=checkpoint.state["facts"].get("restarts"),
+        )
+        return Outcome(path, summary)
