@@ -74,6 +74,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e .
+	$(BIN)/python -m spd_hydra.compiling
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -19,15 +20,22 @@ logger = logging.getLogger(__name__)
 Options = dict[str, str | int | bool]
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
-# Checks of every buffer's shape in every call, for those who work on the compiler.
-_WITHOUT_SELF_CHECKS: Options = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+_OPTIONS: Options = {
+    # Checks of every buffer's shape in every call, for those who work on the compiler.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+    # The last few elements one by one: code for shorter vectors would take a sixth of the compilation.
+    "cpp.enable_loop_tail_vec": False,
+    # a·b + c in one instruction. For all kernels: each set of flags costs another precompiled header, 10 s.
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
 
 # By default an intermediate of many operations that several sums read is written to memory first.
 _KEEP_IN_REGISTERS: Options = {
     "realize_opcount_threshold": 300,
     "realize_reads_threshold": 64,
     "realize_acc_reads_threshold": 64,
-    "cpp.enable_floating_point_contract_flag": "fast",  # a·b + c in one instruction
 }
 
 
@@ -66,7 +74,7 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], *, keep_in_registers: bool = False) -> None:
         self._function = function
-        self._options = _WITHOUT_SELF_CHECKS | (_KEEP_IN_REGISTERS if keep_in_registers else {})
+        self._options = _OPTIONS | (_KEEP_IN_REGISTERS if keep_in_registers else {})
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -97,3 +105,14 @@ class Kernel:
         with torch.no_grad(), tracing(TracingContext(fake)):
             run: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=dict(self._options))
         return run
+
+
+def main() -> None:
+    """Compile a sum: the first one on a machine takes half a minute, for headers that are then kept."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if can_compile("cpu"):
+        Kernel(torch.add)(torch.ones(64), torch.ones(64))
+
+
+if __name__ == "__main__":
+    main()
