@@ -10,6 +10,7 @@ import torch
 
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
+from spd_hydra.components import load_plugins
 from spd_hydra.composition import compose as compose
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -93,6 +94,7 @@ def load_run(path: str | Path) -> Run:
     Raises:
         ConfigError: it is no run directory, or of a version that this one cannot read.
     """
+    load_plugins()  # whose sections the configuration may name
     path = Path(path).expanduser()
     return Run(path, load_config(path / "config.yaml"))
 

@@ -1,0 +1,67 @@
+"""A run directory opened from Python: its numbers, and the model at any checkpoint."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spd_hydra import decompose, load_run
+from spd_hydra.api import Run
+from spd_hydra.config import RunConfig
+from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.section import ConfigError
+
+Toy = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def done(toy: Toy) -> Run:
+    """20 steps with checkpoints at 10 and 20."""
+    return decompose(toy())
+
+
+def test_numbers_are_those_of_the_files(done: Run) -> None:
+    assert done.status["status"] == "done"
+    assert done.summary["steps"] == 20
+    assert {row["step"] for row in done.metrics if row["split"] == "eval"} == {10, 20}
+    assert done.steps == [10, 20]
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_the_model_at_a_step_has_the_weights_of_its_checkpoint(done: Run, step: int) -> None:
+    saved = load_file(done.path / "checkpoints" / f"step_{step}" / "model.safetensors")
+    found = done.model_at(step).trainable_state()
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_the_model_is_the_newest_and_gives_outputs_and_causal_importances(done: Run) -> None:
+    newest = done.model_at(20).trainable_state()
+    assert all(torch.equal(done.model.trainable_state()[name], value) for name, value in newest.items())
+    batch = torch.rand(3, 5)
+    torch.testing.assert_close(done.model(batch), done.model.target(batch))
+    assert done.model.causal_importances(batch)["embed"].lower.shape == (3, 20)
+
+
+def test_a_step_without_a_checkpoint_is_named_with_those_that_exist(done: Run) -> None:
+    with pytest.raises(ConfigError, match=re.escape("step: got 15;") + r".*steps \[10, 20\]"):
+        done.model_at(15)
+
+
+def test_a_run_without_a_checkpoint_says_so(toy: Toy) -> None:
+    run = decompose(toy("task=train_target"))
+    with pytest.raises(RunDirectoryError, match="holds no checkpoint yet"):
+        _ = run.model
+
+
+def test_a_check_leaves_no_run_to_open(toy: Toy) -> None:
+    with pytest.raises(ConfigError, match="task: got check, which makes no run directory"):
+        decompose(toy("task=check"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
+        load_run(tmp_path)
