@@ -128,7 +128,7 @@ def test_the_default_is_the_smallest_toy(composer: Composer) -> None:
 
 
 def test_an_experiment_wins_over_the_defaults(composer: Composer) -> None:
-    assert composer.run_config([]).train.steps == 10_000
+    assert composer.run_config([]).train.steps == 6_000
     assert composer.run_config(["experiment=resid_mlp1"]).train.steps == 20_000
 
 
@@ -240,7 +240,7 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ("decomposition.sites.embed.C=0", "decomposition.sites.embed.C: got 0, must be ≥ 1"),
         ("debug=null", "debug: got null; debug=none switches it off; otherwise choose one of none, smoke"),
         ("logger=null", "logger: got null; choose one of files, wandb"),
-        ("data=tm", "data: got tm; did you mean tms? There are resid_mlp, tms"),
+        ("data=tm", "data: got tm; did you mean tms? Choose one of resid_mlp, tms"),
         ("eval=", "eval: got nothing; must be one of default"),
         ("+experiment=tms_5-2", "experiment: is chosen without +: experiment=tms_5-2"),
         ("+seed=1", "seed: is there already, write it without +: seed=1"),
@@ -275,7 +275,7 @@ def test_a_short_key_is_met_with_the_full_ones() -> None:
 
 def test_an_unknown_experiment_is_met_with_the_nearest_one() -> None:
     (line,) = errors(["experiment=tms5-2"])
-    assert line.startswith("experiment: got tms5-2; did you mean tms_5-2? There are none, resid_mlp1,")
+    assert line.startswith("experiment: got tms5-2; did you mean tms_5-2? Choose one of none, resid_mlp1,")
 
 
 def test_unbalanced_quotes_are_told_how_to_write_them() -> None:
@@ -350,7 +350,7 @@ def test_overrides_of_a_saved_configuration_are_checked_alike(composer: Composer
         apply_overrides(saved, ["experiment=tms_5-2", "train.stepz=4", "train.lr=-1", "logger=wandbb", "a b"])
     assert str(caught.value).splitlines() == [
         "experiment: a run that goes on keeps its own; leave it out",
-        "logger: got wandbb; did you mean wandb? There are files, wandb",
+        "logger: got wandbb; did you mean wandb? Choose one of files, wandb",
         "a b: not understood; write key=value, e.g. seed=1",
         "train.stepz: there is no such key; did you mean train.steps? (given as train.stepz=4)",
         "train.lr: got -1.0, must be > 0",

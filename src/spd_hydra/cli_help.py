@@ -34,7 +34,7 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
   spd-run --config-dir <folder> experiment=<mine>      with YAML files of your own, in <folder>/experiment/
   eval "$(spd-run -sc install=bash)"                   completion with Tab; fish and zsh as well
 
-Later beats earlier: defaults, experiment, debug, command line.
+Later beats earlier: defaults, experiment, conf/local/default.yaml if you wrote one, debug, command line.
 Choose a group with loss=delta, set a key with loss.stochastic_recon.coeff=0.5. Lists are written [64,32].
 Exit codes: 0 all well, 1 the run failed, 2 bad configuration, 3 jobs of a sweep failed, 130 interrupted."""
 

@@ -167,7 +167,7 @@ def wrong_option(group: str, value: Any, options: list[str]) -> str | None:
             return f"got null; {off}choose one of {', '.join(options)}"
         if str(option) not in options:
             close = nearest(str(option), options)
-            hint = f"did you mean {close}? There are" if close else "must be one of"
+            hint = f"did you mean {close}? Choose one of" if close else "must be one of"
             return f"got {str(option) or 'nothing'}; {hint} {', '.join(options)}"
     return None
 

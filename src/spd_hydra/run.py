@@ -1,7 +1,6 @@
 """One run from configuration to report: the only place that knows all the parts."""
 
 import dataclasses
-import logging
 import shlex
 import time
 from collections.abc import Callable
@@ -21,14 +20,11 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.redaction import redact
 from spd_hydra.restarts import begin_with_best
-from spd_hydra.result import Outcome, conclude
+from spd_hydra.result import Outcome, conclude, say
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
 from spd_hydra.section import ConfigError
 from spd_hydra.trainer import Interrupted, Trainer, TrainingError
-
-logger = logging.getLogger(__name__)
-say: Callable[[str], None] = print
 
 _MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -224,10 +220,8 @@ def _target(config: RunConfig, directory: RunDirectory, device: torch.device) ->
         return read_target(config, directory.path, device)
     target = obtain(config, device)
     write_target(target, directory.path)
-    if target.tries > 1 and not target.cached:
+    if target.certified and target.tries > 1 and not target.cached:
         say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
-    if not target.certified:
-        logger.warning("no certified target in %d tries; the run goes on and cannot be solved", target.tries)
     return target
 
 

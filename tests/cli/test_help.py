@@ -52,7 +52,7 @@ def test_every_experiment_has_a_meaning(text: str) -> None:
 
 def test_meaning_default_and_range_stand_in_one_line(text: str) -> None:
     (line,) = re.findall(r"^    train\.batch_size .*$", text, flags=re.MULTILINE)
-    assert line.split(maxsplit=2) == ["train.batch_size", "512", "rows of the global batch (≥ 1)"]
+    assert line.split(maxsplit=2) == ["train.batch_size", "256", "rows of the global batch (≥ 1)"]
 
 
 def test_the_examples_can_be_composed(text: str) -> None:

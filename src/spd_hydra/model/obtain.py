@@ -127,8 +127,8 @@ def _train_until_certified(
     if best is None:
         raise AssertionError("the last try is always trained to its end")
     logger.warning(
-        "No target was certified in %d tries; going on with the best of them. Raise model.training.max_tries "
-        "or change the recipe; the failed measurements are in the summary.",
+        "No target was certified in %d tries; this is the best of them, and no decomposition of it counts as "
+        "solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
         recipe.max_tries,
     )
     return dataclasses.replace(best, tries=recipe.max_tries, seconds=time.perf_counter() - started)
