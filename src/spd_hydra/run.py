@@ -168,7 +168,7 @@ def _train(
         run=directory,
         tracker=tracker,
     )
-    first_step = _restore(trainer, directory, config)
+    _restore(trainer, directory, config)
     evaluation = _fit(trainer, parts, directory)
     seconds = {"target": target.seconds} | trainer.seconds | {"total": time.perf_counter() - started}
     trained = seconds["train"]
@@ -178,24 +178,23 @@ def _train(
         target,
         evaluation,
         seconds=seconds,
-        steps_per_second=(trainer.step - first_step) / trained if trained else None,
+        steps_per_second=trainer.timed_steps / trained if trained else None,
         restarts=trainer.facts.get("restarts"),
     )
     tracker.log_figures(evaluation.step, drawn)
     return summary
 
 
-def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> int:
-    """Go on from the newest whole checkpoint, if there is one; returns its step."""
+def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> None:
+    """Go on from the newest whole checkpoint, if there is one."""
     checkpoint = load_newest(directory.checkpoints)
     if checkpoint is None:
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
-        return 0
+        return
     trainer.restore(checkpoint)
     if trainer.step > config.train.steps:
         raise ConfigError(f"train.steps: got {config.train.steps}, but the run has done {trainer.step}")
     say(f"going on from step {trainer.step}")
-    return trainer.step
 
 
 def _fit(trainer: Trainer, parts: Parts, directory: RunDirectory) -> Evaluation:

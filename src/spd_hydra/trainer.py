@@ -68,6 +68,7 @@ class Trainer:
         self.run, self.tracker = run, tracker
         self.step = 0
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
+        self.timed_steps = 0  # those that `seconds["train"]` counts, of all initialisations
         self.facts: dict[str, Any] = {}
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
@@ -119,6 +120,7 @@ class Trainer:
         """One step: draw, schedule, loss, gradients, update."""
         with self._timed("compile" if self._is_to_be_compiled else "train"):
             loss = self._train_step()
+        self.timed_steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
         return loss
 

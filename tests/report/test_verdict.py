@@ -85,6 +85,15 @@ def test_the_table_has_every_number_of_the_summary(synthetic: Any, summaries: An
         assert part in table
 
 
+def test_the_losses_of_all_initialisations_are_told(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms())
+    assert "initialisation" not in verdict_table(summary, colour=False)
+    summary["restarts"] = {"steps": 1200, "losses": [0.0016, None, 0.0015], "chosen": 2}
+    table = verdict_table(summary, colour=False)
+    assert "start   initialisation 3 of 3, losses after 1,200 steps: 0.0016" in table
+    assert "not finite" in table
+
+
 def test_the_table_fits_into_100_columns(synthetic: Any, summaries: Any) -> None:
     summary = summaries.summary_of(synthetic.language_model(n_sites=3))
     summary["losses"] = {f"a_rather_long_name_of_a_loss_{i}": 10.0**-i for i in range(12)}

@@ -12,7 +12,7 @@ from spd_hydra.figure.base import Drawn, History
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.report.html import render
 from spd_hydra.report.numbers import NOTHING, duration, number
-from spd_hydra.report.verdict import headline, reasons, site_rows, tolerances
+from spd_hydra.report.verdict import headline, reasons, restart_losses, site_rows, tolerances
 
 _STATE: dict[Any, str] = {True: "solved", False: "unsolved"}
 CSS_PIXELS = 96 / 160  # figures have 160 dots per inch, a page has 96
@@ -145,10 +145,18 @@ def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dic
             number((summary.get("losses") or {}).get("total")),
             f"after {number(summary.get('steps'))} steps",
         ),
+        ("Start", *_start(summary.get("restarts"))),
         ("Time", duration(seconds.get("total")), _parts(seconds)),
         ("Speed", number(summary.get("steps_per_second")), "steps per second"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cards if value != NOTHING]
+
+
+def _start(restarts: Mapping[str, Any] | None) -> tuple[str, str]:
+    if not restarts:
+        return NOTHING, ""
+    chosen = f"{restarts['chosen'] + 1} of {len(restarts['losses'])}"
+    return chosen, f"initialisations; {', '.join(restart_losses(restarts))}"
 
 
 def _parts(seconds: Mapping[str, Any]) -> str:

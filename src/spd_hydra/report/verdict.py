@@ -156,6 +156,9 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         topics.append(
             ("MMCS", [f"{number(summary['mmcs'])}{wanted}", f"ML2R {number(summary.get('ml2r'))}{size}"])
         )
+    if restarts := summary.get("restarts"):
+        chosen = f"initialisation {restarts['chosen'] + 1} of {len(restarts['losses'])}"
+        topics.append(("start", [chosen, *restart_losses(restarts)]))
     if losses:
         topics.append(("losses", [f"{name} {number(value)}" for name, value in losses.items()]))
     if target:
@@ -171,6 +174,12 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
     for name, parts in topics:
         lines += _joined(parts, f"  {name.ljust(label)}  ", " " * (label + 4))
     return lines
+
+
+def restart_losses(restarts: Mapping[str, Any]) -> list[str]:
+    """What each initialisation's training loss was when one was chosen."""
+    texts = ["not finite" if loss is None else number(loss) for loss in restarts["losses"]]
+    return [f"losses after {number(restarts['steps'])} steps: {texts[0]}", *texts[1:]]
 
 
 def _joined(parts: list[str], first: str, following: str) -> list[str]:
