@@ -317,7 +317,7 @@ def test_changes_that_make_another_run_are_refused_with_a_list(finished: Path) -
         run(config, saved=load_config(finished / "config.yaml"))
     text = str(raised.value)
     assert "would make it another run" in text
-    for line in ("seed: 0 → 7", "train.lr: 0.001 → 0.5", "decomposition.sites.embed.C: 20 → 33"):
+    for line in ("seed: 0 → 7", "train.lr: 0.002 → 0.5", "decomposition.sites.embed.C: 20 → 33"):
         assert f"\n  {line}\n" in text
     assert "train.steps:" not in text
     assert digests(finished) == before

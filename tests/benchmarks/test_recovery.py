@@ -121,7 +121,7 @@ def test_a_result_of_another_configuration_is_refused_with_what_differs(tmp_path
     _leave(tmp_path / "tms_5-2" / "0", {"status": "done"}, {})
     config = compose(overrides_of("tms_5-2", 0, ["train.steps=7"]))
     (tmp_path / "tms_5-2" / "0" / "config.yaml").write_text(to_yaml(config))
-    with pytest.raises(ConfigError, match=r"another configuration \(train.steps: 7 → 10000\); remove it"):
+    with pytest.raises(ConfigError, match=r"another configuration \(train.steps: 7 → 6000\); remove it"):
         to_do(tmp_path, {"tms_5-2": [0]}, [])
 
 

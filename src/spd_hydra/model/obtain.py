@@ -85,6 +85,12 @@ def obtain_target(
         target = _train_until_certified(spec, batches, seed, device, progress, started)
         if path is not None:
             _write_cache(target, path)
+    if not target.certified:
+        logger.warning(
+            "No target was certified in %d tries; this is the best of them, and no decomposition of it counts as "
+            "solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
+            target.tries,
+        )
     return target
 
 
@@ -126,11 +132,6 @@ def _train_until_certified(
             best = target
     if best is None:
         raise AssertionError("the last try is always trained to its end")
-    logger.warning(
-        "No target was certified in %d tries; this is the best of them, and no decomposition of it counts as "
-        "solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
-        recipe.max_tries,
-    )
     return dataclasses.replace(best, tries=recipe.max_tries, seconds=time.perf_counter() - started)
 
 
