@@ -87,8 +87,8 @@ def obtain_target(
             _write_cache(target, path)
     if not target.certified:
         logger.warning(
-            "No target was certified in %d tries; this is the best of them, and no decomposition of it counts as "
-            "solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
+            "No target was certified in %d tries; this is the best of them, and no decomposition of it "
+            "counts as solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
             target.tries,
         )
     return target
