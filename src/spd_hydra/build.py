@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spd_hydra import rng
+from spd_hydra import distributed, rng
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -48,7 +48,7 @@ class Parts:
             self.batches,
             seed=config.seed,
             purpose="train",
-            rows=_rows(config.train.batch_size, self.model.device),
+            rows=_own_rows(config.train.batch_size, self.model.device),
             columns=self.objective.columns(config.loss.active_terms()),
             position_shape=self.position_shape,
             compile=config.train.compile,
@@ -159,3 +159,8 @@ def preflight(config: RunConfig) -> Parts:
 
 def _rows(number: int, device: torch.device) -> torch.Tensor:
     return torch.arange(number, dtype=torch.int32, device=device)
+
+
+def _own_rows(number: int, device: torch.device) -> torch.Tensor:
+    own = distributed.own_rows(number)
+    return torch.arange(own.start, own.stop, dtype=torch.int32, device=device)

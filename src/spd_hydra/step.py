@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
 from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
 
@@ -34,6 +35,7 @@ class Step:
                 parameter.grad = None
             loss = self._objective(batch, draws, schedule)
             torch.autograd.backward(loss.total)
+            self._sum_over_ranks()
             return StepLoss(loss.total.detach(), loss.terms, loss.l0)
         self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
         scheduled = [schedule[term][name] for term, name in self._schedule_keys]
@@ -49,6 +51,14 @@ class Step:
             dict(zip(self._objective.model.site_names, values[n_terms : n_terms + n_sites], strict=True)),
         )
 
+    def _sum_over_ranks(self) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
+        if distributed.world_size() > 1:
+            for parameter, gradient in zip(
+                self._parameters.values(), distributed.global_sum(gradients), strict=True
+            ):
+                parameter.grad = gradient
+
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The step as a function of tensors: total, terms, L0 by site, gradients."""
         scheduled = others[: len(self._schedule_keys)]
@@ -59,6 +69,7 @@ class Step:
         parameters = dict(zip(self._parameters, values, strict=True))
         loss: StepLoss = functional_call(self._module, parameters, (batch, draws, schedule))
         gradients = torch.autograd.grad(loss.total, values, allow_unused=True, materialize_grads=True)
+        gradients = tuple(distributed.global_sum(gradients))
         terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
         l0 = [loss.l0[site] for site in self._objective.model.site_names]
         return loss.total.detach(), *terms, *l0, *gradients

@@ -61,7 +61,7 @@ class ImportanceMinimality(Loss):
             return (g + self.eps) ** inputs.schedule["p"]
         return g + self.eps if self.p_start == 1 else (g + self.eps) ** self.p_start
 
-    def value(self, statistics: Statistics, reference_positions: int) -> Float[Tensor, ""]:
+    def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
         count = statistics["count"]
         f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
         if self.beta == 0:

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from spd_hydra import rng
+from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.loss_set import LossSet
 
 ScheduledValues = dict[str, dict[str, Tensor]]
 """Scheduled parameters at one step: by term, by parameter, as scalars on the device."""
+
+
+_SPARSITY = "sparsity"
 
 
 class Precision(Enum):
@@ -77,10 +80,14 @@ class Objective:
         inputs = self.inputs(batch)
         active = self.losses.active_terms()
         statistics = self.statistics(inputs, active, draws, schedule)
-        positions = inputs.n_positions
+        statistics[_SPARSITY] = self._sparsity(inputs)
+        statistics = _over_ranks(statistics)
+        sparsity = statistics.pop(_SPARSITY)
+        positions = sparsity.pop("positions")
         terms = {name: term.value(statistics[name], positions) for name, term in active.items()}
         total = torch.stack([term.coeff * terms[name] for name, term in active.items()]).sum()
-        return StepLoss(total, {name: term.detach() for name, term in terms.items()}, self._l0(inputs))
+        l0 = {site: active / positions for site, active in sparsity.items()}
+        return StepLoss(total, {name: term.detach() for name, term in terms.items()}, l0)
 
     def columns(self, terms: Mapping[str, Loss]) -> Int32[Tensor, " columns"]:
         """What random numbers the given terms take per position, in that order, as columns of `rng.uniform`.
@@ -137,9 +144,23 @@ class Objective:
             self.model.device.type, dtype=torch.bfloat16, enabled=self.precision is Precision.bf16
         )
 
-    def _l0(self, inputs: LossInputs) -> dict[str, Tensor]:
+    def _sparsity(self, inputs: LossInputs) -> Statistics:
+        """Number of active subcomponents by site, summed over positions, and the number of positions."""
         with torch.no_grad():
-            return {
-                site: (ci.lower > self.ci_threshold).sum() / inputs.n_positions
+            active = {
+                site: (ci.lower > self.ci_threshold).sum(dtype=torch.float32)
                 for site, ci in inputs.ci.items()
             }
+        return active | {"positions": inputs.draws.new_tensor(float(inputs.n_positions))}
+
+
+def _over_ranks(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics of the global batch, from those of this rank's rows."""
+    if distributed.world_size() == 1:
+        return statistics
+    keys = [(name, key) for name, own in statistics.items() for key in own]
+    sums = distributed.global_sum([statistics[name][key] for name, key in keys])
+    found: dict[str, Statistics] = {name: {} for name in statistics}
+    for (name, key), value in zip(keys, sums, strict=True):
+        found[name][key] = value
+    return found
