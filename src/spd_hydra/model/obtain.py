@@ -88,7 +88,7 @@ def obtain_target(
     if not target.certified:
         logger.warning(
             "No target was certified in %d tries; this is the best of them, and no decomposition of it "
-            "counts as solved. Raise model.training.max_tries or change the recipe; the summary holds what failed.",
+            "counts as solved. Raise model.training.max_tries or change the recipe; see the summary.",
             target.tries,
         )
     return target
