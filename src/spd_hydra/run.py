@@ -209,7 +209,10 @@ def _fit(trainer: Trainer, parts: Parts, directory: RunDirectory) -> Evaluation:
         say(f"saved at step {trainer.step}; go on with: {hint}")
         raise
     except KeyboardInterrupt:
-        say(f"stopped without saving; go on from the newest checkpoint, if there is one, with: {hint}")
+        if any(directory.checkpoints.glob("step_*")):
+            say(f"stopped without saving; go on from the newest checkpoint with: {hint}")
+        else:
+            say(f"stopped before anything was saved; begin again in the same directory with: {hint}")
         raise
 
 

@@ -16,7 +16,7 @@ from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
-from spd_hydra.loss.objective import Objective, StepLoss
+from spd_hydra.loss.objective import Objective, Precision, StepLoss
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
@@ -204,9 +204,10 @@ class Trainer:
             if not bad:
                 return
             what = f"the gradient is not finite at step {self.step}, in: {', '.join(bad)}"
+        precision = "" if self.training.precision is Precision.fp32 else ", or train.precision=fp32"
         raise TrainingError(
-            f"{what}. The checkpoints in {self.run.checkpoints} are from before. Try a lower train.lr "
-            f"(now {self.training.lr:g}), train.clip_components=0.1, or train.precision=fp32"
+            f"{what}. Checkpoints in {self.run.checkpoints}, if there are any, are from before. Try a lower "
+            f"train.lr (now {self.training.lr:g}) or train.clip_components=0.1{precision}"
         )
 
     def numbers_of(self, loss: StepLoss) -> dict[str, float]:
