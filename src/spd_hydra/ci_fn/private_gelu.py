@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from spd_hydra.compiling import Kernel, is_tracing
 
 _RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-_POSITIONS_PER_SUM = 256
 
 
 def private_gelu_mlp(
@@ -64,25 +63,14 @@ def _weight_gradients(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w_in, b_in and w_out: sums over positions of `[C, hidden]` terms."""
-    h_last, g_last = _positions_last(h)[:, None], _positions_last(grad_z)[:, None]
-    pre = h_last * w_in[..., None, None] + b_in[..., None, None]
+    # Batch last: the sums then run along contiguous memory. In one level: of sums of sums the compiler
+    # writes the `[C, hidden, batch]` terms to memory.
+    h_last = h.flatten(0, -2).T.contiguous()[:, None, :]
+    g_last = grad_z.flatten(0, -2).T.contiguous()[:, None, :]
+    pre = h_last * w_in[..., None] + b_in[..., None]
     cdf, pdf = _normal_cdf_pdf(pre)
-    grad_pre = g_last * w_out[..., None, None] * (cdf + pre * pdf)
-    terms = (grad_pre * h_last, grad_pre, g_last * pre * cdf)
-    grad_w_in, grad_b_in, grad_w_out = (term.sum(-1).sum(-1) for term in terms)
-    return grad_w_in, grad_b_in, grad_w_out
-
-
-def _positions_last(x: Tensor) -> Tensor:
-    """`[positions, C]` as `[C, sums, positions per sum]`, with zeros where positions are missing.
-
-    Sums then run along contiguous memory, and in two levels, which keeps the rounding of thousands of
-    float32 terms that nearly cancel as small as that of a few hundred.
-    """
-    flat = x.flatten(0, -2).T
-    per_sum = max(1, min(_POSITIONS_PER_SUM, flat.shape[1]))
-    padded = nn.functional.pad(flat, (0, -flat.shape[1] % per_sum))
-    return torch.unflatten(padded, 1, (-1, per_sum)).contiguous()
+    grad_pre = g_last * w_out[..., None] * (cdf + pre * pdf)
+    return (grad_pre * h_last).sum(-1), grad_pre.sum(-1), (g_last * pre * cdf).sum(-1)
 
 
 # Inside a compiled step both passes are kernels of their own. Left to itself, the compiler computes dz/dh
