@@ -52,12 +52,12 @@ class Step:
         )
 
     def _sum_over_ranks(self) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
-        if distributed.world_size() > 1:
-            for parameter, gradient in zip(
-                self._parameters.values(), distributed.global_sum(gradients), strict=True
-            ):
-                parameter.grad = gradient
+        if distributed.world_size() == 1:
+            return
+        parameters = list(self._parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, distributed.global_sum(gradients), strict=True):
+            parameter.grad = gradient
 
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The step as a function of tensors: total, terms, L0 by site, gradients."""
