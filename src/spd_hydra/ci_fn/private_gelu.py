@@ -63,8 +63,7 @@ def _weight_gradients(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w_in, b_in and w_out: sums over positions of `[C, hidden]` terms."""
-    # Batch last: the sums then run along contiguous memory. In one level: of sums of sums the compiler
-    # writes the `[C, hidden, batch]` terms to memory.
+    # Batch last: the sums then run along contiguous memory.
     h_last = h.flatten(0, -2).T.contiguous()[:, None, :]
     g_last = grad_z.flatten(0, -2).T.contiguous()[:, None, :]
     pre = h_last * w_in[..., None] + b_in[..., None]
@@ -76,6 +75,11 @@ def _weight_gradients(
 # Inside a compiled step both passes are kernels of their own. Left to itself, the compiler computes dz/dh
 # a second time in the backward pass, and writes the `[C, hidden, batch]` terms of the gradients to memory
 # to read them again three times over.
+
+# Positions that a compiled kernel adds up one after another. The terms nearly cancel, so the rounding of one
+# long float32 sum would show in the fifth digit. (Written as a sum of sums inside the kernel, the compiler
+# would write the `[C, hidden, batch]` terms to memory.)
+_BLOCK = 512
 
 _values_compiled = Kernel(_values, keep_in_registers=True)
 _weight_gradients_compiled = Kernel(_weight_gradients, keep_in_registers=True)
@@ -96,8 +100,16 @@ def _(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Ten
 def _weight_gradients_kernel(
     h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = _weight_gradients_compiled(h, grad_z, w_in, b_in, w_out)
-    return gradients
+    h_blocks, g_blocks = (torch.split(tensor.flatten(0, -2), _BLOCK) for tensor in (h, grad_z))
+    parts = [
+        _weight_gradients_compiled(h_block, g_block, w_in, b_in, w_out)
+        for h_block, g_block in zip(h_blocks, g_blocks, strict=True)
+    ]
+    if len(parts) == 1:
+        gradients: tuple[Tensor, Tensor, Tensor] = parts[0]
+        return gradients
+    grad_w_in, grad_b_in, grad_w_out = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return grad_w_in, grad_b_in, grad_w_out
 
 
 @_weight_gradients_kernel.register_fake
