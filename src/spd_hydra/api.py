@@ -11,9 +11,17 @@ import torch
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
+from spd_hydra.composition import Composer
 from spd_hydra.composition import compose as compose
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.launcher import start
+from spd_hydra.launcher.handle import JobFailed as JobFailed
+from spd_hydra.launcher.handle import JobHandle
+from spd_hydra.launcher.record import new_sweep_directory
+from spd_hydra.launcher_config import Slurm
+from spd_hydra.overrides import assignment
+from spd_hydra.plan import make_plan
 from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
 from spd_hydra.saved_run import read_target
@@ -114,3 +122,44 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
     if outcome.run_dir is None:
         raise ConfigError(f"task: got {config.task.name}, which makes no run directory; use task=decompose")
     return load_run(outcome.run_dir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubmittedRun(JobHandle):
+    """A run that was submitted to a cluster: `job_id`, `run_dir`, `state()`, `result()`."""
+
+    def result(self, poll_seconds: float = 2.0) -> Run:
+        """Wait until it has ended, and open its run directory.
+
+        Raises:
+            JobFailed: it failed; the message says why.
+        """
+        self.wait(poll_seconds)
+        return load_run(self.run_dir)
+
+
+def submit(
+    overrides: Sequence[str] = (), *, config_dir: Path | str | None = None, **options: Any
+) -> list[SubmittedRun]:
+    """Submit runs to a SLURM cluster, several as one array, and return at once.
+
+    `submit(["experiment=tms_5-2", "seed=range(5)"], partition="gpu", time="12:00:00", gpus=2)`
+
+    Args:
+        overrides: as on the command line; comma-separated values and ranges make several runs.
+        config_dir: a further folder of YAML files, as `--config-dir`.
+        options: keys of `launcher=slurm`: partition, time, memory, gpus, nodes, cpus, account, setup, ...
+
+    Raises:
+        ConfigError: a configuration cannot work, or the cluster refuses the jobs; nothing was submitted.
+    """
+    words = [*overrides, "launcher=slurm"]
+    words += [assignment(f"launcher.{name}", value) for name, value in options.items()]
+    with Composer.open(config_dir) as composer:
+        plan = make_plan(composer, words, multirun=True, config_dir=config_dir)
+    launcher = plan.jobs[0].config.launcher
+    assert isinstance(launcher, Slurm), "it was chosen above"
+    sweep_dir = new_sweep_directory(plan.jobs[0].config.out_dir)
+    command = ["submit", *words]
+    record = start.submit(dict(enumerate(plan.jobs)), launcher, sweep_dir, command)
+    return [SubmittedRun(sweep_dir=sweep_dir, number=job.number, job_id=str(job.id)) for job in record.jobs]

@@ -50,9 +50,9 @@ def _main(arguments: argparse.Namespace) -> int:
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
         return call_hydra(sys.argv[1:], lambda cfg: None)
     # Imported only now: help, completion and a look at the configuration need none of what a run needs.
-    from spd_hydra.cli_run import start  # noqa: PLC0415
+    from spd_hydra.cli_run import begin  # noqa: PLC0415
 
-    return start(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+    return begin(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Hydra's own command line, called with words of our choice."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
 
 from spd_hydra.composition import CONFIG_MODULE, CONFIG_NAME, HYDRA_VERSION_BASE
+from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
 
 
@@ -20,13 +20,3 @@ def call_hydra(words: Sequence[str], task: Callable[[Any], Any]) -> int:
         except SystemExit as ended:
             return ended.code if isinstance(ended.code, int) else ExitCode.run_failed
     return ExitCode.ok
-
-
-@contextlib.contextmanager
-def command_line(words: list[str]) -> Iterator[None]:
-    """Within the `with` block, the program was called with these words."""
-    typed, sys.argv = sys.argv, words
-    try:
-        yield
-    finally:
-        sys.argv = typed

@@ -1,21 +1,31 @@
 """Start what a command line asks for: one run, or the jobs of a sweep and the table after them."""
 
-import secrets
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
+from hydra.core.plugins import Plugins
+
+from hydra_plugins.spd_hydra import NAME, BackgroundLauncher
 from spd_hydra import report
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.cli_task import Task
 from spd_hydra.composition import Composer
+from spd_hydra.config import RunConfig
+from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
+from spd_hydra.launcher import slurm, start, watch
+from spd_hydra.launcher.record import SweepRecord, new_sweep_directory
+from spd_hydra.launcher_config import Background, Slurm
 from spd_hydra.overrides import is_for_hydra, quoted, read
 from spd_hydra.plan import Plan, make_plan
+from spd_hydra.report.sweep import SweepRow
+from spd_hydra.section import ConfigError
+
+_IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.sweep_status}
 
 
-def start(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> int:
+def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> int:
     """Check everything, then run it, and return the exit code.
 
     Raises:
@@ -24,8 +34,31 @@ def start(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -
     """
     with Composer.open(config_dir) as composer:
         plan = make_plan(composer, overrides, multirun=multirun, config_dir=config_dir)
+    config = plan.jobs[0].config
     flags = ["--config-dir", config_dir] if config_dir else []
+    if config.task is WhatToDo.sweep_status:
+        return sweep_status(config)
+    if config.task not in _IN_THIS_PROCESS and isinstance(config.launcher, Background):
+        return _in_background(plan, config.launcher, flags, config_dir)
     return _sweep(plan, flags, config_dir) if plan.is_sweep else _single(plan, flags, config_dir)
+
+
+def sweep_status(config: RunConfig) -> int:
+    """Show how the jobs of a sweep stand, and write its table and page anew.
+
+    Raises:
+        ConfigError: no sweep was named, or there is none.
+    """
+    if config.sweep is None:
+        raise ConfigError(
+            "sweep: task=sweep_status needs the directory of a sweep, e.g. sweep=outputs/sweeps/<time>_<id>"
+        )
+    directory = Path(config.sweep).expanduser().absolute()
+    record = SweepRecord.read(directory)
+    rows = watch.look(directory, record, watch.scheduler_states(record))
+    if any(row.state in watch.OPEN for row in rows):
+        print("\n".join(["", *watch.live_table(rows)]))
+    return _show(directory, rows)
 
 
 def _single(plan: Plan, flags: list[str], config_dir: str | None) -> int:
@@ -33,25 +66,54 @@ def _single(plan: Plan, flags: list[str], config_dir: str | None) -> int:
     overrides = plan.overrides
     if job.saved is not None:  # the other overrides fit the saved configuration, perhaps not the default one
         overrides = [f"resume={quoted(str(job.config.resume))}", *filter(is_for_hydra, overrides)]
-    task = Task(sys.argv, job, config_dir)
+    task = Task(sys.argv, plan, config_dir)
     code = call_hydra([*flags, *overrides], task)
     return task.codes.get(0, code)
 
 
 def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
     directory = _sweep_directory(plan)
-    task = Task(sys.argv, None, config_dir)
-    words = ["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"]
+    task = Task(sys.argv, plan, config_dir)
+    record = start.new_record(plan.jobs[0].config.launcher, dict(enumerate(plan.jobs)), sys.argv)
+    directory.mkdir(parents=True, exist_ok=True)
+    record.write(directory)
     try:
-        code = call_hydra(words, task)
+        code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
     finally:
-        if directory.is_dir():
-            rows = report.sweep_rows(directory, dict(enumerate(job.overrides for job in plan.jobs)))
-            _, page = report.write_sweep(directory, rows)
-            print(f"{report.sweep_table(rows)}\n  {page}")
+        _show(directory, watch.look(directory, record, None))
     if code == ExitCode.ok and any(task.codes.values()):
         return ExitCode.jobs_failed
     return code
+
+
+def _in_background(plan: Plan, launcher: Background, flags: list[str], config_dir: str | None) -> int:
+    """Through Hydra, whose sweeper calls our launcher: so any sweeper's jobs go the same way."""
+    directory = _sweep_directory(plan)
+    jobs = dict(enumerate(plan.jobs))
+    if isinstance(launcher, Slurm) and launcher.dry_run:
+        print(start.dry_run(jobs, launcher, directory))
+        return ExitCode.ok
+    for job in plan.jobs:
+        start.require_no_secrets(job.config)
+    if isinstance(launcher, Slurm):
+        slurm.require_sbatch()
+    # Hydra looks for plug-ins in folders and misses those of an editable installation.
+    Plugins.instance().register(BackgroundLauncher)
+    task = Task(sys.argv, plan, config_dir)
+    words = ["-m", *flags, *plan.overrides, f"hydra/launcher={NAME}"]
+    code = call_hydra([*words, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    if task.failure is not None:
+        raise task.failure
+    if code == ExitCode.ok and task.ended:
+        return _show(directory, task.ended)
+    return code
+
+
+def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
+    """Write sweep.csv and sweep.html, print the table, and say with the exit code whether a job failed."""
+    _, page = report.write_sweep(directory, rows)
+    print("\n".join([report.sweep_table(rows), *watch.traces(rows), f"  {page}"]))
+    return ExitCode.jobs_failed if any(row.state == "failed" for row in rows) else ExitCode.ok
 
 
 def _sweep_directory(plan: Plan) -> Path:
@@ -59,5 +121,4 @@ def _sweep_directory(plan: Plan) -> Path:
     for override in map(read, reversed(plan.overrides)):
         if override is not None and override.key_or_group == "hydra.sweep.dir":
             return Path(str(override.value())).absolute()
-    root = Path(plan.jobs[0].config.out_dir).expanduser().absolute()
-    return root / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
+    return new_sweep_directory(plan.jobs[0].config.out_dir)

@@ -3,18 +3,22 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from spd_hydra.checkpoint import CheckpointError
-from spd_hydra.cli_hydra import command_line
 from spd_hydra.composition import Composer, to_run_config
+from spd_hydra.config import to_dict
 from spd_hydra.config_errors import invalid
+from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
+from spd_hydra.launcher.job import RunJob
 from spd_hydra.model.weights import WeightsError
-from spd_hydra.plan import Job, plan_job
+from spd_hydra.plan import Job, Plan, plan_job
+from spd_hydra.report.sweep import SweepRow
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
@@ -27,54 +31,86 @@ class Task:
     """The function that Hydra calls for each job.
 
     Under Hydra's own launcher no exception leaves it, since that would end the sweep; `codes` holds what each
-    job came to. Under any other launcher exceptions pass, so that the cluster sees a failed job.
+    job came to. Under submitit's, which calls it on a node, exceptions pass.
 
     Args:
         command: the command line as it was typed, for the record.
-        job: the job that was planned, for a single run; None for a sweep.
+        plan: the jobs as they were composed and checked.
         config_dir: as `--config-dir`.
+
+    Attributes:
+        codes: exit codes by job, of jobs in this process.
+        ended: how jobs in processes of their own ended.
+        failure: why they could not be started.
     """
 
-    def __init__(self, command: Sequence[str], job: Job | None, config_dir: str | None) -> None:
+    def __init__(self, command: Sequence[str], plan: Plan | None, config_dir: str | None) -> None:
+        self.command = list(command)
         self.codes: dict[int, ExitCode] = {}
-        self._command = list(command)
-        self._job = job
+        self.ended: list[SweepRow] = []
+        self.failure: ConfigError | None = None
+        self._plan = plan
         self._config_dir = config_dir
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plan": None}  # a node plans nothing
+
     def __call__(self, cfg: DictConfig) -> float | None:
-        """Run one job; the final loss, for those who optimise over runs."""
+        """Run one job; its objective, for those who optimise over runs."""
         hydra = HydraConfig.get()
         if hydra.mode is not RunMode.MULTIRUN:
-            assert self._job is not None, "a single run is planned before Hydra starts it"
-            job = self._job
-            self.codes[0], loss = guarded(lambda: self._run(job, None))
-            return loss
+            assert self._plan is not None, "a single run is planned before Hydra starts it"
+            job = self._plan.jobs[0]
+            self.codes[0], value = guarded(lambda: self._run(job, None))
+            return value
         overrides = [str(text) for text in OmegaConf.to_container(hydra.overrides.task) or []]
         directory = Path(hydra.runtime.output_dir)
-
-        def work() -> Outcome:
-            return self._run(self._swept(cfg, overrides), directory)
-
         if not hydra.launcher._target_.endswith(".BasicLauncher"):
-            return _loss(work())
-        self.codes[int(hydra.job.num)], loss = guarded(work)
-        return loss
+            return _objective(self._as_job(self._swept(cfg, overrides), directory).outcome())
+        self.codes[int(hydra.job.num)], value = guarded(
+            lambda: self._run(self._swept(cfg, overrides), directory)
+        )
+        return value
 
-    def _swept(self, cfg: DictConfig, overrides: list[str]) -> Job:
-        if cfg.resume is None:
-            return Job(overrides=overrides, config=to_run_config(cfg))
+    def planned(self, overrides: list[str]) -> Job:
+        """The job with these overrides, composed and checked.
+
+        Raises:
+            ConfigError: a sweeper chose values that are not allowed.
+        """
+        for job in self._plan.jobs if self._plan is not None else []:
+            if job.overrides == overrides:
+                return job
         with Composer.open(self._config_dir) as composer:
             return plan_job(composer, overrides, self._config_dir)
 
+    def _swept(self, cfg: DictConfig, overrides: list[str]) -> Job:
+        return (
+            Job(overrides=overrides, config=to_run_config(cfg))
+            if cfg.resume is None
+            else self.planned(overrides)
+        )
+
     def _run(self, job: Job, directory: Path | None) -> Outcome:
-        with command_line(self._command):  # what the person typed goes into the record of the run
+        if job.config.launcher.local_ranks > 1:
+            return self._as_job(job, directory).outcome()
+        with command_line(self.command):  # what the person typed goes into the record of the run
             return run(job.config, run_dir=directory, saved=job.saved)
+
+    def _as_job(self, job: Job, directory: Path | None) -> RunJob:
+        return RunJob(
+            config=to_dict(job.config),
+            run_dir=None if directory is None else str(directory),
+            command=self.command,
+            saved=None if job.saved is None else to_dict(job.saved),
+            ranks=job.config.launcher.local_ranks,
+        )
 
 
 def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float | None]:
     """Do the work; say what went wrong, with a traceback only where nobody foresaw it."""
     try:
-        return ExitCode.ok, _loss(work())
+        return ExitCode.ok, _objective(work())
     except ConfigError as error:
         _log.error("%s", invalid(error))
         return ExitCode.bad_config, None
@@ -87,7 +123,6 @@ def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float | None]:
     return ExitCode.run_failed, None
 
 
-def _loss(outcome: Outcome) -> float | None:
-    losses = outcome.summary.get("losses") or {}
-    total = losses.get("total")
-    return None if total is None else float(total)
+def _objective(outcome: Outcome) -> float | None:
+    value = outcome.summary.get("objective")
+    return None if value is None else float(value)

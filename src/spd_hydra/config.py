@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.launcher_config import Launcher
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
@@ -39,6 +40,7 @@ class Task(Enum):
     train_target = "train_target"
     analyse = "analyse"
     check = "check"
+    sweep_status = "sweep_status"
 
 
 class Device(Enum):
@@ -54,7 +56,7 @@ class RunConfig(Section):
     """One run."""
 
     name: str = option(help="names the folder of the run's outputs and its row in a sweep table")
-    task: Task = option(Task.decompose, "decompose | train_target | analyse | check")
+    task: Task = option(Task.decompose, "decompose | train_target | analyse | check | sweep_status")
     seed: int = option(0, "seed of the target, the data, the masks and the initial values", ge=0)
     device: Device = option(Device.auto, "auto | cpu | cuda; auto takes a GPU if there is one")
     threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0)
@@ -63,6 +65,7 @@ class RunConfig(Section):
         "~/.cache/spd_hydra", "trained targets; default $SPD_CACHE_DIR or ~/.cache/spd_hydra"
     )
     run: str | None = option(None, "run directory, for task=analyse")
+    sweep: str | None = option(None, "directory of a sweep, for task=sweep_status")
     resume: str | None = option(None, "run directory to go on with, using its saved configuration")
     allow_extra: bool = option(False, "accept keys that no section declares")
     model: TargetSpec = option(MISSING, "the target")
@@ -72,7 +75,9 @@ class RunConfig(Section):
     loss: LossSet = option(default_factory=LossSet, help="the training loss")
     train: Training = option(default_factory=Training, help="optimiser, schedule, checkpoints")
     eval: Evaluation = option(default_factory=Evaluation, help="measurements during and after training")
+    objective: str = option("loss/total", "metric of the last evaluation that sweepers optimise")
     logger: LoggerSpec = option(default_factory=LoggerSpec, help="where metrics go besides the run directory")
+    launcher: Launcher = option(default_factory=Launcher, help="where jobs run", saved=False)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -85,11 +90,12 @@ class RunConfig(Section):
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Plain data of a section, with `_kind_` beside the fields of every pluggable one."""
+    """Plain data of what a section saves, with `_kind_` beside the fields of every pluggable one."""
     kind = kind_of(type(config))
     found: dict[str, Any] = {KIND: kind} if kind else {}
     for field in dataclasses.fields(config):
-        found[field.name] = _plain(getattr(config, field.name))
+        if field.metadata.get("saved", True):
+            found[field.name] = _plain(getattr(config, field.name))
     return found
 
 
@@ -109,11 +115,13 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_dict(data: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` gave.
+    """The configuration that `to_dict` gave, with the default launcher.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, an unknown kind.
     """
+    if "launcher" in data:
+        raise ConfigError("launcher: a saved configuration has none; it is chosen when a run is started")
     schema = OmegaConf.structured(RunConfig)
     for path, kind in _kinds(data):
         group, _, name = kind.partition("/")

@@ -1,5 +1,7 @@
 """Where and with what a run was made: enough to make it again."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -7,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +52,32 @@ def describe_environment(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "slurm": {name: value for name, value in os.environ.items() if name in _SLURM},
         "packages": _packages(),
+        "code": code_digest(),
         "git": describe_git(here),
     }
     if describe_git_root(package) != describe_git_root(here):
         environment["package_git"] = describe_git(package)
     return dict(redact(environment))
+
+
+def code_digest() -> str:
+    """Digest of this package's sources: equal as long as not a byte of them has changed."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def command_line(words: list[str]) -> Iterator[None]:
+    """Within the `with` block, the program was called with these words."""
+    typed, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = typed
 
 
 def describe_git(directory: Path) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from spd_hydra import atomic
 
+_TAIL_BYTES = 1 << 16
+
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row and hand it to the operating system; after a torn line it begins on a line of its own."""
@@ -34,6 +36,22 @@ def read_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append((line, row))
     return rows
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The newest whole row, found without reading the whole file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                return row
+    return None
 
 
 def truncate(path: Path, step: int) -> int:

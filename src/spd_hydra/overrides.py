@@ -114,3 +114,18 @@ def needs_multirun(override: Override) -> Problem:
 def quoted(text: str) -> str:
     """Text as a value in Hydra's grammar, whatever characters it has."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def assignment(key: str, value: object) -> str:
+    """The override that gives a key a Python value."""
+    return f"{'++' if isinstance(value, Mapping) else ''}{key}={_as_text(value)}"
+
+
+def _as_text(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_as_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_as_text, value)) + "]"
+    return quoted(value) if isinstance(value, str) else str(value)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spd_hydra.build import preflight
 from spd_hydra.composition import Composer, apply_overrides
-from spd_hydra.config import RunConfig, load_config, to_yaml
+from spd_hydra.config import KIND, RunConfig, load_config, to_dict, to_yaml
 from spd_hydra.overrides import read, without_hydra
 from spd_hydra.section import ConfigError
 
@@ -59,7 +59,31 @@ def make_plan(
         raise ConfigError(
             "\n".join(_labelled(message, names, len(settings)) for message, names in wrong.items())
         )
+    _require_one_launcher(jobs)
     return Plan(overrides=list(overrides), jobs=jobs, is_sweep=True)
+
+
+def _require_one_launcher(jobs: Sequence[Job]) -> None:
+    """Refuse a sweep over what is asked of the cluster: all jobs of an array have the same.
+
+    Raises:
+        ConfigError: names the keys with their values.
+    """
+    given: dict[str, list[str]] = {}
+    for job in jobs:
+        for key, value in to_dict(job.config.launcher).items():
+            given.setdefault(key, []).append(str(value))
+    varying = {key: list(dict.fromkeys(values)) for key, values in given.items() if len(set(values)) > 1}
+    if KIND in varying:
+        varying = {KIND: varying[KIND]}
+    if varying:
+        raise ConfigError(
+            "\n".join(
+                f"launcher{'' if key == KIND else f'.{key}'}: got {', '.join(values)} in one sweep, must be "
+                "the same for all its jobs; start a sweep for each"
+                for key, values in varying.items()
+            )
+        )
 
 
 def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | str | None = None) -> Job:

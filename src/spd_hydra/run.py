@@ -39,6 +39,8 @@ _MAY_CHANGE_ON_RESUME = (
     "task",
     "run",
     "resume",
+    "sweep",
+    "objective",
     "allow_extra",
 )
 

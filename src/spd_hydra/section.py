@@ -50,14 +50,17 @@ def option(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    saved: bool = True,
 ) -> Any:
     """Declare a field of a section: its default, its meaning in one line, its closed or open bounds.
 
     Bounds apply to a number or to each number of a list; NaN and, without an upper bound,
-    infinity are never inside a bounded range.
+    infinity are never inside a bounded range. What is not `saved` is no part of what a run is, and no file
+    can set it.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"help": help, "bounds": {name: b for name, b in bounds.items() if b is not None}}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "bounds": given, "saved": saved}
     if default_factory is not None:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -57,6 +57,7 @@ def summarise(
         "alive": {site: int(number) for site, number in by_site("alive").items()},
         "l0": by_site("l0"),
         "losses": by_site("loss"),
+        "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),
         "seconds": dict(seconds),
         "steps_per_second": steps_per_second,

@@ -20,10 +20,15 @@ class SweepRow:
     """One job of a sweep.
 
     Attributes:
-        state: `done`, `running`, `failed`, or `missing` for a job that left no status.
+        state: `done`, `running`, `stopped` (saved, may go on), `failed`, or `missing` for a job that left no
+            status; while a sweep is watched also `pending` and `requeued`.
         overrides: what the job was given, by key; the seed is among them where it was swept.
         numbers: totals over sites and single values of the summary; empty unless the job is done.
         report: the job's report, relative to the sweep's directory, or None.
+        id: the scheduler's id of the job.
+        step, steps, loss: how far it is, of how many steps, and the loss of the newest row of its metrics.
+        exit: how it ended according to the scheduler, where that is not well.
+        traceback: of an error that nobody foresaw.
     """
 
     job: int
@@ -37,6 +42,23 @@ class SweepRow:
     numbers: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     report: str | None = None
+    id: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    exit: str | None = None
+    traceback: str | None = None
+
+    @property
+    def objective(self) -> float:
+        """What a sweeper optimises; NaN if the job is not done or has none."""
+        return self.numbers.get("objective", math.nan) if self.state == "done" else math.nan
+
+    @property
+    def reason(self) -> str:
+        """Why it did not end well: its own words, and the scheduler's in brackets."""
+        error = self.error or "no reason given"
+        return f"{error} ({self.exit})" if self.exit and self.exit not in error else error
 
     @property
     def setting(self) -> tuple[tuple[str, str], ...]:
@@ -158,9 +180,9 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         facts += [group.unfinished] if group.unfinished else []
         text = "; ".join(facts)
         lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
-    errors = [f"  job {row.job}: {row.error}" for row in rows if row.error]
+    errors = [f"  job {row.job}: {row.reason}" for row in rows if row.error]
     if errors:
-        lines += ["", *(clipped(line, WIDTH) for line in errors)]
+        lines += ["", *errors]
     return "\n".join([*lines, ""])
 
 
@@ -184,10 +206,14 @@ def _row(sweep_dir: Path, job: int, given: Sequence[str] | None) -> SweepRow:
     if not isinstance(status, Mapping):
         return row
     state = str(status.get("status"))
-    if state in {"failed", "running"} or not isinstance(summary, Mapping):
-        ended = "failed" if state in {"failed", "done"} else "running"
+    if state != "done" or not isinstance(summary, Mapping):
         lost = "ended without a readable summary.json" if state == "done" else None
-        return dataclasses.replace(row, state=ended, error=_first_line(status.get("error")) or lost)
+        return dataclasses.replace(
+            row,
+            state=state if state in {"running", "stopped"} else "failed",
+            error=_first_line(status.get("error")) or lost,
+            traceback=status.get("traceback"),
+        )
     target = summary.get("target") or {}
     return dataclasses.replace(
         row,
@@ -210,6 +236,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
         "loss": (summary.get("losses") or {}).get("total"),
         "seconds": (summary.get("seconds") or {}).get("total"),
         "steps_per_second": summary.get("steps_per_second"),
+        "objective": summary.get("objective"),
     }
     for key in ("alive", "l0"):
         sites = {site: value for site, value in (summary.get(key) or {}).items() if site != "total"}

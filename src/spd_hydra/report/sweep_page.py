@@ -42,7 +42,9 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
 
 def _states(rows: Sequence[SweepRow]) -> list[str]:
     return [
-        state for state in ("done", "running", "failed", "missing") if any(row.state == state for row in rows)
+        state
+        for state in ("done", "running", "requeued", "pending", "stopped", "failed", "missing")
+        if any(row.state == state for row in rows)
     ]
 
 
@@ -51,8 +53,8 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         key for row in rows for key in row.overrides if key not in {"seed", "experiment"}
     )
     names = dict.fromkeys(name for row in rows for name in row.numbers)
-    fixed = ["job", "state", "experiment", "seed"]
-    header = [*fixed, *overrides, "solved", "strict", "certified", *names, "error", "report"]
+    fixed = ["job", "id", "state", "experiment", "seed"]
+    header = [*fixed, *overrides, "solved", "strict", "certified", *names, "exit", "error", "report"]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -61,5 +63,6 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         values += [row.overrides.get(key) for key in overrides]
         values += [row.solved, row.strict, row.certified]
         values += [row.numbers.get(name) for name in names]
-        writer.writerow(["" if value is None else value for value in [*values, row.error, row.report]])
+        values += [row.exit, row.error, row.report]
+        writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()

@@ -1,0 +1,59 @@
+"""Hydra finds its plug-ins here; ours is `hydra/launcher=spd_background`, which `spd-run` chooses itself."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+
+NAME = "spd_background"
+
+
+class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in has no types
+    """submitit's launcher for Hydra, that carries composed configurations and tells how every job ended.
+
+    The one it extends pickles Hydra itself and composes on the node, from YAML files that may have changed by
+    then; it swallows a job's error, so that the cluster sees a success; and it waits for ever for a job that
+    died without a word.
+    """
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Start these jobs and, if they are waited for, return what each came to: NaN where it failed."""
+        # Imported only now: Hydra imports this module in every program of the environment.
+        from spd_hydra.launcher.start import run_in_background  # noqa: PLC0415
+        from spd_hydra.section import ConfigError  # noqa: PLC0415
+
+        task: Any = self.task_function
+        if task.failure is not None:
+            return [_told(overrides) for overrides in job_overrides]
+        try:
+            jobs = {
+                initial_job_idx + place: task.planned(list(words))
+                for place, words in enumerate(job_overrides)
+            }
+            sweep_dir = Path(str(self.config.hydra.sweep.dir))
+            rows = run_in_background(jobs, sweep_dir, task.command)
+        except ConfigError as error:  # Hydra would show it as a traceback
+            task.failure = error
+            return [_told(overrides) for overrides in job_overrides]
+        task.ended += rows or []
+        values = {row.job: row.objective for row in rows or []}
+        return [
+            _told(overrides, values.get(initial_job_idx + place, math.nan))
+            for place, overrides in enumerate(job_overrides)
+        ]
+
+
+def _told(overrides: Sequence[str], value: float = math.nan) -> JobReturn:
+    return JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name=NAME,
+    node={"_target_": f"{BackgroundLauncher.__module__}.{BackgroundLauncher.__name__}"},
+    provider="spd_hydra",
+)

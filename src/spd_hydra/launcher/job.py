@@ -1,0 +1,124 @@
+"""What runs in a process of its own: one run, exactly as it was composed when it was submitted."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spd_hydra.components import load_plugins
+from spd_hydra.config import RunConfig, from_dict
+from spd_hydra.dotenv import load_dotenv
+from spd_hydra.environment import code_digest, command_line
+from spd_hydra.launcher.local_ranks import local_ranks
+from spd_hydra.result import Outcome
+from spd_hydra.run import resume, run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunJob:
+    """One run as plain data, so that YAML files may change while it waits in a queue.
+
+    Called in the process that is to do it. Called again, after a requeue, it goes on where its run directory
+    ends; a run that has finished does nothing.
+
+    Attributes:
+        config: the composed configuration, as `to_dict` gives it.
+        run_dir: where the run writes; None: a new folder below `out_dir`.
+        command: the command line that was typed, for the record.
+        saved: for `resume=`, the configuration as it was saved.
+        code: digest of the sources when the job was submitted; None: not recorded.
+        ranks: processes to share the run on this machine; 1 also where the scheduler starts them.
+    """
+
+    config: dict[str, Any]
+    run_dir: str | None
+    command: list[str]
+    saved: dict[str, Any] | None = None
+    code: str | None = None
+    ranks: int = 1
+
+    def __call__(self) -> dict[str, Any]:
+        """Do the run, or go on with it, and return its summary."""
+        return self.outcome().summary
+
+    def outcome(self) -> Outcome:
+        """Do the run, or go on with it."""
+        logging.basicConfig(format="%(message)s", level=logging.INFO)
+        load_dotenv()
+        load_plugins()
+        if self.code is not None and self.code != code_digest():
+            logger.warning(
+                "The code of spd_hydra has changed since this job was submitted: its configuration is the "
+                "submitted one, the code that of now (compare environment.json here and of the sweep)."
+            )
+        saved = None if self.saved is None else from_dict(self.saved)
+        with command_line(self.command):
+            _export_ranks()
+            _use_given_cpus()
+            with self._further_ranks():
+                return begin_or_go_on(from_dict(self.config), self.run_dir, saved)
+
+    def _further_ranks(self) -> AbstractContextManager[None]:
+        if self.ranks == 1:
+            return nullcontext()
+        further = dataclasses.replace(self, ranks=1)
+        return local_ranks(self.ranks, [sys.executable, "-m", "spd_hydra.launcher.job"], further.to_json())
+
+    def checkpoint(self) -> Any:
+        """What submitit puts back into the queue: the same again, since the run directory knows the rest."""
+        from submitit.helpers import DelayedSubmission  # noqa: PLC0415
+
+        return DelayedSubmission(self)
+
+    def to_json(self) -> bytes:
+        """As bytes for the standard input of another process."""
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "RunJob":
+        """What `to_json` gave."""
+        return cls(**json.loads(data))
+
+
+def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | None) -> Outcome:
+    """Begin a run, or go on with the one that its directory holds already: the job was requeued."""
+    if run_dir is not None and Path(run_dir, "config.yaml").exists():
+        return resume(dataclasses.replace(config, resume=run_dir), config)
+    return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
+
+
+def _export_ranks() -> None:
+    """Say in torchrun's variables which of the job's processes this is, if it has several."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    from submitit import JobEnvironment  # noqa: PLC0415
+    from submitit.helpers import TorchDistributedEnvironment  # noqa: PLC0415
+
+    if JobEnvironment().num_tasks > 1:
+        # By default it would also overwrite CUDA_VISIBLE_DEVICES, which SLURM has set to the job's own GPUs.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _use_given_cpus() -> None:
+    """As many threads as SLURM gave CPUs to this process, which the machine's own count does not tell."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if given is not None:
+        torch.set_num_threads(int(given))
+
+
+def main() -> int:
+    """Do the job that comes as JSON from standard input: a further rank of a run on this machine."""
+    RunJob.from_json(sys.stdin.buffer.read())()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Start jobs in processes of their own, and watch them."""
+
+import dataclasses
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from spd_hydra import atomic
+from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.environment import code_digest, describe_environment
+from spd_hydra.launcher import slurm, watch
+from spd_hydra.launcher.job import RunJob
+from spd_hydra.launcher.pool import Pool
+from spd_hydra.launcher.record import SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
+from spd_hydra.metrics_log import to_json
+from spd_hydra.overrides import without_hydra
+from spd_hydra.plan import Job
+from spd_hydra.redaction import redact, redact_command
+from spd_hydra.report.sweep import SweepRow
+from spd_hydra.result import say
+from spd_hydra.section import ConfigError
+
+
+def new_record(launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str]) -> SweepRecord:
+    """What is written down of a sweep before its first job starts."""
+    kind = "slurm" if isinstance(launcher, Slurm) else "local"
+    kind = "local_parallel" if isinstance(launcher, LocalParallel) else kind
+    return SweepRecord(
+        launcher=kind,
+        ranks=launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks,
+        command=shlex.join(redact_command(list(command))),
+        code=code_digest(),
+        jobs=[
+            SweepJob(
+                number=number,
+                overrides=redact_command(_own_words(job)),
+                experiment=job.config.name,
+                seed=job.config.seed,
+                steps=job.config.train.steps,
+            )
+            for number, job in jobs.items()
+        ],
+    )
+
+
+def run_jobs(
+    jobs: Mapping[int, Job], sweep_dir: Path, record: SweepRecord, command: Sequence[str]
+) -> list[RunJob]:
+    """What runs in the processes of these jobs: each one's configuration, as plain data.
+
+    Raises:
+        ConfigError: a configuration holds a secret, which would be written into files.
+    """
+    shown = redact_command(list(command))
+    found = []
+    for number, job in jobs.items():
+        require_no_secrets(job.config)
+        launcher = job.config.launcher
+        found.append(
+            RunJob(
+                config=to_dict(job.config),
+                run_dir=str(sweep_dir / str(number)),
+                command=shown,
+                saved=None if job.saved is None else to_dict(job.saved),
+                code=record.code,
+                # On a cluster the scheduler starts all ranks.
+                ranks=1 if isinstance(launcher, Slurm) else launcher.local_ranks,
+            )
+        )
+    return found
+
+
+def require_no_secrets(config: RunConfig) -> None:
+    """Refuse a configuration with a secret in it: scripts and pickles of a job are files.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    data = to_dict(config) | {"launcher": to_dict(config.launcher)}
+    for key in _changed(data, redact(data)):
+        raise ConfigError(
+            f"{key}: looks like a secret, and would be written into the files of a job; put it into the "
+            "environment or into .env, from where jobs get it too"
+        )
+
+
+def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: Sequence[str]) -> SweepRecord:
+    """Submit jobs to SLURM, several as one array, and write down under which ids.
+
+    Raises:
+        ConfigError: the cluster does not take them; nothing was submitted.
+    """
+    slurm.require_sbatch()
+    record = new_record(launcher, jobs, command)
+    work = run_jobs(jobs, sweep_dir, record, command)
+    before = SweepRecord.read(sweep_dir).jobs if (sweep_dir / "sweep.json").exists() else []
+    folder = submission_folder(sweep_dir)
+    _describe(sweep_dir, launcher)
+    try:
+        ids = slurm.submit(work, launcher, name_of(jobs), folder)
+    except ConfigError:
+        if not before:
+            shutil.rmtree(sweep_dir)
+        raise
+    submitted = [dataclasses.replace(job, id=id) for job, id in zip(record.jobs, ids, strict=True)]
+    record = dataclasses.replace(record, jobs=before).with_jobs(submitted)
+    record.write(sweep_dir)
+    return record
+
+
+def run_in_background(
+    jobs: Mapping[int, Job], sweep_dir: Path, command: Sequence[str]
+) -> list[SweepRow] | None:
+    """Start jobs as their launcher says and, unless told not to, watch them to their end; None: they go on.
+
+    Raises:
+        ConfigError: the jobs cannot be started.
+        KeyboardInterrupt: the user stopped watching. Jobs of a cluster go on; jobs on this machine saved.
+    """
+    launcher = next(iter(jobs.values())).config.launcher
+    if isinstance(launcher, LocalParallel):
+        return _run_in_pool(jobs, launcher, sweep_dir, command)
+    assert isinstance(launcher, Slurm), "jobs of the other launchers run in this process"
+    record = submit(jobs, launcher, sweep_dir, command)
+    own = dataclasses.replace(record, jobs=[job for job in record.jobs if job.number in jobs])
+    say("\n".join(submission_lines(own, sweep_dir)))
+    if not launcher.wait:
+        return None
+    try:
+        return watch.follow(
+            sweep_dir, lambda: own, lambda: watch.scheduler_states(own), launcher.poll_seconds
+        )
+    except KeyboardInterrupt:
+        say("No longer watching; the jobs go on.\n" + "\n".join(follow_up_lines(own, sweep_dir)))
+        raise
+
+
+def _run_in_pool(
+    jobs: Mapping[int, Job], launcher: LocalParallel, sweep_dir: Path, command: Sequence[str]
+) -> list[SweepRow]:
+    record = new_record(launcher, jobs, command)
+    work = run_jobs(jobs, sweep_dir, record, command)
+    folder = submission_folder(sweep_dir)
+    _describe(sweep_dir, launcher)
+    record.write(sweep_dir)
+    pool = Pool(dict(zip(jobs, work, strict=True)), launcher, folder)
+
+    def with_ids() -> SweepRecord:
+        ids = pool.ids()
+        return record.with_jobs([dataclasses.replace(job, id=ids.get(job.number)) for job in record.jobs])
+
+    try:
+        return watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
+    except KeyboardInterrupt:
+        say("stopping: the jobs save what they have; Ctrl-C again leaves them to themselves")
+        pool.stop()
+        watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
+        raise
+    finally:
+        with_ids().write(sweep_dir)
+
+
+def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
+    """The sbatch script that would be submitted, each job's overrides, and what the cluster says to it.
+
+    Raises:
+        ConfigError: a configuration holds a secret.
+    """
+    for job in jobs.values():
+        require_no_secrets(job.config)
+    script = slurm.sbatch_script(launcher, name_of(jobs), sweep_dir / ".submitit", len(jobs))
+    lines = [script, "# jobs"]
+    lines += [f"#   {number}: {shlex.join(_own_words(job)) or 'the default'}" for number, job in jobs.items()]
+    answer = slurm.would_accept(script)
+    return "\n".join(
+        [
+            *lines,
+            f"# {answer}" if answer else "# not checked: there is no sbatch here",
+            "# nothing was submitted",
+        ]
+    )
+
+
+def submission_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
+    """What people want to know after a submission: ids, logs, how to look, how to cancel."""
+    folder = submission_folder(sweep_dir)
+    jobs = "1 job" if len(record.jobs) == 1 else f"{len(record.jobs)} jobs"
+    lines = [f"submitted {jobs} to SLURM; runs in {sweep_dir}/<job>"]
+    for job in record.jobs[:_SHOWN]:
+        assert job.id is not None, "a submitted job has an id"
+        lines.append(f"  job {job.number}: {job.id}  {log_paths(folder, job.id)[1]}")
+    if len(record.jobs) > _SHOWN:
+        lines.append(f"  … and {len(record.jobs) - _SHOWN} more")
+    return [*lines, *follow_up_lines(record, sweep_dir)]
+
+
+def follow_up_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
+    """How to look at a sweep later, and how to cancel it."""
+    cancel = slurm.cancel_command([job.id for job in record.jobs if job.id is not None])
+    return [f"  look:   spd-run task=sweep_status {shlex.quote(f'sweep={sweep_dir}')}", f"  cancel: {cancel}"]
+
+
+_SHOWN = 8
+
+
+def name_of(jobs: Mapping[int, Job]) -> str:
+    """Name of the jobs in the queue: that of their experiment, if they have one in common."""
+    names = {job.config.name for job in jobs.values()}
+    return f"spd-{names.pop()}".replace("/", "-") if len(names) == 1 else "spd-sweep"
+
+
+def _own_words(job: Job) -> list[str]:
+    """What was typed for a job, without what is for Hydra or for the launcher."""
+    return [
+        text
+        for text in without_hydra(job.overrides)
+        if not text.lstrip("+~").startswith(("launcher=", "launcher."))
+    ]
+
+
+def _describe(sweep_dir: Path, launcher: Launcher) -> None:
+    """Commit, diff, versions and command line at the moment of submission."""
+    path = sweep_dir / "environment.json"
+    if not path.exists():
+        atomic.replace(path, to_json(describe_environment(), indent=2))
+        atomic.replace(sweep_dir / "launcher.yaml", yaml.safe_dump(to_dict(launcher), sort_keys=False))
+
+
+def _changed(before: object, after: object, key: str = "") -> list[str]:
+    """Keys whose values differ between two trees of the same shape."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return [
+            found
+            for name, value in before.items()
+            for found in _changed(value, after[name], f"{key}.{name}" if key else str(name))
+        ]
+    return [] if before == after else [key]

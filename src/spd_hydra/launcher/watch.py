@@ -1,0 +1,191 @@
+"""How the jobs of a sweep stand: what their directories say, together with what the scheduler says."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from spd_hydra import metrics_log, report
+from spd_hydra.launcher import slurm
+from spd_hydra.launcher.record import SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.slurm import SchedulerState
+from spd_hydra.report.numbers import NOTHING, number, text_table
+from spd_hydra.report.sweep import SweepRow
+from spd_hydra.run_dir import RunDirectory
+
+States = Mapping[int, SchedulerState] | None
+"""What the scheduler says by job number; a job it has forgotten is missing. None: it does not answer."""
+
+_ACTIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+_QUEUED = {
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+}
+_ENDED_WELL = {"COMPLETED"}
+OPEN = {"pending", "requeued", "running"}
+"""States of jobs that have not ended."""
+
+_LINE_SECONDS = 30.0  # between two lines where there is no terminal
+_TRACE_LINES = 25
+
+
+def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]:
+    """A row for every job, as it stands now.
+
+    Args:
+        sweep_dir: the directory of the sweep.
+        record: what was submitted.
+        states: what the scheduler says; None where there is none to ask.
+    """
+    rows = report.sweep_rows(sweep_dir, {job.number: job.overrides for job in record.jobs})
+    jobs = {job.number: job for job in record.jobs}
+    return [_row(sweep_dir, row, jobs[row.job], states) for row in rows if row.job in jobs]
+
+
+def scheduler_states(record: SweepRecord) -> States:
+    """What the scheduler says of the jobs of a sweep now."""
+    numbers = {job.id: job.number for job in record.jobs if job.id is not None}
+    if record.launcher != "slurm" or not numbers:
+        return None
+    found = slurm.states(list(numbers))
+    return None if found is None else {numbers[id]: state for id, state in found.items() if id in numbers}
+
+
+def _row(sweep_dir: Path, row: SweepRow, job: SweepJob, states: States) -> SweepRow:
+    last = metrics_log.last_row(sweep_dir / str(job.number) / "metrics.jsonl") or {}
+    row = dataclasses.replace(
+        row,
+        id=job.id,
+        experiment=row.experiment or job.experiment,
+        seed=job.seed if row.seed is None else row.seed,
+        step=last.get("step"),
+        steps=job.steps,
+        loss=last.get("loss/total"),
+    )
+    if row.state == "done":
+        return row
+    if states is None:
+        return _without_scheduler(sweep_dir, row, is_submitted=job.id is not None)
+    state = states.get(job.number)
+    if state is None:
+        return _ended(sweep_dir, row, SchedulerState(name="unknown to the scheduler"))
+    if state.name in _QUEUED:
+        return dataclasses.replace(row, state="pending" if row.state == "missing" else "requeued", error=None)
+    if state.name in _ACTIVE:
+        return row if row.state == "failed" else dataclasses.replace(row, state="running", error=None)
+    return _ended(sweep_dir, row, state)
+
+
+def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) -> SweepRow:
+    """Only the directory can be asked: whoever writes to it holds its lock."""
+    if row.state == "missing":
+        return dataclasses.replace(row, state="pending") if is_submitted else row
+    if row.state != "running" or is_submitted:
+        return row
+    if RunDirectory.view(sweep_dir / str(row.job)).is_being_written():
+        return row
+    return dataclasses.replace(
+        row, state="failed", error="ended without a word: nobody writes to it any more"
+    )
+
+
+def _ended(sweep_dir: Path, row: SweepRow, state: SchedulerState) -> SweepRow:
+    """A job that has ended and is not done: its own words if it left any, else the scheduler's."""
+    how = " ".join(part for part in (state.name, state.exit_code) if part)
+    if row.error is not None and row.state in {"failed", "stopped"}:
+        return dataclasses.replace(row, state="failed", exit=how)
+    what = "ended before it began" if row.state == "missing" else "ended without a word"
+    log = "" if row.id is None else f"; log: {log_paths(submission_folder(sweep_dir), row.id)[1]}"
+    return dataclasses.replace(row, state="failed", exit=how, error=f"{what} ({how}){log}")
+
+
+def wait(
+    sweep_dir: Path,
+    record: Callable[[], SweepRecord],
+    states: Callable[[], States],
+    poll_seconds: float,
+    show: Callable[[list[SweepRow]], None] = lambda rows: None,
+) -> list[SweepRow]:
+    """Look at the jobs until the last one has ended, and return how they ended."""
+    doubted: set[int] = set()
+    while True:
+        rows = look(sweep_dir, record(), states())
+        # A network file system may show the end of a job before its last words: look once more.
+        unsure = {row.job for row in rows if row.exit is not None and row.job not in doubted}
+        doubted |= unsure
+        rows = [dataclasses.replace(row, state="running") if row.job in unsure else row for row in rows]
+        show(rows)
+        if not any(row.state in OPEN for row in rows):
+            return rows
+        time.sleep(poll_seconds)
+
+
+def follow(
+    sweep_dir: Path,
+    record: Callable[[], SweepRecord],
+    states: Callable[[], States],
+    poll_seconds: float,
+    stream: TextIO | None = None,
+) -> list[SweepRow]:
+    """Show the jobs until the last one has ended, and return how they ended.
+
+    A table that is drawn anew on a terminal, else a line every half minute and whenever a job changes state.
+    """
+    with _Display(sys.stderr if stream is None else stream) as display:
+        return wait(sweep_dir, record, states, poll_seconds, display.show)
+
+
+def live_table(rows: Sequence[SweepRow]) -> list[str]:
+    """Lines of a table of jobs that go on: job, id, state, step, loss, verdict."""
+    cells = []
+    for row in rows:
+        step = NOTHING if row.step is None else f"{row.step:,}/{row.steps:,}"
+        verdict = NOTHING if row.solved is None else "solved" if row.solved else "not solved"
+        cells.append([str(row.job), row.id or NOTHING, row.state, step, number(row.loss), verdict])
+    return text_table(["job", "id", "state", "step", "loss", "verdict"], cells, left=3)
+
+
+def counts(rows: Sequence[SweepRow]) -> str:
+    """How many jobs are in which state: `3 running, 1 failed`."""
+    states = [row.state for row in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def traces(rows: Sequence[SweepRow]) -> Iterator[str]:
+    """For every job that failed with one: the end of its traceback."""
+    for row in rows:
+        if row.state == "failed" and row.traceback:
+            lines = row.traceback.rstrip().splitlines()
+            shown = lines if len(lines) <= _TRACE_LINES else ["  …", *lines[-_TRACE_LINES:]]
+            yield "\n".join([f"  job {row.job}:", *(f"    {line}" for line in shown)])
+
+
+class _Display(contextlib.AbstractContextManager["_Display"]):
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._drawn = stream, 0
+        self._said, self._said_at = "", 0.0
+
+    def show(self, rows: Sequence[SweepRow]) -> None:
+        if self._stream.isatty():
+            lines = live_table(rows)
+            back = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
+            self._stream.write(back + "\n".join(lines) + "\n")
+            self._drawn = len(lines)
+        elif counts(rows) != self._said or time.monotonic() - self._said_at > _LINE_SECONDS:
+            self._said, self._said_at = counts(rows), time.monotonic()
+            steps = [f"job {row.job} {row.step or 0}/{row.steps}" for row in rows if row.state == "running"]
+            self._stream.write("; ".join([f"jobs: {self._said}", *steps[:8]]) + "\n")
+        self._stream.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._drawn:  # the final table takes its place
+            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._stream.flush()
