@@ -258,6 +258,17 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
             "(given as decomposition.sites.ffn.C=4)",
         ),
         (
+            "+decomposition.sites.x={pattern:hidden.0,C:8}",
+            "decomposition.sites.x: decomposition.sites has no entry x, only embed, unembed. An entry is "
+            "added whole: '++decomposition.sites={x:{pattern:…,C:…}}' "
+            "(given as +decomposition.sites.x={pattern:hidden.0,C:8})",
+        ),
+        (
+            "++decomposition.sites.x=8",
+            "decomposition.sites.x: decomposition.sites has no entry x, only embed, unembed. An entry is "
+            "added whole: '++decomposition.sites={x:{pattern:…,C:…}}' (given as ++decomposition.sites.x=8)",
+        ),
+        (
             "seed=${oc.env:SPD_NO_SUCH}",
             "seed: KeyError raised while resolving interpolation: "
             "\"Environment variable 'SPD_NO_SUCH' not found\"",

@@ -70,10 +70,15 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
     return "there is no such key; spd-run --help lists them all"
 
 
-def is_part_of_new_entry(key: str, cfg: DictConfig) -> bool:
-    """Whether a key lies inside an entry that a mapping does not have, and that can only be added whole."""
+def must_be_added_whole(key: str, cfg: DictConfig) -> bool:
+    """Whether a key is, or lies inside, an entry that a mapping lacks and takes only as part of itself."""
     entry = _new_entry(key, cfg)
-    return entry is not None and key != ".".join(entry)
+    return entry is not None and (key != ".".join(entry) or _holds_sections(OmegaConf.select(cfg, entry[0])))
+
+
+def _holds_sections(mapping: DictConfig) -> bool:
+    element = mapping._metadata.element_type
+    return isinstance(element, type) and dataclasses.is_dataclass(element)
 
 
 def _new_entry(key: str, cfg: DictConfig) -> tuple[str, str] | None:
@@ -87,10 +92,9 @@ def _new_entry(key: str, cfg: DictConfig) -> tuple[str, str] | None:
 
 
 def _how_to_add(node: DictConfig, mapping: str, name: str) -> str:
-    element = node._metadata.element_type
-    if not (isinstance(element, type) and dataclasses.is_dataclass(element)):
+    if not _holds_sections(node):
         return f"To add it: +{mapping}.{name}=…"
-    fields = ",".join(f"{field.name}:…" for field in dataclasses.fields(element))
+    fields = ",".join(f"{field.name}:…" for field in dataclasses.fields(node._metadata.element_type))
     return f"An entry is added whole: '++{mapping}={{{name}:{{{fields}}}}}'"
 
 

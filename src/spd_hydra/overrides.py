@@ -52,7 +52,7 @@ def apply(cfg: DictConfig, overrides: Sequence[Override], groups: Groups) -> Ite
             yield Problem(key, f"is there already, write it without +: {text.lstrip('+')}")
         elif override.is_delete():
             yield from _delete(cfg, key)
-        elif not there and config_errors.is_part_of_new_entry(key, cfg):
+        elif not there and config_errors.must_be_added_whole(key, cfg):
             yield _unknown(key, text, cfg, groups)
         else:
             try:
