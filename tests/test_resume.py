@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from spd_hydra.checkpoint import load_checkpoint, save_checkpoint
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.result import Outcome
 from spd_hydra.run import run
@@ -123,9 +124,13 @@ def result_of(root: Path) -> dict[str, Any]:
     assert len(runs) == 1, f"{root} holds {len(runs)} finished runs"
     (directory,) = runs
     found: dict[str, Any] = {}
+    # Times are those of this machine at that moment, all else is the same to the bit.
     # Older checkpoints than the last are kept longer where the process was killed before it removed them.
-    for path in sorted((directory / "checkpoints" / f"step_{STEPS}").iterdir()):
-        found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint = load_checkpoint(directory / "checkpoints" / f"step_{STEPS}")
+    for path in sorted(checkpoint.path.glob("*.safetensors")):
+        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert set(found) == {"model.safetensors", "optimizer.safetensors"}
+    found["state"] = {key: value for key, value in checkpoint.state.items() if key != "times"}
     found["metrics"] = (directory / "metrics.jsonl").read_text()
     summary = json.loads((directory / "summary.json").read_text())
     for changing in ("seconds", "steps_per_second"):
@@ -299,6 +304,38 @@ def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
     unfinished(finished)
     with pytest.raises(ConfigError, match=f"train.steps: got 5, but the run has done {STEPS - SAVED_EVERY}"):
         run(resumed(finished, steps=5))
+
+
+def with_times(directory: Path, step: int, seconds: dict[str, float], timed_steps: int) -> None:
+    """Save a checkpoint again as if its session had taken so long."""
+    path = directory / "checkpoints" / f"step_{step}"
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.state | {"times": {"seconds": seconds, "timed_steps": timed_steps}}
+    save_checkpoint(path.parent, step, checkpoint.tensors, state, keep=9)
+
+
+def test_seconds_and_speed_are_those_of_all_sessions(finished: Path) -> None:
+    alone = json.loads((finished / "summary.json").read_text())["seconds"]
+    assert list(alone) == ["target", "compile", "train", "eval", "total"]
+    unfinished(finished)
+    earlier = {"target": 100.0, "compile": 200.0, "train": 400.0, "eval": 800.0, "total": 2000.0}
+    with_times(finished, STEPS - SAVED_EVERY, earlier, timed_steps=STEPS - SAVED_EVERY)
+    summary = run(resumed(finished)).summary
+    for what, before in earlier.items():
+        assert before <= summary["seconds"][what] < before + 60, what
+    assert summary["steps_per_second"] == pytest.approx(STEPS / summary["seconds"]["train"])
+    saved = load_checkpoint(finished / "checkpoints" / f"step_{STEPS}").state["times"]
+    assert saved["timed_steps"] == STEPS
+    assert 2000 < saved["seconds"]["total"] <= summary["seconds"]["total"]
+
+
+def test_a_checkpoint_without_times_is_gone_on_with(finished: Path) -> None:
+    unfinished(finished)
+    path = finished / "checkpoints" / f"step_{STEPS - SAVED_EVERY}"
+    checkpoint = load_checkpoint(path)
+    state = {key: value for key, value in checkpoint.state.items() if key != "times"}
+    save_checkpoint(path.parent, checkpoint.step, checkpoint.tensors, state, keep=9)
+    assert run(resumed(finished)).summary["seconds"]["total"] > 0
 
 
 def test_logging_evaluation_and_checkpoint_keys_may_change(finished: Path) -> None:

@@ -264,6 +264,8 @@ def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
     (directory / "summary.json").unlink()
     again = run(dataclasses.replace(config, task=Task.analyse, run=str(directory)))
     assert again.summary["steps"] == 20
+    assert 0 < again.summary["seconds"]["train"] < again.summary["seconds"]["total"]
+    assert again.summary["steps_per_second"] > 0
     assert (directory / "summary.json").exists()
 
 

@@ -1,11 +1,12 @@
 """`task=analyse`: a finished or stopped run measured again."""
 
 from pathlib import Path
+from typing import Any
 
 from spd_hydra.build import assemble, device_of
-from spd_hydra.checkpoint import load_newest
+from spd_hydra.checkpoint import Checkpoint, load_newest
 from spd_hydra.config import RunConfig, load_config
-from spd_hydra.result import Outcome, conclude
+from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import read_target
 from spd_hydra.section import ConfigError
@@ -31,14 +32,22 @@ def analyse(config: RunConfig) -> Outcome:
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
-        before = directory.read_summary() or {}
+        seconds, speed = _times(checkpoint, directory.read_summary() or {})
         summary, _ = conclude(
             directory,
             parts,
             target,
             parts.evaluate(checkpoint.step, certified=target.certified),
-            seconds=before.get("seconds", {}),
-            steps_per_second=before.get("steps_per_second"),
+            seconds=seconds,
+            steps_per_second=speed,
             restarts=checkpoint.state["facts"].get("restarts"),
         )
         return Outcome(path, summary)
+
+
+def _times(checkpoint: Checkpoint, summary: dict[str, Any]) -> tuple[dict[str, float], float | None]:
+    """Seconds and speed: of the summary, which counts the end of the run too, if it is of the same step."""
+    if summary.get("steps") == checkpoint.step:
+        return summary.get("seconds", {}), summary.get("steps_per_second")
+    times = checkpoint.state.get("times")
+    return (times["seconds"], steps_per_second(times)) if times else ({}, None)

@@ -25,6 +25,12 @@ class Outcome:
     summary: dict[str, Any]
 
 
+def steps_per_second(times: Mapping[str, Any]) -> float | None:
+    """The speed of training, from `Trainer.times`; None before a step was timed."""
+    trained = times["seconds"]["train"]
+    return times["timed_steps"] / trained if trained else None
+
+
 def conclude(
     directory: RunDirectory,
     parts: Parts,

@@ -20,7 +20,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.redaction import redact
 from spd_hydra.restarts import begin_with_best
-from spd_hydra.result import Outcome, conclude, say
+from spd_hydra.result import Outcome, conclude, say, steps_per_second
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
 from spd_hydra.section import ConfigError
@@ -170,17 +170,17 @@ def _train(
         run=directory,
         tracker=tracker,
     )
+    trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
     _restore(trainer, directory, config)
     evaluation = _fit(trainer, parts, directory)
-    seconds = {"target": target.seconds} | trainer.seconds | {"total": time.perf_counter() - started}
-    trained = seconds["train"]
+    times = trainer.times()
     summary, drawn = conclude(
         directory,
         parts,
         target,
         evaluation,
-        seconds=seconds,
-        steps_per_second=trainer.timed_steps / trained if trained else None,
+        seconds=times["seconds"],
+        steps_per_second=steps_per_second(times),
         restarts=trainer.facts.get("restarts"),
     )
     tracker.log_figures(evaluation.step, drawn)

@@ -67,6 +67,7 @@ class Trainer:
         self.sampler, self.evaluate, self.on_figures = sampler, evaluate, on_figures
         self.run, self.tracker = run, tracker
         self.step = 0
+        self.started = time.perf_counter()  # moved back by what earlier sessions of the run took
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
         self.timed_steps = 0  # those that `seconds["train"]` counts, of all initialisations
         self.facts: dict[str, Any] = {}
@@ -160,15 +161,32 @@ class Trainer:
         self.run.sync_metrics()
         parameters, optimizer = self.state()
         tensors = {"model": parameters, "optimizer": optimizer}
-        state = {"step": self.step, "facts": self.facts}
+        state = {"step": self.step, "facts": self.facts, "times": self.times()}
         save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.training.keep_checkpoints)
         self.run.write_status(Status.running, self.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: weights, optimiser, step; metrics logged after it are dropped."""
+        """Go on from a checkpoint: weights, optimiser, step, times; metrics logged after it are dropped."""
         self.set_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"], step=checkpoint.step)
         self.facts = dict(checkpoint.state["facts"])
+        self._add_times(checkpoint.state.get("times", {}))
         self.run.truncate_metrics(self.step)
+
+    def times(self) -> dict[str, Any]:
+        """Seconds by what they were spent on, in all sessions of the run, and the steps that `train` counts.
+
+        Of a session that was killed, only what was in its last checkpoint.
+        """
+        seconds = self.seconds | {"total": time.perf_counter() - self.started}
+        return {"seconds": seconds, "timed_steps": self.timed_steps}
+
+    def _add_times(self, earlier: dict[str, Any]) -> None:
+        for what, seconds in earlier.get("seconds", {}).items():
+            if what == "total":
+                self.started -= seconds
+            else:
+                self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+        self.timed_steps += earlier.get("timed_steps", 0)
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
