@@ -16,15 +16,18 @@ def analyse(config: RunConfig) -> Outcome:
     """Measure the newest checkpoint of a run: metrics, figures, report and summary, into its directory.
 
     Raises:
-        ConfigError: no directory was named, or it holds no checkpoint.
+        ConfigError: no directory was named, it is none of a run, or it holds no checkpoint.
     """
     if config.run is None:
         raise ConfigError(
             "run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
         )
     path = Path(config.run)
-    with RunDirectory.open(path) as directory:
+    try:
         config = load_config(path / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"run: {error}") from error
+    with RunDirectory.open(path) as directory:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")

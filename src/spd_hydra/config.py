@@ -149,7 +149,10 @@ def load_config(path: Path) -> RunConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path.parent} is no run directory: it holds no {path.name}") from None
+        reason = f"it holds no {path.name}" if path.parent.is_dir() else "there is no such directory"
+        raise ConfigError(f"{path.parent} is no run directory: {reason}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):

@@ -67,7 +67,7 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["resume=/no/such"], "resume: /no/such is no run directory: it holds no config.yaml"),
+        (["resume=/no/such"], "resume: /no/such is no run directory: there is no such directory"),
         (["--config-dir", "/no/such"], "--config-dir: there is no folder /no/such"),
         (
             ["--config-name", "x"],
@@ -92,6 +92,25 @@ def test_words_that_make_no_sense_end_with_2(
     assert ended.err.splitlines()[1].startswith(f"  {line}")
     assert ended.err.endswith(END)
     assert fake_run.calls == []
+
+
+@pytest.mark.parametrize("key", ["resume", "run"])
+def test_a_directory_that_is_no_run_ends_with_2_and_one_message(
+    spd_run: Call, tmp_path: Path, key: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    task = ["task=analyse"] if key == "run" else []
+    reasons = {
+        "empty": "empty is no run directory: it holds no config.yaml",
+        "nowhere": "nowhere is no run directory: there is no such directory",
+        "file": "file/config.yaml cannot be read: Not a directory",
+    }
+    for name, reason in reasons.items():
+        ended = spd_run(*task, f"{key}={name}")
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.splitlines()[:2] == ["The configuration is not valid:", f"  {key}: {reason}"]
+        assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
