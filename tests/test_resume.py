@@ -300,10 +300,22 @@ def test_more_steps_may_be_asked_for(finished: Path) -> None:
     assert json.loads(rows.splitlines()[-1])["step"] == STEPS + 4
 
 
-def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_fewer_steps_than_done_are_refused_and_nothing_is_changed(finished: Path, is_finished: bool) -> None:
+    saved = load_config(finished / "config.yaml")
+    if not is_finished:
+        unfinished(finished)
+    before = digests(finished)
+    done = STEPS if is_finished else STEPS - SAVED_EVERY
+    with pytest.raises(ConfigError, match=f"^train.steps: got 5, but the run has done {done}; .*start a new"):
+        run(resumed(finished, steps=5), saved=saved)
+    assert digests(finished) == before
+
+
+def test_fewer_steps_than_planned_but_not_done_may_be_asked_for(finished: Path) -> None:
+    saved = load_config(finished / "config.yaml")
     unfinished(finished)
-    with pytest.raises(ConfigError, match=f"train.steps: got 5, but the run has done {STEPS - SAVED_EVERY}"):
-        run(resumed(finished, steps=5))
+    assert run(resumed(finished, steps=STEPS - 2), saved=saved).summary["steps"] == STEPS - 2
 
 
 def with_times(directory: Path, step: int, seconds: dict[str, float], timed_steps: int) -> None:

@@ -87,7 +87,7 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
     """Go on with a run that was stopped, from its newest whole checkpoint.
 
     Raises:
-        ConfigError: the changes would make it another run.
+        ConfigError: the changes would make it another run, or one of fewer steps than are done.
     """
     assert config.resume is not None, "resume needs a directory"
     path = Path(config.resume)
@@ -106,6 +106,8 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
     with RunDirectory.open(path) as directory:
         summary, status = directory.read_summary() or {}, directory.read_status() or {}
         steps = summary.get("steps", 0)
+        if config.train.steps < saved.train.steps:
+            _require_no_more_done(directory, config)
         if steps >= config.train.steps and status.get("status") == Status.done.value:
             say(f"{path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
             return Outcome(path, summary)
@@ -194,9 +196,16 @@ def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> No
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
         return
     trainer.restore(checkpoint)
-    if trainer.step > config.train.steps:
-        raise ConfigError(f"train.steps: got {config.train.steps}, but the run has done {trainer.step}")
     say(f"going on from step {trainer.step}")
+
+
+def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
+    newest = load_newest(directory.checkpoints)
+    if newest is not None and newest.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps: got {config.train.steps}, but the run has done {newest.step}; "
+            "a run cannot go back, start a new one"
+        )
 
 
 def _fit(trainer: Trainer, parts: Parts, directory: RunDirectory) -> Evaluation:
