@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_a_run_without_a_known_answer_has_a_report(
     page = _written({**parts, "summary": minimal, "evaluation": evaluation, "history": []}, tmp_path)
     assert "No known answer" in page.text
     assert "Checks by site" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "text"),
+    [
+        (5e-324, math.inf, "> 0"),  # as the margin of a TMS target, the least number above 0
+        (5e-324, None, "> 0"),
+        (0.5, math.inf, "≥ 0.5"),
+        (0, 0.05, "0 to 0.05"),
+        (1, 1, "1"),
+        (-math.inf, 3.0, "≤ 3"),
+        (None, None, "–"),
+    ],
+)
+def test_what_a_measurement_of_the_target_may_be_is_said_as_people_say_it(
+    parts: dict[str, Any], tmp_path: Path, lower: Any, upper: Any, text: str
+) -> None:
+    measurement = {"name": "margin", "value": 0.25, "lower": lower, "upper": upper}
+    parts["summary"] |= {"target": {"certified": True, "measurements": [measurement]}}
+    page = _written(parts, tmp_path)
+    assert f"margin0.2500{text}\n" in page.text
+    assert "e-324" not in page.text
 
 
 def test_config_environment_and_certificate_are_in_the_report(parts: dict[str, Any], tmp_path: Path) -> None:
