@@ -1,5 +1,6 @@
 """Exit codes, messages, and what is passed on to the run."""
 
+import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,9 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own_even_when_one_fails(
     assert "The run failed: loss is NaN at step 3" in ended.err
     assert "Traceback" not in ended.err
     assert str(sweep / "sweep.html") in ended.out
-    assert (sweep / "sweep.csv").read_text().count("\n") == 4
+    with (sweep / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["experiment"], row["seed"]) for row in rows] == [("tms_5-2", str(seed)) for seed in range(3)]
 
 
 def test_a_sweep_without_failures_ends_with_0(spd_run: Call, fake_run: FakeRun) -> None:

@@ -62,6 +62,15 @@ def test_jobs_that_never_began_are_listed_when_the_caller_knows_them(sweep: Path
     assert (rows[-1].job, rows[-1].state, rows[-1].seed) == (11, "missing", 9)
 
 
+def test_experiment_and_seed_as_planned_fill_in_for_jobs_without_a_summary(sweep: Path) -> None:
+    _job(sweep, 11, ["train.steps=5"], {"status": "failed", "error": "early"})
+    planned = {0: ("other", 7), 11: ("mine", 4), 12: ("mine", 5)}
+    rows = {row.job: row for row in sweep_rows(sweep, {12: ["train.steps=6"]}, planned)}
+    assert [(rows[job].experiment, rows[job].seed) for job in planned] == [
+        ("tms_5-2", 0), ("mine", 4), ("mine", 5),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("status", "summary", "state"),
     [

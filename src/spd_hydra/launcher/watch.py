@@ -45,8 +45,12 @@ def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]
         record: what was submitted.
         states: what the scheduler says; None where there is none to ask.
     """
-    rows = report.sweep_rows(sweep_dir, {job.number: job.overrides for job in record.jobs})
     jobs = {job.number: job for job in record.jobs}
+    rows = report.sweep_rows(
+        sweep_dir,
+        {number: job.overrides for number, job in jobs.items()},
+        {number: (job.experiment, job.seed) for number, job in jobs.items()},
+    )
     return [_row(sweep_dir, row, jobs[row.job], states) for row in rows if row.job in jobs]
 
 
@@ -64,8 +68,6 @@ def _row(sweep_dir: Path, row: SweepRow, job: SweepJob, states: States) -> Sweep
     row = dataclasses.replace(
         row,
         id=job.id,
-        experiment=row.experiment or job.experiment,
-        seed=job.seed if row.seed is None else row.seed,
         step=last.get("step"),
         steps=job.steps,
         loss=last.get("loss/total"),

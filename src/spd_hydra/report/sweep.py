@@ -115,16 +115,22 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def sweep_rows(sweep_dir: Path, overrides: Mapping[int, Sequence[str]] | None = None) -> list[SweepRow]:
+def sweep_rows(
+    sweep_dir: Path,
+    overrides: Mapping[int, Sequence[str]] | None = None,
+    names_and_seeds: Mapping[int, tuple[str, int]] | None = None,
+) -> list[SweepRow]:
     """Read what every job of a sweep has left so far, in the order of the jobs.
 
     Args:
         sweep_dir: holds a folder `<n>` per job, in it status.json, summary.json, overrides.json.
         overrides: of each job, where the caller knows them; jobs without a folder are listed too.
+        names_and_seeds: experiment and seed of each job as planned, for those that left no summary.
     """
-    given = dict(overrides or {})
+    given, planned = dict(overrides or {}), dict(names_and_seeds or {})
     found = {int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()}
-    return [_row(sweep_dir, job, given.get(job)) for job in sorted(found | given.keys())]
+    jobs = sorted(found | given.keys())
+    return [_row(sweep_dir, job, given.get(job), planned.get(job, (None, None))) for job in jobs]
 
 
 def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
@@ -190,17 +196,19 @@ def _yes_no(value: bool | None) -> str:
     return NOTHING if value is None else "yes" if value else "no"
 
 
-def _row(sweep_dir: Path, job: int, given: Sequence[str] | None) -> SweepRow:
+def _row(
+    sweep_dir: Path, job: int, given: Sequence[str] | None, planned: tuple[str | None, int | None]
+) -> SweepRow:
     directory = sweep_dir / str(job)
     overrides = _overrides(given if given is not None else _read(directory / "overrides.json"))
     status, summary = _read(directory / "status.json"), _read(directory / "summary.json")
-    seed = overrides.get("seed", "")
+    (name, number), seed = planned, overrides.get("seed", "")
     row = SweepRow(
         job=job,
         state="missing",
         overrides=overrides,
-        experiment=overrides.get("experiment"),
-        seed=int(seed) if seed.lstrip("-").isdecimal() else None,
+        experiment=name if name is not None else overrides.get("experiment"),
+        seed=int(seed) if seed.lstrip("-").isdecimal() else number,
         report=f"{job}/report.html" if (directory / "report.html").is_file() else None,
     )
     if not isinstance(status, Mapping):
