@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -312,6 +313,14 @@ def test_unknown_keys_pass_only_when_asked_for(composer: Composer) -> None:
     assert composer.run_config(["+sed=1", "allow_extra=true"]).allow_extra
     with pytest.raises(ConfigError, match="sed: there is no such key"):
         composer.run_config(["+sed=1"])
+
+
+@pytest.mark.parametrize(
+    ("given", "example"),
+    [("seed=1", "['seed=1']"), (["seed=1", 2], "['seed=1', '2']")],
+)
+def test_overrides_that_are_no_list_of_texts_are_told_so_once(given: Any, example: str) -> None:
+    assert errors(given) == [f"overrides: got {given!r}, must be a list of texts, e.g. compose({example})"]
 
 
 def test_a_missing_config_dir_is_named() -> None:

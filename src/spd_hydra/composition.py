@@ -55,6 +55,9 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = No
     Raises:
         ConfigError: lists everything that is wrong, a line each, with key, value and what is allowed.
     """
+    if isinstance(overrides, str) or not all(isinstance(word, str) for word in overrides):
+        listed = [overrides] if isinstance(overrides, str) else [str(word) for word in overrides]
+        raise ConfigError(f"overrides: got {overrides!r}, must be a list of texts, e.g. compose({listed!r})")
     with Composer.open(config_dir) as composer:
         return composer.run_config(overrides)
 
