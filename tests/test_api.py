@@ -57,6 +57,17 @@ def test_a_run_without_a_checkpoint_says_so(toy: Toy) -> None:
         _ = run.model
 
 
+@pytest.mark.parametrize("task", ["decompose", "train_target"])
+def test_what_only_building_shows_is_refused_before_anything_is_trained_or_made(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    config = toy(f"task={task}", "decomposition.sites.embed.pattern=embedd")  # compose builds nothing
+    with pytest.raises(ConfigError, match=r"sites\.embed\.pattern: 'embedd' .*Did you mean 'embed'\?"):
+        decompose(config)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_check_leaves_no_run_to_open(toy: Toy) -> None:
     with pytest.raises(ConfigError, match="task: got check, which makes no run directory"):
         decompose(toy("task=check"))

@@ -114,7 +114,7 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
         config: a whole configuration, or overrides as on the command line.
 
     Raises:
-        ConfigError: the configuration cannot work.
+        ConfigError: the configuration cannot work; nothing was trained and no directory made.
         RunError: training failed.
     """
     config = config if isinstance(config, RunConfig) else compose(config)
