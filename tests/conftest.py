@@ -1,7 +1,10 @@
-"""Small runs for the tests of what lies above the loss."""
+"""Small runs for the tests of what lies above the loss, and evaluations made by hand for what shows them."""
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -35,6 +38,29 @@ def toy(tmp_path: Path, target_cache: Path) -> Toy:
         return compose(["debug=smoke", *places, "model.training.batch_size=64", *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_module() -> Callable[[Path], ModuleType]:
+    """Import a Python file of the tests that is no test."""
+
+    def load(path: Path) -> ModuleType:
+        name = f"tests_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, f"{path} is a Python file"
+        assert spec.loader is not None, f"{path} is a Python file"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def synthetic(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    """The evaluations of figure/synthetic.py, for the tests of figures and report."""
+    return load_module(Path(__file__).parent / "figure" / "synthetic.py")
 
 
 class Recorder(Logger):

@@ -1,28 +1,11 @@
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, f"{path} is a Python file"
-    assert spec.loader is not None, f"{path} is a Python file"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def synthetic() -> ModuleType:
-    """The evaluations that the tests of the figures use."""
-    return _load("report_synthetic", Path(__file__).parents[1] / "figure" / "synthetic.py")
-
-
-@pytest.fixture(scope="session")
-def summaries() -> ModuleType:
+def summaries(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The summaries of summaries.py, which lies beside this file."""
-    return _load("report_summaries", Path(__file__).with_name("summaries.py"))
+    return load_module(Path(__file__).with_name("summaries.py"))
