@@ -228,7 +228,8 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ("device=gpu", "device: got 'gpu', must be one of auto, cpu, cuda"),
         (
             "task=chek",
-            "task: got 'chek', must be one of decompose, train_target, analyse, check, sweep_status; did you mean check?",
+            "task: got 'chek', must be one of decompose, train_target, analyse, check, sweep_status; did you "
+            "mean check?",
         ),
         (
             "model.training=3",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spd_hydra.build import device_of, preflight
+from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composition import Composer, compose
 from spd_hydra.config import Device, RunConfig, Task, load_config
 from spd_hydra.result import Outcome
@@ -198,7 +198,8 @@ def shipped_experiments() -> list[str]:
 
 @pytest.mark.parametrize("experiment", shipped_experiments())
 def test_every_shipped_experiment_builds(experiment: str) -> None:
-    parts = preflight(compose([f"experiment={experiment}", "device=cpu"]))
+    config = compose([f"experiment={experiment}", "device=cpu"])
+    parts = assemble(config, untrained_target(config), torch.device("cpu"))
     assert parts.known is not None
     assert set(parts.known.identity) | set(parts.known.dense) == set(parts.model.site_names)
     ties = parts.config.decomposition.tied

@@ -122,7 +122,7 @@ def untrained_target(config: RunConfig) -> nn.Module:
 
 
 def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Parts:
-    """Decomposed model, objective and data for a target.
+    """Decomposed model, objective and data for a target; on the meta device without a known answer.
 
     Raises:
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
@@ -132,7 +132,9 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
         device
     )
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
-    model.find_roots(example)
+    has_values = device.type != "meta"
+    if has_values:
+        model.find_roots(example)
     with torch.no_grad():
         importances = next(iter(model.causal_importances(example).values()))
     return Parts(
@@ -142,7 +144,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
         objective=Objective(
             model, config.loss, precision=config.train.precision, ci_threshold=config.eval.ci_threshold
         ),
-        known=config.model.known_answer(target),
+        known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),
     )
 
@@ -150,11 +152,20 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
 def preflight(config: RunConfig) -> Parts:
     """Build everything but the trained weights, so that a mistake shows before anything is trained.
 
+    On the meta device, where tensors have shapes and no values: a large model costs no memory.
+
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
     device_of(config)
-    return assemble(config, untrained_target(config), torch.device("cpu"))
+    meta = torch.device("meta")
+    try:
+        with meta:
+            return assemble(config, untrained_target(config), meta)
+    except ConfigError:
+        raise
+    except Exception:  # a target or a data source of a plug-in may need values
+        return assemble(config, untrained_target(config), torch.device("cpu"))
 
 
 def _rows(number: int, device: torch.device) -> torch.Tensor:

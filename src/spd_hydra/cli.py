@@ -25,7 +25,7 @@ def main() -> int:
             *(f"{name} {importlib.metadata.version(name)}" for name in ("spd_hydra", "hydra-core", "torch"))
         )
         return ExitCode.ok
-    arguments = get_args_parser().parse_args()
+    arguments = get_args_parser().parse_intermixed_args()
     try:
         return _main(arguments)
     except ConfigError as error:

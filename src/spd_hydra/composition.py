@@ -127,6 +127,8 @@ class Composer:
     def jobs(self, overrides: Sequence[str]) -> list[list[str]]:
         """The overrides of each job of a sweep, in the order in which Hydra's basic sweeper numbers them.
 
+        Another sweeper chooses as it goes; then there is one job here, with all that it does not choose.
+
         Raises:
             ConfigError: an override cannot be read, or what it sweeps over does not exist.
         """
@@ -136,6 +138,8 @@ class Composer:
             texts = [f"{key}={value}" for key, value in parameters.items()]
             parser = OverridesParser.create(config_loader=self._hydra.config_loader)
             parsed = parser.parse_overrides([*texts, *without_hydra(overrides)])
+            if not str(OmegaConf.select(master, "hydra.sweeper._target_")).endswith(".BasicSweeper"):
+                return [[str(item.input_line) for item in parsed if not item.is_sweep_override()]]
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
         except Exception as error:
             found = [unreadable(text) for text in overrides if read(text) is None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spd_hydra.section import ConfigError
+from spd_hydra.section import ConfigError, Section, registered
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _EXAMPLES = {int: "64,32", float: "0.5,0.1", str: "first,second"}
@@ -60,6 +60,11 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
         return (
             f"{mapping} has no entry {name}, only {_listed(node)}{hint}. {_how_to_add(node, mapping, name)}"
         )
+    group, _, name = key.rpartition(".")
+    kinds = [kind for kind, cls in registered(group).items() if name in _field_names(cls)]
+    if kinds:
+        kind = " or ".join(kinds)
+        return f"the chosen {group} has no such key, that of kind {kind} has it: choose one with {group}=…"
     meant = nearest_keys(key, [*groups, *full_keys(cfg)])
     if meant:
         return f"there is no such key; did you mean {' or '.join(meant)}?"
@@ -68,6 +73,10 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
     if isinstance(section, DictConfig):
         return f"there is no such key; {parent} has {_listed(section)}"
     return "there is no such key; spd-run --help lists them all"
+
+
+def _field_names(cls: type[Section]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def must_be_added_whole(key: str, cfg: DictConfig) -> bool:

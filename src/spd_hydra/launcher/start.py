@@ -14,7 +14,7 @@ from spd_hydra.environment import code_digest, describe_environment
 from spd_hydra.launcher import slurm, watch
 from spd_hydra.launcher.job import RunJob
 from spd_hydra.launcher.pool import Pool
-from spd_hydra.launcher.record import SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.record import FILE, SweepJob, SweepRecord, log_paths, submission_folder
 from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
 from spd_hydra.metrics_log import to_json
 from spd_hydra.overrides import without_hydra
@@ -97,7 +97,7 @@ def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: S
     slurm.require_sbatch()
     record = new_record(launcher, jobs, command)
     work = run_jobs(jobs, sweep_dir, record, command)
-    before = SweepRecord.read(sweep_dir).jobs if (sweep_dir / "sweep.json").exists() else []
+    before = _jobs_before(sweep_dir)
     folder = submission_folder(sweep_dir)
     _describe(sweep_dir, launcher)
     try:
@@ -144,9 +144,10 @@ def _run_in_pool(
 ) -> list[SweepRow]:
     record = new_record(launcher, jobs, command)
     work = run_jobs(jobs, sweep_dir, record, command)
+    before = _jobs_before(sweep_dir)
     folder = submission_folder(sweep_dir)
     _describe(sweep_dir, launcher)
-    record.write(sweep_dir)
+    record.with_jobs(before).write(sweep_dir)
     pool = Pool(dict(zip(jobs, work, strict=True)), launcher, folder)
 
     def with_ids() -> SweepRecord:
@@ -161,7 +162,7 @@ def _run_in_pool(
         watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
         raise
     finally:
-        with_ids().write(sweep_dir)
+        with_ids().with_jobs(before).write(sweep_dir)
 
 
 def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
@@ -220,6 +221,11 @@ def _own_words(job: Job) -> list[str]:
         for text in without_hydra(job.overrides)
         if not text.lstrip("+~").startswith(("launcher=", "launcher."))
     ]
+
+
+def _jobs_before(sweep_dir: Path) -> list[SweepJob]:
+    """Jobs that a sweeper started earlier in the same sweep."""
+    return SweepRecord.read(sweep_dir).jobs if (sweep_dir / FILE).exists() else []
 
 
 def _describe(sweep_dir: Path, launcher: Launcher) -> None:

@@ -51,7 +51,9 @@ def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]
         {number: job.overrides for number, job in jobs.items()},
         {number: (job.experiment, job.seed) for number, job in jobs.items()},
     )
-    return [_row(sweep_dir, row, jobs[row.job], states) for row in rows if row.job in jobs]
+    # A sweeper that chooses as it goes has more jobs in this process than were planned.
+    shown = [row for row in rows if row.job in jobs or record.launcher == "local"]
+    return [_row(sweep_dir, row, jobs.get(row.job), states) for row in shown]
 
 
 def scheduler_states(record: SweepRecord) -> States:
@@ -63,20 +65,16 @@ def scheduler_states(record: SweepRecord) -> States:
     return None if found is None else {numbers[id]: state for id, state in found.items() if id in numbers}
 
 
-def _row(sweep_dir: Path, row: SweepRow, job: SweepJob, states: States) -> SweepRow:
-    last = metrics_log.last_row(sweep_dir / str(job.number) / "metrics.jsonl") or {}
-    row = dataclasses.replace(
-        row,
-        id=job.id,
-        step=last.get("step"),
-        steps=job.steps,
-        loss=last.get("loss/total"),
-    )
+def _row(sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States) -> SweepRow:
+    last = metrics_log.last_row(sweep_dir / str(row.job) / "metrics.jsonl") or {}
+    row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
+    if job is not None:
+        row = dataclasses.replace(row, id=job.id, steps=job.steps)
     if row.state == "done":
         return row
     if states is None:
-        return _without_scheduler(sweep_dir, row, is_submitted=job.id is not None)
-    state = states.get(job.number)
+        return _without_scheduler(sweep_dir, row, is_submitted=row.id is not None)
+    state = states.get(row.job)
     if state is None:
         return _ended(sweep_dir, row, SchedulerState(name="unknown to the scheduler"))
     if state.name in _QUEUED:
@@ -149,7 +147,7 @@ def live_table(rows: Sequence[SweepRow]) -> list[str]:
     """Lines of a table of jobs that go on: job, id, state, step, loss, verdict."""
     cells = []
     for row in rows:
-        step = NOTHING if row.step is None else f"{row.step:,}/{row.steps:,}"
+        step = NOTHING if row.step is None else f"{row.step:,}/{row.steps or 0:,}"
         verdict = NOTHING if row.solved is None else "solved" if row.solved else "not solved"
         cells.append([str(row.job), row.id or NOTHING, row.state, step, number(row.loss), verdict])
     return text_table(["job", "id", "state", "step", "loss", "verdict"], cells, left=3)
