@@ -61,7 +61,7 @@ class Parts:
             self.batches,
             seed=config.seed,
             purpose="eval",
-            rows=_rows(config.eval.batch_size, self.model.device),
+            rows=_own_rows(config.eval.batch_size, self.model.device),
             columns=self.objective.columns(config.loss.terms()),
             position_shape=self.position_shape,
         )
@@ -92,16 +92,18 @@ class Parts:
 
 
 def device_of(config: RunConfig) -> torch.device:
-    """The device of a run.
+    """The device of a run; of several ranks, each has its own.
 
     Raises:
         ConfigError: a GPU was asked for and there is none.
     """
     if config.device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device: got cuda, but torch sees no GPU; use device=cpu or device=auto")
-    if config.device is Device.auto:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device.name)
+    if config.device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if distributed.started_with() > 1:
+        return torch.device("cuda", distributed.device_index())
+    return torch.device("cuda")
 
 
 def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | None = None) -> TrainedTarget:

@@ -52,7 +52,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+    directory: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    require_ownership: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `directory/step_<step>`, then remove the oldest checkpoints beyond `keep` verified ones.
 
@@ -62,6 +67,7 @@ def save_checkpoint(
         tensors: per file, its tensors by name; dense, any device.
         state: numbers, strings, booleans, None, and lists and string-keyed dictionaries of them.
         keep: number of verified checkpoints to keep, this one included, ≥ 1.
+        require_ownership: called before the checkpoint gets its name; what it raises leaves all as it was.
 
     Raises:
         CheckpointError: the checkpoint could not be written; those before it are as they were.
@@ -87,6 +93,7 @@ def save_checkpoint(
             entries[file] = manifest.write_file(temporary / file, safetensors.torch.save(_storable(group)))
         manifest.write_manifest(temporary, step, entries)
         atomic.sync_directory(temporary)
+        require_ownership()
         _step_aside(final)
         temporary.rename(final)
         atomic.sync_directory(directory)

@@ -1,25 +1,64 @@
-"""A lock on a file that one process holds and that ends with that process, however it ends."""
+"""A lock on a file that one process holds and that ends with that process, however it ends.
+
+A cluster that loses sight of a node starts its job anew elsewhere, while the old process goes on and holds
+the lock. So the file also names its owner. A later start of the same job may take that over; whoever asks
+`require_ours` before it writes then learns that it is the owner no more.
+"""
 
 import errno
 import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 import time
 import weakref
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 _TRIES, _PAUSE = 5, 0.05  # `is_held` takes the lock for a moment; whoever meets it tries again
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+_WAIT_SECONDS = 60.0  # for a process that lost its ownership to find that out, and to end
+_LENGTH = 1024  # of what the file says: always as long, so that one write replaces all of it
 
 
 class LockedError(RuntimeError):
     """Another process holds the lock; the message says which."""
+
+
+class TakenOverError(RuntimeError):
+    """A later start of the same job is the owner now; the message says which process."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes: a token of this process alone and, on a cluster, its job and how often that was started."""
+
+    token: str
+    job: str | None
+    start: int
+
+    @classmethod
+    def here(cls) -> Self:
+        """This process."""
+        array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+        job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+        if job is not None:
+            job = f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}"
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+        return cls(secrets.token_hex(8), job, int(restarts) if restarts.isdecimal() else 0)
+
+    def follows(self, other: "Owner | None") -> bool:
+        """Whether this is a later start of the other's job."""
+        return (
+            other is not None and self.job is not None and self.job == other.job and self.start > other.start
+        )
 
 
 class FileLock:
@@ -32,17 +71,69 @@ class FileLock:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait_seconds: float = _WAIT_SECONDS) -> None:
+        self._path = path
+        self.owner = Owner.here()
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            _lock(self._descriptor, path)
+            self._is_locked = self._take(wait_seconds)
         except BaseException:
             os.close(self._descriptor)
             raise
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
         _held.add(self)
+
+    def _take(self, wait_seconds: float) -> bool:
+        assert self._descriptor is not None, "the file was opened just before"
+        try:
+            is_locked = _lock(self._descriptor, self._path)
+        except LockedError as error:
+            if not self.owner.follows(_owner_in(self._path)):
+                raise
+            self._sign()
+            logger.warning("taking over %s from %s, an earlier start of this job", self._path.parent, error)
+            return self._wait(wait_seconds)
+        self._sign()
+        return is_locked
+
+    def _sign(self) -> None:
+        assert self._descriptor is not None, "a released lock is not signed"
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": f"{datetime.now():%F %T}",
+            "token": self.owner.token,
+            "job": self.owner.job,
+            "start": self.owner.start,
+        }
+        os.pwrite(self._descriptor, json.dumps(holder).encode().ljust(_LENGTH), 0)
+
+    def _wait(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._try():
+                return True
+            time.sleep(_PAUSE)
+        logger.warning("its process still holds the lock after %g s; it will write nothing more", seconds)
+        return False
+
+    def _try(self) -> bool:
+        assert self._descriptor is not None, "a released lock is not taken again"
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def require_ours(self) -> None:
+        """Return if no later start of this job has taken over.
+
+        Raises:
+            TakenOverError: one has; this process must write nothing more.
+        """
+        if not is_owner(self._path, self.owner.token):
+            raise TakenOverError(_text_of(_read(self._path)))
+        if not self._is_locked:  # the earlier process may have ended by now
+            self._is_locked = self._try()
 
     def release(self) -> None:
         """Give the lock back; harmless when done twice. The file stays: everyone must lock the same one."""
@@ -67,27 +158,58 @@ class FileLock:
         return False
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def is_owner(path: Path, token: str) -> bool:
+    """Whether the process with this token owns what the lock file stands for."""
+    for _ in range(_TRIES):
+        try:
+            if (found := _read(path)) is not None:
+                return bool(found.get("token") == token)
+        except FileNotFoundError:
+            return True  # with its directory; whoever writes there will say so
+        time.sleep(_PAUSE)  # some file systems show the file while it is being written
+    return False
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Take the lock; False where there are no locks."""
     for more_tries in reversed(range(_TRIES)):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 logger.warning("%s lies where locks do not work: let only one run write there.", path)
-                return
+                return True
             if error.errno not in _TAKEN:
                 raise
             if not more_tries:
-                raise LockedError(_holder(descriptor)) from None
+                raise LockedError(_text_of(_read(path))) from None
         time.sleep(_PAUSE)
+    raise AssertionError("the last try returns or raises")
 
 
-def _holder(descriptor: int) -> str:
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the holder wrote; opened anew each time, because network file systems then look at the server."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _owner_in(path: Path) -> Owner | None:
+    try:
+        found = _read(path) or {}
+        return Owner(str(found["token"]), found["job"], int(found["start"]))
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _text_of(holder: dict[str, Any] | None) -> str:
+    try:
+        assert holder is not None
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError, OSError):
+    except (AssertionError, KeyError):
         return "another process"
 
 

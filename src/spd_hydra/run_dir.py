@@ -1,7 +1,7 @@
 """The directory of one run: made once, written by one process at a time, every file whole.
 
 config.yaml  environment.json  metrics.jsonl  status.json  summary.json
-checkpoints/  figures/  report.html
+checkpoints/  figures/  errors/  report.html
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import weakref
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
@@ -19,7 +20,7 @@ from typing import Any, Self
 import yaml
 
 from spd_hydra import atomic, metrics_log
-from spd_hydra.lock import FileLock, LockedError
+from spd_hydra.lock import FileLock, LockedError, TakenOverError, is_owner
 from spd_hydra.metrics_log import to_json
 from spd_hydra.redaction import redact, redact_text
 from spd_hydra.section import ConfigError
@@ -38,6 +39,7 @@ class Status(Enum):
     """How far a run has come."""
 
     running = "running"
+    stopped = "stopped"  # by a signal; goes on with `resume=`
     done = "done"
     failed = "failed"
 
@@ -45,12 +47,16 @@ class Status(Enum):
 class RunDirectory:
     """One run's directory. Made by `create`, `at` or `open`, which lock it for this process, or by `view`.
 
-    A lock ends with `close`, with the `with` block, or with the process, however that ends.
+    A lock ends with `close`, with the `with` block, or with the process, however that ends. Where a later
+    start of the same job has taken the directory over, every attempt to write raises RunDirectoryError.
     """
 
-    def __init__(self, path: Path, lock: FileLock | None = None) -> None:
+    def __init__(self, path: Path, lock: FileLock | None = None, token: str | None = None) -> None:
         self.path = path
         self._lock = lock
+        self._token = token if lock is None else lock.owner.token
+        if lock is not None:
+            _written_here.add(self)
 
     @classmethod
     def create(cls, root: Path, name: str) -> Self:
@@ -110,6 +116,16 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
+    def follow(cls, path: Path, token: str) -> Self:
+        """The directory that rank 0 writes, for the other ranks of the run: what they write is dropped.
+
+        Args:
+            path: the directory.
+            token: of rank 0's, as its `token`.
+        """
+        return cls(path, token=token)
+
+    @classmethod
     def _locked(cls, path: Path) -> Self:
         try:
             lock = FileLock(path / _LOCK)
@@ -134,13 +150,44 @@ class RunDirectory:
         """Let another process write here."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+            self._lock = self._token = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def token(self) -> str:
+        """Names the process that writes here."""
+        assert self._token is not None, "a viewed directory has no writer of its own"
+        return self._token
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock is not None
+
+    @property
+    def follows(self) -> bool:
+        """Whether another rank does the writing."""
+        return self._lock is None and self._token is not None
+
+    def require_ownership(self) -> None:
+        """Return if this process may still write here: to be asked just before something gets its name.
+
+        Raises:
+            RunDirectoryError: a later start of the same job has taken over.
+        """
+        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        try:
+            self._lock.require_ours()
+        except TakenOverError as error:
+            raise RunDirectoryError(
+                f"{self.path} was taken over by {error}, a later start of the same job: this process ends "
+                "and writes nothing more"
+            ) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -178,11 +225,23 @@ class RunDirectory:
             "error": None if error is None else redact_text(error),
             "started": before.get("started", now),
             "updated": now,
-            "finished": None if status is Status.running else now,
+            "finished": now if status in {Status.done, Status.failed} else None,
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
         self._replace(_STATUS, to_json(content, indent=2))
+
+    def write_rank_error(self, rank: int, text: str) -> Path | None:
+        """Keep the trace of an error on a rank, from that rank; None where it could not be kept."""
+        if self._token is None or not is_owner(self.path / _LOCK, self._token):
+            return None
+        path = self.path / "errors" / f"rank_{rank}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            atomic.replace(path, redact_text(text))
+        except OSError:
+            return None
+        return path
 
     def read_status(self) -> dict[str, Any] | None:
         """What `write_status` last wrote; a killed run still says `running`, see `is_being_written`."""
@@ -207,7 +266,9 @@ class RunDirectory:
 
     def append_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Add a row to the metrics, given to the operating system at once; NaN and infinity become null."""
-        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        if self.follows:
+            return
+        self.require_ownership()
         assert not {"step", "split"} & values.keys(), "a metric may not be called step or split"
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         with self._errors("write", _METRICS) as path:
@@ -215,6 +276,9 @@ class RunDirectory:
 
     def sync_metrics(self) -> None:
         """Return when the metrics are on the disk: before a checkpoint, which must not be ahead of them."""
+        if self.follows:
+            return
+        self.require_ownership()
         with self._errors("write", _METRICS) as path:
             metrics_log.sync(path)
 
@@ -229,7 +293,9 @@ class RunDirectory:
         Returns:
             The number of rows that were dropped.
         """
-        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        if self.follows:
+            return 0
+        self.require_ownership()
         with self._errors("write", _METRICS) as path:
             return metrics_log.truncate(path, step)
 
@@ -241,7 +307,9 @@ class RunDirectory:
             raise _cannot(what, self.path / name, error) from error
 
     def _replace(self, name: str, data: bytes | str) -> None:
-        assert self._lock is not None, "a viewed or closed run directory is not written to"
+        if self.follows:
+            return
+        self.require_ownership()
         with self._errors("write", name) as path:
             atomic.replace(path, data)
 
@@ -253,6 +321,14 @@ class RunDirectory:
                 return dict(json.loads(path.read_text()))
             except ValueError as error:
                 raise RunDirectoryError(f"{path} is not JSON: {error}") from error
+
+
+def written_here() -> list[RunDirectory]:
+    """The run directories that this process has open for writing."""
+    return [directory for directory in _written_here if directory.is_open]
+
+
+_written_here: "weakref.WeakSet[RunDirectory]" = weakref.WeakSet()
 
 
 def _inside(root: Path, name: str) -> Path:

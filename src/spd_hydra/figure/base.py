@@ -67,7 +67,12 @@ def figures() -> list[FigureKind]:
     return list(_figures.values())
 
 
-def draw_all(evaluation: Evaluation, history: History, directory: Path) -> list[Drawn]:
+def draw_all(
+    evaluation: Evaluation,
+    history: History,
+    directory: Path,
+    require_ownership: Callable[[], None] = lambda: None,
+) -> list[Drawn]:
     """Draw every figure that applies into `<directory>/<name>.png` and tell which were written.
 
     Needs no display and changes no global setting of matplotlib. A figure that fails is logged as a
@@ -77,7 +82,9 @@ def draw_all(evaluation: Evaluation, history: History, directory: Path) -> list[
         evaluation: what to draw.
         history: rows of the metrics log for the curves; may be empty.
         directory: made if it does not exist.
+        require_ownership: called before each file is written; what it raises ends the drawing.
     """
+    require_ownership()
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     for kind in figures():
@@ -85,17 +92,23 @@ def draw_all(evaluation: Evaluation, history: History, directory: Path) -> list[
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
-                if picture is None:
-                    continue
-                _save(picture, path)
+                png = None if picture is None else _png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
+            continue
+        if png is None:
+            continue
+        require_ownership()
+        try:
+            atomic.replace(path, png)
+        except OSError as error:
+            log.warning("figure %s could not be written: %s", kind.name, error)
             continue
         drawn.append(Drawn(name=kind.name, caption=kind.caption, path=path))
     return drawn
 
 
-def _save(picture: "Figure", path: Path) -> None:
+def _png(picture: "Figure") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(picture)
@@ -105,4 +118,4 @@ def _save(picture: "Figure", path: Path) -> None:
         picture.set_layout_engine("none")
     png = io.BytesIO()
     canvas.print_png(png, metadata={"Software": None})
-    atomic.replace(path, png.getvalue())
+    return png.getvalue()

@@ -81,7 +81,7 @@ class Objective:
         active = self.losses.active_terms()
         statistics = self.statistics(inputs, active, draws, schedule)
         statistics[_SPARSITY] = self._sparsity(inputs)
-        statistics = _over_ranks(statistics)
+        statistics = over_ranks(statistics)
         sparsity = statistics.pop(_SPARSITY)
         positions = sparsity.pop("positions")
         terms = {name: term.value(statistics[name], positions) for name, term in active.items()}
@@ -154,8 +154,8 @@ class Objective:
         return active | {"positions": inputs.draws.new_tensor(float(inputs.n_positions))}
 
 
-def _over_ranks(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
-    """Statistics of the global batch, from those of this rank's rows."""
+def over_ranks(statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+    """Statistics of all rows, from those of this rank's rows."""
     if distributed.world_size() == 1:
         return statistics
     keys = [(name, key) for name, own in statistics.items() for key in own]

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_hydra import distributed
+
 BINS = 50
 
 
@@ -52,6 +54,23 @@ class Activity:
                 )
             self.sites[site] = new
         self.positions += next(iter(ci.values()))[..., 0].numel()
+
+    def over_ranks(self) -> "Activity":
+        """The counts of all ranks together."""
+        if distributed.world_size() == 1:
+            return self
+        added = [
+            tensor for site in self.sites.values() for tensor in (site.sum_ci, site.active, site.histogram)
+        ]
+        positions = torch.tensor(float(self.positions), dtype=torch.float64, device=added[0].device)
+        sums = iter(distributed.exact_sum([positions, *added]))
+        peaks = iter(distributed.elementwise_largest([site.peak for site in self.sites.values()]))
+        total = int(next(sums))
+        sites = {
+            name: SiteActivity(sum_ci=next(sums), active=next(sums), peak=next(peaks), histogram=next(sums))
+            for name in self.sites
+        }
+        return Activity(self.threshold, total, sites)
 
     def l0(self) -> dict[str, float]:
         """Mean number of active subcomponents per position, by site."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.base import Statistics
-from spd_hydra.loss.objective import Objective
+from spd_hydra.loss.objective import Objective, over_ranks
 from spd_hydra.metric.activity import Activity
 from spd_hydra.metric.contributions import neuron_contributions
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
@@ -28,7 +28,7 @@ def evaluate(
     certified: bool,
     ideal_l0: dict[str, float],
 ) -> Evaluation:
-    """Measure a decomposition on held-out data.
+    """Measure a decomposition on held-out data; several ranks measure their rows and add up.
 
     Loss terms are those of training with the same parameters, whether trained on or not, accumulated
     over all batches before they are finalised.
@@ -56,6 +56,7 @@ def evaluate(
             totals[name] = (
                 {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
             )
+    activity, totals = activity.over_ranks(), over_ranks(totals)
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
     metrics = _metrics(objective, losses, activity, verdict)
