@@ -312,7 +312,7 @@ def test_an_interrupted_run_says_so_in_its_status(
         run(toy())
     (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
     status = read_json(directory / "status.json")
-    assert (status["status"], status["error"]) == ("failed", "interrupted by the user")
+    assert (status["status"], status["error"]) == ("stopped", "interrupted by the user")
 
 
 def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from spd_hydra.checkpoint import load_newest
 from spd_hydra.config import RunConfig
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
-from spd_hydra.trainer import Interrupted, Trainer, TrainingError
+from spd_hydra.stop import Stopped
+from spd_hydra.trainer import Trainer, TrainingError
 
 Toy = Callable[..., RunConfig]
 Make = Callable[..., Trainer]
@@ -273,7 +274,7 @@ def test_ctrl_c_saves_after_the_step_that_is_running(make: Make) -> None:
 
     trainer.train_step = interrupted  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         trainer.fit()
     assert signal.getsignal(signal.SIGINT) is before
     assert trainer.step == 4
@@ -292,7 +293,7 @@ def test_a_second_ctrl_c_stops_at_once(make: Make) -> None:
     trainer.train_step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt) as raised:
         trainer.fit()
-    assert not isinstance(raised.value, Interrupted)
+    assert not isinstance(raised.value, Stopped)
     assert saved_steps(trainer) == []
 
 

@@ -7,6 +7,7 @@ import sys
 
 from hydra._internal.utils import get_args_parser
 
+from spd_hydra import distributed
 from spd_hydra.cli_help import help_text
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.composition import Composer
@@ -14,12 +15,15 @@ from spd_hydra.config_errors import invalid
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped
 
 
 def main() -> int:
     """Do what the command line says, and return the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     load_dotenv()
+    if not distributed.leads():  # what every rank would say, rank 0 says
+        logging.disable(logging.CRITICAL)
     if "--version" in sys.argv[1:]:
         print(
             *(f"{name} {importlib.metadata.version(name)}" for name in ("spd_hydra", "hydra-core", "torch"))
@@ -29,8 +33,15 @@ def main() -> int:
     try:
         return _main(arguments)
     except ConfigError as error:
-        print(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", file=sys.stderr)
+        if distributed.leads():
+            print(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", file=sys.stderr)
         return ExitCode.bad_config
+    except Stopped as stopped:
+        if distributed.leads():
+            print(
+                "Interrupted." if stopped.exit_code == ExitCode.interrupted else "Stopped.", file=sys.stderr
+            )
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return ExitCode.interrupted

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from spd_hydra import distributed
 from spd_hydra.progress import Progress, format_number
 from spd_hydra.trainer import Trainer, TrainingError
 
@@ -43,6 +44,7 @@ def begin_with_best(trainer: Trainer, initial_state: Callable[[int], dict[str, T
 
     Raises:
         TrainingError: none is left.
+        Stopped: a signal asked for it; nothing was saved.
     """
     restarts = trainer.training.restarts
     if restarts.number == 1:
@@ -50,7 +52,8 @@ def begin_with_best(trainer: Trainer, initial_state: Callable[[int], dict[str, T
     steps = max(1, int(restarts.fraction * trainer.training.steps))
     best: Beginning | None = None
     losses: list[float | None] = []
-    with Progress(steps * restarts.number, what="initialisations, step") as progress:
+    progress = Progress(steps * restarts.number, what="initialisations, step", disable=trainer.run.follows)
+    with trainer.signals.stepping(), progress:
         for number in range(restarts.number):
             trainer.set_state(initial_state(number), {}, step=0)
             try:
@@ -76,13 +79,15 @@ def begin_with_best(trainer: Trainer, initial_state: Callable[[int], dict[str, T
 
 def _first_steps(trainer: Trainer, steps: int, progress: Progress, *, done: int) -> Beginning:
     trainer.fit_weights()
+    trainer.take_from_rank_0()
     rows: list[tuple[int, dict[str, float]]] = []
     while trainer.step < steps:
         loss = trainer.train_step()
         progress.update(done + trainer.step, lambda loss=loss: loss.summary())  # type: ignore[misc]
         if trainer.is_due(trainer.training.log_every):
             rows.append((trainer.step, trainer.numbers_of(loss)))
-    measured = trainer.measure().metrics
+        trainer.stop_if_asked(saving=False)
+    measured = distributed.of_rank_0(trainer.measure().metrics)  # what decides is the same on every rank
     parameters, optimizer = trainer.state()
     return Beginning(_cloned(parameters), _cloned(optimizer), rows, measured)
 

@@ -1,20 +1,19 @@
 """What a run leaves behind at its end: summary, figures, report, verdict."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spd_hydra import report
 from spd_hydra.build import Parts
+from spd_hydra.distributed import say
 from spd_hydra.figure.base import draw_all
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import target_facts
 from spd_hydra.summary import summarise
-
-say: Callable[[str], None] = print
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +55,10 @@ def conclude(
         restarts=restarts,
     )
     history = directory.read_metrics()
-    drawn = draw_all(evaluation, history, directory.figures)
+    drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
     directory.write_summary(summary)
     path = directory.path / "report.html"
+    directory.require_ownership()
     report.write_report(
         path,
         summary=summary,

@@ -1,30 +1,36 @@
 """One run from configuration to report: the only place that knows all the parts."""
 
+import contextlib
 import dataclasses
+import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
-from spd_hydra.checkpoint import load_newest
-from spd_hydra.config import RunConfig, Task, differences, load_config, to_dict, to_yaml
+from spd_hydra.checkpoint import load_checkpoint, load_newest
+from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_dict, to_yaml
+from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.figure.base import draw_all
 from spd_hydra.logger.base import Logger
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.redaction import redact
 from spd_hydra.restarts import begin_with_best
-from spd_hydra.result import Outcome, conclude, say, steps_per_second
-from spd_hydra.run_dir import RunDirectory, Status
+from spd_hydra.result import Outcome, conclude, steps_per_second
+from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
 from spd_hydra.section import ConfigError
-from spd_hydra.trainer import Interrupted, Trainer, TrainingError
+from spd_hydra.stop import Stopped, StopSignals
+from spd_hydra.trainer import Trainer, TrainingError
 
 _MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -45,17 +51,13 @@ _MAY_CHANGE_ON_RESUME = (
 )
 
 
-class RunError(RuntimeError):
-    """The run failed for a reason that its message explains; no traceback is needed."""
-
-
 def run(
     config: RunConfig,
     *,
     run_dir: Path | None = None,
     saved: RunConfig | None = None,
 ) -> Outcome:
-    """Do what `config.task` says.
+    """Do what `config.task` says, together with the other ranks where there are several.
 
     Args:
         config: the whole configuration; for a resume, the saved one with the changes applied.
@@ -65,31 +67,89 @@ def run(
     Raises:
         ConfigError: the configuration cannot work; nothing was trained.
         RunError: training failed.
-        KeyboardInterrupt: the user stopped it.
+        Stopped: a signal asked for it.
+        KeyboardInterrupt: the user stopped it at once, with a second Ctrl-C.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    distributed.set_threads(config.threads)
     if config.task is Task.check:
         return Outcome(None, check(config))
-    if config.task is Task.analyse:
-        return analyse(config)
-    if config.resume is not None:
-        return resume(config, saved)
+    if config.task is Task.analyse:  # the work of one rank
+        return analyse(config) if distributed.leads() else Outcome(None, {})
+    signals = StopSignals()
+    on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
+    try:
+        with signals.listening(), distributed.process_group(torch.device("cuda" if on_gpu else "cpu")):
+            return _together(lambda: _lead(config, run_dir, saved, signals), lambda: _follow(config, signals))
+    except Stopped as stopped:
+        if stopped.hands_over:
+            signals.hand_over()
+        raise
+
+
+def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Outcome:
+    """Rank 0's work on rank 0 and the others' on the others; an error on one ends all."""
+    size, rank = distributed.world_size(), distributed.rank()
+    try:
+        if rank == 0:
+            return lead()
+        with _quiet():
+            return follow()
+    except BaseException as error:
+        settled = rank_errors.settle(error)
+        rank_errors.conclude(settled, size, rank)
+        if settled is error:
+            raise
+        raise settled from error
+
+
+def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, signals: StopSignals) -> Outcome:
+    """Open the run directory, tell the others where it is, and do the run."""
+    _require_rows(config)
+    if config.resume is None:
+        opened = _begin(config, run_dir)
+    else:
+        config, opened = _reopen(config, saved)
+    with opened as directory:
+        finished = _finished(config, directory)
+        told = {"path": str(directory.path.absolute()), "token": directory.token, "task": config.task.name}
+        if finished is not None:
+            steps = finished.summary["steps"]
+            say(f"{directory.path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
+            distributed.of_rank_0(told | {"finished": True})
+            return finished
+
+        def work() -> Outcome:
+            distributed.of_rank_0(told)
+            return _decompose(config, directory, signals)
+
+        return _recorded(directory, work)
+
+
+def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
+    """Do the run in the directory that rank 0 writes."""
+    told = distributed.of_rank_0()
+    if told.get("finished"):
+        return Outcome(Path(told["path"]), {})
+    config = dataclasses.replace(config, resume=None, task=Task[told["task"]])
+    directory = RunDirectory.follow(Path(told["path"]), told["token"])
+    return _recorded(directory, lambda: _decompose(config, directory, signals))
+
+
+def _begin(config: RunConfig, run_dir: Path | None) -> RunDirectory:
+    """Check everything, then make and lock the directory of a new run."""
     preflight(config)
     root = Path(config.out_dir).expanduser()
-    with RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir) as directory:
-        directory.write_config(to_yaml(config))
-        directory.write_environment(describe_environment(device_of(config).type))
-        return _recorded(directory, lambda: _decompose(config, directory))
+    directory = RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
+    return _described(directory, config)
 
 
-def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
-    """Go on with a run that was stopped, from its newest whole checkpoint.
+def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunDirectory]:
+    """Lock the directory of a run that was stopped, to go on from its newest whole checkpoint.
 
     Raises:
         ConfigError: the changes would make it another run, or one of fewer steps than are done.
     """
-    assert config.resume is not None, "resume needs a directory"
+    assert config.resume is not None, "a resume needs a directory"
     path = Path(config.resume)
     saved = saved if saved is not None else load_config(path / "config.yaml")
     changed = [
@@ -103,18 +163,49 @@ def resume(config: RunConfig, saved: RunConfig | None = None) -> Outcome:
             f"resume={path}: these changes would make it another run:\n{lines}\n"
             "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for others"
         )
-    with RunDirectory.open(path) as directory:
-        summary, status = directory.read_summary() or {}, directory.read_status() or {}
-        steps = summary.get("steps", 0)
+    config = dataclasses.replace(config, resume=None, task=saved.task)
+    with contextlib.ExitStack() as on_error:
+        directory = on_error.enter_context(RunDirectory.open(path))
         if config.train.steps < saved.train.steps:
             _require_no_more_done(directory, config)
-        if steps >= config.train.steps and status.get("status") == Status.done.value:
-            say(f"{path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
-            return Outcome(path, summary)
-        config = dataclasses.replace(config, resume=None, task=saved.task)
+        on_error.pop_all()
+    return config, directory if _finished(config, directory) else _described(directory, config)
+
+
+def _described(directory: RunDirectory, config: RunConfig) -> RunDirectory:
+    """Write down what is about to run; the directory is closed if that fails."""
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(directory.close)
         directory.write_config(to_yaml(config))
         directory.write_environment(describe_environment(device_of(config).type))
-        return _recorded(directory, lambda: _decompose(config, directory))
+        on_error.pop_all()
+    return directory
+
+
+def _finished(config: RunConfig, directory: RunDirectory) -> Outcome | None:
+    """The result of a run that has nothing left to do."""
+    summary, status = directory.read_summary() or {}, directory.read_status() or {}
+    if summary.get("steps", 0) < config.train.steps or status.get("status") != Status.done.value:
+        return None
+    return Outcome(directory.path, summary)
+
+
+def _require_rows(config: RunConfig) -> None:
+    ranks = distributed.world_size()
+    for key, rows in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
+        if rows < ranks:
+            raise ConfigError(f"{key}.batch_size: got {rows}, must be ≥ {ranks}, the number of ranks")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What every rank would log is logged by rank 0."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def check(config: RunConfig) -> dict[str, Any]:
@@ -130,7 +221,7 @@ def check(config: RunConfig) -> dict[str, Any]:
     return {"experiment": config.name, "trainable_parameters": trainable}
 
 
-def _decompose(config: RunConfig, directory: RunDirectory) -> Outcome:
+def _decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
     started = time.perf_counter()
     device = device_of(config)
     target = _target(config, directory, device)
@@ -140,9 +231,13 @@ def _decompose(config: RunConfig, directory: RunDirectory) -> Outcome:
         say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
         return Outcome(directory.path, summary)
     parts = assemble(config, target.module, device)
-    tracker = config.logger.start(directory.path, config.name, redact(to_dict(config)))
+    tracker = (
+        Logger()
+        if directory.follows
+        else config.logger.start(directory.path, config.name, redact(to_dict(config)))
+    )
     try:
-        summary = _train(config, parts, target, directory, tracker, started)
+        summary = _train(config, parts, target, directory, tracker, signals, started)
     except BaseException:
         tracker.finish(None, 1)
         raise
@@ -156,10 +251,14 @@ def _train(
     target: TrainedTarget,
     directory: RunDirectory,
     tracker: Logger,
+    signals: StopSignals,
     started: float,
 ) -> dict[str, Any]:
     def draw(evaluation: Evaluation) -> None:
-        drawn = draw_all(evaluation, directory.read_metrics(), directory.figures)
+        if directory.follows:
+            return
+        history, allowed = directory.read_metrics(), directory.require_ownership
+        drawn = draw_all(evaluation, history, directory.figures, allowed)
         tracker.log_figures(evaluation.step, {figure.name: figure.path for figure in drawn})
 
     trainer = Trainer(
@@ -171,10 +270,13 @@ def _train(
         on_figures=draw,
         run=directory,
         tracker=tracker,
+        signals=signals,
     )
     trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
     _restore(trainer, directory, config)
-    evaluation = _fit(trainer, parts, directory)
+    evaluation = _fit(trainer, parts)
+    if directory.follows:
+        return {}
     times = trainer.times()
     summary, drawn = conclude(
         directory,
@@ -190,8 +292,13 @@ def _train(
 
 
 def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> None:
-    """Go on from the newest whole checkpoint, if there is one."""
-    checkpoint = load_newest(directory.checkpoints)
+    """Go on from the newest whole checkpoint, if there is one; the others from the one that rank 0 found."""
+    if directory.follows:
+        name = distributed.of_rank_0()
+        checkpoint = None if name is None else load_checkpoint(directory.checkpoints / name)
+    else:
+        checkpoint = load_newest(directory.checkpoints)
+        distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
     if checkpoint is None:
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
         return
@@ -208,30 +315,31 @@ def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def _fit(trainer: Trainer, parts: Parts, directory: RunDirectory) -> Evaluation:
-    hint = f"spd-run {shlex.quote(f'resume={directory.path}')}"
+def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
     try:
         if trainer.step == 0:
             begin_with_best(trainer, parts.initial_state)
         return trainer.fit()
     except TrainingError as error:
         raise RunError(str(error)) from error
-    except Interrupted:
-        say(f"saved at step {trainer.step}; go on with: {hint}")
-        raise
-    except KeyboardInterrupt:
-        if any(directory.checkpoints.glob("step_*")):
-            say(f"stopped without saving; go on from the newest checkpoint with: {hint}")
-        else:
-            say(f"stopped before anything was saved; begin again in the same directory with: {hint}")
-        raise
 
 
 def _target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
+    """The run's target: rank 0 sees to it that there is one, the others read it."""
+    if directory.follows:
+        distributed.of_rank_0()
+        return read_target(config, directory.path, device)
+    target = _own_target(config, directory, device)
+    distributed.of_rank_0("the target is in the run directory")
+    return target
+
+
+def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
     """The run's own target if it has one already, else from the cache, else trained now."""
     if (directory.path / TARGET_FILE).exists():
         return read_target(config, directory.path, device)
     target = obtain(config, device)
+    directory.require_ownership()
     write_target(target, directory.path)
     if target.certified and target.tries > 1 and not target.cached:
         say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
@@ -244,15 +352,32 @@ def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
     try:
         outcome = work()
     except BaseException as error:
-        text = (
-            "interrupted by the user"
-            if isinstance(error, KeyboardInterrupt)
-            else f"{type(error).__name__}: {error}"
-        )
-        directory.write_status(Status.failed, step=_last_step(directory), error=text)
-        raise
+        settled = rank_errors.settle(error, directory)
+        with contextlib.suppress(RunDirectoryError):  # there is a first error to tell
+            _record_end(directory, settled)
+        if settled is error:
+            raise
+        raise settled from error
     directory.write_status(Status.done, step=int(outcome.summary.get("steps", 0)))
     return outcome
+
+
+def _record_end(directory: RunDirectory, error: BaseException) -> None:
+    if not isinstance(error, KeyboardInterrupt):
+        directory.write_status(
+            Status.failed, step=_last_step(directory), error=f"{type(error).__name__}: {error}"
+        )
+        return
+    text = str(error) if isinstance(error, Stopped) else "interrupted by the user"
+    saved = error.step if isinstance(error, Stopped) else None
+    directory.write_status(Status.stopped, step=_last_step(directory) if saved is None else saved, error=text)
+    hint = f"spd-run {shlex.quote(f'resume={directory.path}')}"
+    if saved is not None:
+        say(f"saved at step {saved}; go on with: {hint}")
+    elif any(directory.checkpoints.glob("step_*")):
+        say(f"stopped without saving; go on from the newest checkpoint with: {hint}")
+    else:
+        say(f"stopped before anything was saved; begin again in the same directory with: {hint}")
 
 
 def _last_step(directory: RunDirectory) -> int:

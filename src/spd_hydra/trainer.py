@@ -2,16 +2,15 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spd_hydra import distributed
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.logger.base import Logger
@@ -23,6 +22,7 @@ from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
 from spd_hydra.step import Step
+from spd_hydra.stop import StopSignals
 from spd_hydra.trainer_config import Evaluation, Training
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what to try."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by the user at a step boundary, after saving a checkpoint."""
-
-
 class Trainer:
-    """Trains subcomponents and causal-importance function of one decomposition.
+    """Trains subcomponents and causal-importance function of one decomposition; ranks do the same steps.
 
     Args:
         objective: the loss and the model.
@@ -48,6 +44,7 @@ class Trainer:
         on_figures: called with an evaluation whose figures are due.
         run: receives metrics and checkpoints.
         tracker: receives metrics too.
+        signals: says when to stop.
     """
 
     def __init__(
@@ -61,11 +58,13 @@ class Trainer:
         on_figures: Callable[[EvaluationResult], None],
         run: RunDirectory,
         tracker: Logger,
+        signals: StopSignals | None = None,
     ) -> None:
         self.objective, self.model = objective, objective.model
         self.training, self.evaluation = training, evaluation
         self.sampler, self.evaluate, self.on_figures = sampler, evaluate, on_figures
         self.run, self.tracker = run, tracker
+        self.signals = StopSignals() if signals is None else signals
         self.step = 0
         self.started = time.perf_counter()  # moved back by what earlier sessions of the run took
         self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
@@ -78,19 +77,20 @@ class Trainer:
         self.loss_and_gradients = Step(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
         self.gradient_norms: dict[str, Tensor] = {}
-        self._stop_requested = False
 
     def fit(self) -> EvaluationResult:
         """Train to the last step and return the last evaluation.
 
         Raises:
             TrainingError: the loss or its gradient is no longer finite.
-            Interrupted: the user pressed Ctrl-C; a checkpoint was saved.
+            Stopped: a signal asked for it; a checkpoint was saved.
         """
         if self.step == 0:
             self.fit_weights()
+        self.take_from_rank_0()
         result = None
-        with Progress(self.training.steps, self.step) as progress, self._ctrl_c_stops_at_step_boundary():
+        progress = Progress(self.training.steps, self.step, disable=self.run.follows)
+        with self.signals.stepping(), progress:
             while self.step < self.training.steps:
                 loss = self.train_step()
                 progress.update(self.step, lambda loss=loss: loss.summary())  # type: ignore[misc]
@@ -100,9 +100,8 @@ class Trainer:
                     result = self._evaluate()
                 if self.is_due(self.training.checkpoint_every):
                     self.save()
-                if self._stop_requested and self.step < self.training.steps:
-                    self.save()
-                    raise Interrupted
+                if self.step < self.training.steps:
+                    self.stop_if_asked()
         # A run that was stopped after its last checkpoint has logged this evaluation already.
         return result if result is not None else self.evaluate(self.step)
 
@@ -116,6 +115,25 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and optimiser moments, as `set_state` takes them; the training goes on changing them."""
         return self.model.trainable_state(), state_tensors(self.optimizer, self._named_parameters())
+
+    def take_from_rank_0(self) -> None:
+        """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little."""
+        parameters, optimizer = self.state()
+        distributed.take_from_rank_0([*parameters.values(), *optimizer.values()])
+
+    def stop_if_asked(self, *, saving: bool = True) -> None:
+        """At the end of a step, where all is whole: if any rank is asked to, save, if asked here, and end.
+
+        Raises:
+            Stopped: it was asked to.
+        """
+        stopped = self.signals.agreed()
+        if stopped is None:
+            return
+        if saving:
+            self.save()
+            stopped.step = self.step
+        raise stopped
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
@@ -157,12 +175,16 @@ class Trainer:
         optimizer.zero_grad()
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, from which all ranks go on."""
+        self.take_from_rank_0()
+        if self.run.follows:
+            return
         self.run.sync_metrics()
         parameters, optimizer = self.state()
         tensors = {"model": parameters, "optimizer": optimizer}
         state = {"step": self.step, "facts": self.facts, "times": self.times()}
-        save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.training.keep_checkpoints)
+        keep, allowed = self.training.keep_checkpoints, self.run.require_ownership
+        save_checkpoint(self.run.checkpoints, self.step, tensors, state, keep, allowed)
         self.run.write_status(Status.running, self.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -259,23 +281,3 @@ class Trainer:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - started
-
-    @contextmanager
-    def _ctrl_c_stops_at_step_boundary(self) -> Iterator[None]:
-        """The first Ctrl-C asks for a stop after this step, where all is whole; the second ends at once."""
-
-        def request_stop(number: int, frame: FrameType | None) -> Any:
-            if self._stop_requested:
-                raise KeyboardInterrupt
-            self._stop_requested = True
-            logger.warning("stopping after this step to save a checkpoint; Ctrl-C again stops at once")
-
-        try:
-            before = signal.signal(signal.SIGINT, request_stop)
-        except ValueError:  # not the main thread: nobody sends it Ctrl-C
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)

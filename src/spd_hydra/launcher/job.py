@@ -17,7 +17,7 @@ from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.launcher.local_ranks import local_ranks
 from spd_hydra.result import Outcome
-from spd_hydra.run import resume, run
+from spd_hydra.run import run
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class RunJob:
 def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | None) -> Outcome:
     """Begin a run, or go on with the one that its directory holds already: the job was requeued."""
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
-        return resume(dataclasses.replace(config, resume=run_dir), config)
+        return run(dataclasses.replace(config, resume=run_dir), saved=config)
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 

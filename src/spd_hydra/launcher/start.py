@@ -10,6 +10,7 @@ import yaml
 
 from spd_hydra import atomic
 from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.distributed import say
 from spd_hydra.environment import code_digest, describe_environment
 from spd_hydra.launcher import slurm, watch
 from spd_hydra.launcher.job import RunJob
@@ -21,7 +22,6 @@ from spd_hydra.overrides import without_hydra
 from spd_hydra.plan import Job
 from spd_hydra.redaction import redact, redact_command
 from spd_hydra.report.sweep import SweepRow
-from spd_hydra.result import say
 from spd_hydra.section import ConfigError
 
 
