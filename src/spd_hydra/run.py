@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
-from spd_hydra.checkpoint import load_checkpoint, load_newest
+from spd_hydra.checkpoint import CheckpointError, load_checkpoint, load_newest
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_dict, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
@@ -364,9 +365,10 @@ def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
 
 def _record_end(directory: RunDirectory, error: BaseException) -> None:
     if not isinstance(error, KeyboardInterrupt):
-        directory.write_status(
-            Status.failed, step=_last_step(directory), error=f"{type(error).__name__}: {error}"
-        )
+        foreseen = isinstance(error, RunError | RunDirectoryError | CheckpointError | ConfigError)
+        trace = None if foreseen else "".join(traceback.format_exception(error))
+        text = f"{type(error).__name__}: {error}"
+        directory.write_status(Status.failed, _last_step(directory), error=text, traceback=trace)
         return
     text = str(error) if isinstance(error, Stopped) else "interrupted by the user"
     saved = error.step if isinstance(error, Stopped) else None

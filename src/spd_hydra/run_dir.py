@@ -215,7 +215,9 @@ class RunDirectory:
         """Save the result of the run."""
         self._replace(_SUMMARY, to_json(summary, indent=2))
 
-    def write_status(self, status: Status, step: int, error: str | None = None) -> None:
+    def write_status(
+        self, status: Status, step: int, error: str | None = None, traceback: str | None = None
+    ) -> None:
         """Say how far the run is. The time of the first start survives resumes."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         before = self.read_status() or {}
@@ -223,6 +225,7 @@ class RunDirectory:
             "status": status.value,
             "step": step,
             "error": None if error is None else redact_text(error),
+            "traceback": None if traceback is None else redact_text(traceback),
             "started": before.get("started", now),
             "updated": now,
             "finished": now if status in {Status.done, Status.failed} else None,

@@ -30,15 +30,11 @@ class Cluster:
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         """Call `spd-run` with a small run and some words, and go on."""
+        launcher = ["launcher=slurm", "launcher.gpus=0", "launcher.poll_seconds=0.5"]
+        if any(word.startswith("launcher=") for word in words):
+            launcher = []
         return subprocess.Popen(
-            [
-                SPD_RUN,
-                "debug=smoke",
-                "launcher=slurm",
-                "launcher.gpus=0",
-                "launcher.poll_seconds=0.5",
-                *words,
-            ],
+            [SPD_RUN, "debug=smoke", *launcher, *words],
             cwd=self.folder,
             env=self.environment | environment,
             stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from spd_hydra.environment import code_digest, command_line
 from spd_hydra.launcher.local_ranks import local_ranks
 from spd_hydra.result import Outcome
 from spd_hydra.run import run
+from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,15 @@ class RunJob:
     ranks: int = 1
 
     def __call__(self) -> dict[str, Any]:
-        """Do the run, or go on with it, and return its summary."""
-        return self.outcome().summary
+        """Do the run, or go on with it, and return its summary.
+
+        Raises:
+            SystemExit: a signal stopped it; it saved.
+        """
+        try:
+            return self.outcome().summary
+        except Stopped as stopped:
+            sys.exit(stopped.exit_code)
 
     def outcome(self) -> Outcome:
         """Do the run, or go on with it."""

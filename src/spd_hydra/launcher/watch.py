@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,8 +101,11 @@ def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) ->
 def _ended(sweep_dir: Path, row: SweepRow, state: SchedulerState) -> SweepRow:
     """A job that has ended and is not done: its own words if it left any, else the scheduler's."""
     how = " ".join(part for part in (state.name, state.exit_code) if part)
-    if row.error is not None and row.state in {"failed", "stopped"}:
-        return dataclasses.replace(row, state="failed", exit=how)
+    if row.error is not None and row.state == "failed":
+        return dataclasses.replace(row, exit=how)
+    if row.state == "stopped":
+        hint = f"go on with spd-run {shlex.quote(f'resume={sweep_dir / str(row.job)}')}"
+        return dataclasses.replace(row, state="failed", exit=how, error=f"{row.error}; {hint}")
     what = "ended before it began" if row.state == "missing" else "ended without a word"
     log = "" if row.id is None else f"; log: {log_paths(submission_folder(sweep_dir), row.id)[1]}"
     return dataclasses.replace(row, state="failed", exit=how, error=f"{what} ({how}){log}")
