@@ -123,7 +123,7 @@ def _section_of(annotation: Any) -> tuple[type[Section] | None, str]:
 def _line(key: str, default: str, field: dataclasses.Field[Any]) -> str:
     limits = bounds_text(field)
     meaning = field.metadata.get("help", "") + (f" ({limits})" if limits else "")
-    return f"    {key:46}{default:12} {meaning}"
+    return f"    {key:46}{default:18} {meaning}"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -144,7 +144,9 @@ def _shown_default(field: dataclasses.Field[Any], values: Section | None) -> str
         return value.name
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
-    return "{}" if value == {} else str(value)
+    if isinstance(value, dict):  # as it would be typed
+        return f"{{{','.join(f'{name}:{item}' for name, item in value.items())}}}"
+    return str(value)
 
 
 def _first_line(cls: type[Section]) -> str:

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -53,6 +54,31 @@ def test_every_experiment_has_a_meaning(text: str) -> None:
 def test_meaning_default_and_range_stand_in_one_line(text: str) -> None:
     (line,) = re.findall(r"^    train\.batch_size .*$", text, flags=re.MULTILINE)
     assert line.split(maxsplit=2) == ["train.batch_size", "256", "rows of the global batch (≥ 1)"]
+
+
+def test_every_choice_among_names_is_listed(text: str) -> None:
+    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith("    ") and line.split()}
+    choices = [
+        (
+            re.sub(r"^decomposition\.sites\.\w+", "decomposition.sites.<name>", f"{prefix}.{name}").lstrip(
+                "."
+            ),
+            value,
+        )
+        for prefix, section in sections(compose([]))
+        for name, value in vars(section).items()
+        if isinstance(value, Enum)
+    ]
+    assert len(choices) > 8
+    for key, value in choices:
+        if key in lines:  # else it is like another section, see above
+            names = set(re.findall(r"\w+", lines[key].partition(value.name)[2]))
+            assert {member.name for member in type(value)} <= names, f"{key} does not say what it may be"
+
+
+def test_a_mapping_is_shown_as_it_would_be_typed(text: str) -> None:
+    (line,) = re.findall(r"^    decomposition\.tied .*$", text, flags=re.MULTILINE)
+    assert line.split()[1] == "{unembed:embed}"
 
 
 def test_the_examples_can_be_composed(text: str) -> None:

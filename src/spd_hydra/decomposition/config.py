@@ -29,5 +29,11 @@ class Decomposition(Section):
     use_delta: bool = option(
         True, "treat what the subcomponents leave over as one more, randomly masked, piece"
     )
-    sigmoid: Sigmoid = option(Sigmoid.leaky_hard, "pair of functions from z to causal importance")
-    init: Init = option(Init.normal, "how V and U start")
+    sigmoid: Sigmoid = option(
+        Sigmoid.leaky_hard,
+        "from z to causal importance: leaky_hard | leaky_hard_paper (slope below 0 in the value too) | hard "
+        "(no leak) | sigmoid",
+    )
+    init: Init = option(
+        Init.normal, "how V and U start: normal | aligned (unit vectors scaled to fit the weights)"
+    )

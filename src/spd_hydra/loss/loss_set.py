@@ -22,7 +22,7 @@ def _recon(masks: MaskSource, routing: Routing, meaning: str) -> Recon:
 class LossSet(Section):
     """The training loss: Σ coeff · term."""
 
-    divergence: Divergence = option(Divergence.mse, "distance between outputs in all recon terms")
+    divergence: Divergence = option(Divergence.mse, "distance between outputs in all recon terms: mse | kl")
     faithfulness: Faithfulness = option(
         default_factory=Faithfulness, help="mean squared entry of the weight deltas"
     )
