@@ -124,16 +124,15 @@ def test_a_saved_file_loads_back(tmp_path: Path) -> None:
 
 def test_every_value_of_the_first_level_survives_the_round_trip() -> None:
     original = without_extra()
-    for field, value in {
-        "task": Task.analyse,
-        "device": Device.cuda,
-        "seed": 12,
-        "run": "outputs/α",
-        "resume": "12",
-        "allow_extra": True,
-    }.items():
-        again = from_dict(yaml.safe_load(to_yaml(dataclasses.replace(original, **{field: value}))))
-        assert getattr(again, field) == value
+    for values in (
+        {"task": Task.analyse, "run": "outputs/α"},
+        {"device": Device.cuda},
+        {"seed": 12},
+        {"resume": "12"},
+        {"allow_extra": True},
+    ):
+        again = from_dict(yaml.safe_load(to_yaml(dataclasses.replace(original, **values))))
+        assert {field: getattr(again, field) for field in values} == values
 
 
 @pytest.mark.parametrize(

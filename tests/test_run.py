@@ -271,7 +271,9 @@ def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
 
 def test_analysing_needs_a_run_with_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run: task=analyse needs the directory of a run"):
-        run(toy("task=analyse"))
+        toy("task=analyse")
+    with pytest.raises(ConfigError, match=r"run: got there, which only task=analyse reads; .*resume="):
+        toy("run=there")
     with pytest.raises(ConfigError, match=f"run: {tmp_path} is no run directory: it holds no config.yaml"):
         run(toy("task=analyse", f"run={tmp_path}"))
     empty = directory_of(run(toy("task=train_target")))

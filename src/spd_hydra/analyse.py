@@ -1,11 +1,12 @@
 """`task=analyse`: a finished or stopped run measured again."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from spd_hydra.build import assemble, device_of
 from spd_hydra.checkpoint import Checkpoint, load_newest
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.config import Device, RunConfig, load_config
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import read_target
@@ -15,14 +16,14 @@ from spd_hydra.section import ConfigError
 def analyse(config: RunConfig) -> Outcome:
     """Measure the newest checkpoint of a run: metrics, figures, report and summary, into its directory.
 
+    Everything is as the run's saved configuration says; only the device may be another.
+
     Raises:
-        ConfigError: no directory was named, it is none of a run, or it holds no checkpoint.
+        ConfigError: the directory is none of a run, or it holds no checkpoint.
     """
-    if config.run is None:
-        raise ConfigError(
-            "run: task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
-        )
+    assert config.run is not None, "checked with the configuration"
     path = Path(config.run)
+    wanted = config.device
     try:
         config = load_config(path / "config.yaml")
     except ConfigError as error:
@@ -31,6 +32,8 @@ def analyse(config: RunConfig) -> Outcome:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
+        if wanted is not Device.auto:  # the machine that measures may have no GPU where the run had one
+            config = dataclasses.replace(config, device=wanted)
         device = device_of(config)
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device)

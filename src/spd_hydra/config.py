@@ -81,6 +81,14 @@ class RunConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        if self.task is Task.analyse and self.run is None:
+            yield Problem(
+                "run", "task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
+            )
+        if self.task is not Task.analyse and self.run is not None:
+            yield Problem(
+                "run", f"got {self.run}, which only task=analyse reads; to go on with a run use resume="
+            )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
         if not self.decomposition.sites:

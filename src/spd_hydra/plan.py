@@ -6,9 +6,11 @@ from pathlib import Path
 
 from spd_hydra.build import preflight
 from spd_hydra.composition import Composer, apply_overrides
-from spd_hydra.config import KIND, RunConfig, load_config, to_dict, to_yaml
+from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
 from spd_hydra.overrides import read, without_hydra
 from spd_hydra.section import ConfigError
+
+_OF_ANALYSE = ("task", "run", "device", "threads", "launcher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,13 +96,31 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
     """
     directory = _resumed(overrides)
     if directory is None:
-        return Job(overrides=list(overrides), config=composer.run_config(overrides))
+        config = composer.run_config(overrides)
+        if config.task is Task.analyse:
+            _require_only(_OF_ANALYSE, overrides)
+        return Job(overrides=list(overrides), config=config)
     try:
         saved = load_config(Path(directory) / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
     config = apply_overrides(saved, overrides, config_dir=config_dir)
     return Job(overrides=list(overrides), config=config, saved=saved)
+
+
+def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
+    """Nothing that is typed may go unheard: task=analyse takes all other keys from the run."""
+    read_words = [(text, read(text)) for text in without_hydra(overrides)]
+    others = [
+        text
+        for text, word in read_words
+        if word is not None and word.key_or_group.partition(".")[0] not in keys
+    ]
+    if others:
+        raise ConfigError(
+            f"task=analyse measures a run as it was configured, so it takes {', '.join(keys)} only; "
+            f"leave out {' '.join(others)}"
+        )
 
 
 def _resumed(overrides: Sequence[str]) -> str | None:

@@ -82,6 +82,11 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
         (["-m", "seed=0,1", "model=null"], "model: got null; choose one of "),
         (["-m", "seed="], "seed: got nothing, must be a whole number ≥ 0"),
         (["out_dir=~/x"], "out_dir=~/x: not understood; write ~ as $HOME, or in quotes: 'out_dir=\"~/x\"'"),
+        (
+            ["task=analyse", "run=there", "device=cpu", "threads=2", "hydra.verbose=true", "eval.batches=9"],
+            "task=analyse measures a run as it was configured, so it takes task, run, device, threads, "
+            "launcher only; leave out eval.batches=9",
+        ),
         (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
     ],
 )
