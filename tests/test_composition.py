@@ -266,6 +266,11 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
             "(given as +decomposition.sites.x={pattern:hidden.0,C:8})",
         ),
         (
+            "++loss.extra={mine:{coeff:1}}",
+            "loss.extra.mine: names no term; choose the one of a plug-in: "
+            "'+loss_term@loss.extra.mine=<term>_schema'",
+        ),
+        (
             "++decomposition.sites.x=8",
             "decomposition.sites.x: decomposition.sites has no entry x, only embed, unembed. An entry is "
             "added whole: '++decomposition.sites={x:{pattern:…,C:…}}' (given as ++decomposition.sites.x=8)",

@@ -1,6 +1,7 @@
 """All terms of the training loss. Every term is always there; a coefficient of 0 switches it off."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 from spd_hydra.decomposition.masks import MaskSource
@@ -10,7 +11,7 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.recon import Recon
-from spd_hydra.section import Section, option
+from spd_hydra.section import Problem, Section, option
 
 
 def _recon(masks: MaskSource, routing: Routing, meaning: str) -> Recon:
@@ -45,6 +46,13 @@ class LossSet(Section):
     )
     unmasked_recon: Recon = _recon(MaskSource.unmasked, Routing.all, "all subcomponents on, no weight delta")
     extra: dict[str, Loss] = option(default_factory=dict, help="further terms, e.g. from plug-ins")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        for name, term in self.extra.items():
+            if type(term) is Loss:
+                choice = f"'+loss_term@loss.extra.{name}=<term>_schema'"
+                yield Problem(f"extra.{name}", f"names no term; choose the one of a plug-in: {choice}")
 
     def terms(self) -> dict[str, Loss]:
         """Every term by name, also those that are switched off."""
