@@ -263,6 +263,7 @@ def test_sparsity_draws_the_ideal_and_the_expected_counts(synthetic: Any) -> Non
         for axes in picture.axes
     ]
     assert levels == [{0.25}, {5.0}]
+    assert [axes.get_xlim()[0] for axes in picture.axes] == [0, 0]
 
 
 # ---- the arithmetic behind --------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def _draw_curves(axes: "Axes", found: dict[str, Series], names: list[str], known
                       linewidth=1.0 if many and name != "total" else 1.6)  # fmt: skip
         if name in known and not many:
             axes.axhline(known[name], color=colour, linewidth=1.1, linestyle=KNOWN)
+    axes.set_xlim(left=0)  # the first evaluation is not the beginning; ticks at round numbers
     label_steps(axes)
     if not found:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=MUTED)
