@@ -87,9 +87,9 @@ def obtain_target(
             _write_cache(target, path)
     if not target.certified:
         logger.warning(
-            "No target was certified in %d tries; this is the best of them, and no decomposition of it "
+            "No target was certified in %s, and no decomposition of it "
             "counts as solved. Raise model.training.max_tries or change the recipe; see the summary.",
-            target.tries,
+            "1 try" if target.tries == 1 else f"{target.tries} tries; this is the best of them",
         )
     return target
 
