@@ -1,5 +1,6 @@
 """Checkpoints survive kills, full disks and damaged bytes, and give back exactly what was saved."""
 
+import contextlib
 import errno
 import json
 import math
@@ -23,6 +24,7 @@ from spd_hydra.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_newest,
+    require_whole,
     save_checkpoint,
     verify,
 )
@@ -254,6 +256,44 @@ def test_a_manifest_cannot_lead_outside_its_checkpoint(tmp_path: Path) -> None:
     assert "outside its directory" in verify(path)[0]
 
 
+@pytest.mark.parametrize("entry", [None, "sha256", {}, {"bytes": 4}, {"sha256": "0"}])
+def test_a_manifest_without_size_and_digest_of_a_file_is_refused(tmp_path: Path, entry: Any) -> None:
+    path = save(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("digest")
+    content["files"]["model.safetensors"] = entry
+    (path / "manifest.json").write_bytes(manifest._sealed(content))
+    with pytest.raises(CheckpointError, match="without their size and digest"):
+        load_checkpoint(path)
+
+
+def test_checkpoints_without_a_state_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("digest")
+    del content["files"]["state.json"]
+    (path / "manifest.json").write_bytes(manifest._sealed(content))
+    with pytest.raises(CheckpointError, match=r"it has no state\.json"):
+        load_checkpoint(path)
+
+
+def test_a_whole_checkpoint_is_required_only_where_there_are_any(tmp_path: Path) -> None:
+    require_whole(tmp_path / "missing")
+    require_whole(tmp_path)
+    save(tmp_path, 1)
+    flip_one_bit(save(tmp_path, 2) / "state.json")
+    require_whole(tmp_path)
+    flip_one_bit(tmp_path / "step_1" / "state.json")
+    with pytest.raises(CheckpointError, match=r"(?s)2 checkpoints and none is whole.*step_2 .*step_1 "):
+        require_whole(tmp_path)
+
+
+def test_a_run_directory_that_was_removed_stays_removed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file or directory; there is none from before"):
+        save(tmp_path / "gone" / "checkpoints", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
@@ -446,6 +486,46 @@ def test_the_newest_are_kept_and_damaged_ones_do_not_count(tmp_path: Path) -> No
     assert steps_in(tmp_path) == {2, 3, 4}, "3 is damaged, so 2 is the second that counts"
     save(tmp_path, 5, keep=2)
     assert steps_in(tmp_path) == {4, 5}
+
+
+def random_history(directory: Path, rng: random.Random) -> int:
+    """Saves, kills inside saves, full disks and damage, after each of which a whole checkpoint is there."""
+    save(directory, rng.randint(0, 9), keep=rng.randint(1, 4))
+    for _ in range(rng.randint(2, 6)):
+        whole = [path for path in directory.glob("step_*") if not verify(path)]
+        step, keep = rng.randint(0, 99), rng.randint(1, 4)
+        what = rng.choice(["save", "kill", "full", "damage"])
+        if what == "damage" and len(whole) > 1:  # the last whole one is taken away by nobody but a disk
+            DAMAGES[rng.choice(sorted(DAMAGES))](rng.choice(whole) / rng.choice(FILES))
+        elif what == "kill":
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    with interrupt_at(rng.randint(0, 60), kill_self):
+                        save(directory, step, keep=keep)
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+        elif what == "full":
+            with interrupt_at(rng.randint(0, 60), fail_with_full_disk), contextlib.suppress(CheckpointError):
+                save(directory, step, keep=keep)
+        else:
+            save(directory, step, keep=keep)
+            assert verify(directory / f"step_{step}") == []
+        assert any(not verify(path) for path in directory.glob("step_*")), what
+    assert load_newest(directory, lambda message: None) is not None
+    return len(list(directory.glob("step_*")))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_in_a_thousand_random_histories_a_whole_checkpoint_is_always_left(quick_path: Path) -> None:
+    rng, left = random.Random(0), []
+    for number in range(1000):
+        left.append(random_history(quick_path / str(number), rng))
+        shutil.rmtree(quick_path / str(number))
+    assert min(left) == 1
+    assert max(left) > 3
 
 
 def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:

@@ -7,18 +7,19 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from spd_hydra.checkpoint import load_checkpoint, save_checkpoint
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from spd_hydra.config import RunConfig, load_config, sections
 from spd_hydra.result import Outcome
 from spd_hydra.run import run
-from spd_hydra.run_dir import RunDirectoryError
-from spd_hydra.section import ConfigError
+from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.section import ConfigError, Section
 
 Toy = Callable[..., RunConfig]
 STEPS, SAVED_EVERY = 12, 3
@@ -30,8 +31,9 @@ CADENCE = [
 ]
 
 # Runs histories, each a list of moments to be killed at. Every attempt is a fork, so that one import of
-# torch serves them all. A moment is the number of a file operation inside the run's directory (as Python's
-# audit hooks see them: before a file is opened, renamed or removed) or of a training step.
+# torch serves them all. A moment is the number of a training step, or of a file operation inside the run's
+# directory (as Python's audit hooks see them: before a file is opened, renamed or removed), of all of them or
+# of those of saves.
 DRIVER = """
 import dataclasses, json, os, signal, sys, traceback
 from pathlib import Path
@@ -43,9 +45,9 @@ import spd_hydra.run as module
 
 out, words, histories = json.loads(sys.argv[1])
 module.draw_all = lambda *arguments: []
-step = Trainer.train_step
-counted = {"files": 0, "steps": 0}
-doom = {}
+step, save = Trainer.train_step, Trainer.save
+counted = {"files": 0, "saving": 0, "steps": 0}
+doom, saving = {}, []
 
 def count(what):
     counted[what] += 1
@@ -55,13 +57,20 @@ def count(what):
 def heard(event, arguments):
     if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and out in str(arguments[0]):
         count("files")
+        if saving:
+            count("saving")
+
+def marked_save(self):
+    saving.append(True)
+    save(self)
+    saving.pop()
 
 def counting_step(self):
     count("steps")
     return step(self)
 
 sys.addaudithook(heard)
-Trainer.train_step = counting_step
+Trainer.train_step, Trainer.save = counting_step, marked_save
 
 def attempt(directory, root):
     if directory is None:
@@ -80,7 +89,7 @@ for name, moments in histories.items():
             try:
                 doom.update(moment)
                 attempt(begun(root), root)
-                (Path(out) / "files").write_text(str(counted["files"]))
+                (Path(out) / "counted").write_text(json.dumps(counted))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -88,18 +97,18 @@ for name, moments in histories.items():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code == 0 or (code == -signal.SIGKILL and moment), (name, moment, code)
         killed += code != 0
-    files = int((Path(out) / "files").read_text())
-    print(json.dumps({"history": name, "killed": killed, "files": files}), flush=True)
+    told = json.loads((Path(out) / "counted").read_text())
+    print(json.dumps({"history": name, "killed": killed, "counted": told}), flush=True)
 """
 
 Moment = dict[str, int]
 
 
 class Played(NamedTuple):
-    """How often each history was killed, and the number of file operations of the last attempt."""
+    """How often each history was killed; steps and file operations of the last attempt."""
 
     killed: dict[str, int]
-    operations: int
+    counted: dict[str, int]
 
 
 def play(folder: Path, words: list[str], histories: dict[str, list[Moment]]) -> Played:
@@ -115,7 +124,7 @@ def play(folder: Path, words: list[str], histories: dict[str, list[Moment]]) -> 
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"history"')]
     assert [row["history"] for row in told] == list(histories)
-    return Played({row["history"]: row["killed"] for row in told}, told[-1]["files"])
+    return Played({row["history"]: row["killed"] for row in told}, told[-1]["counted"])
 
 
 def result_of(root: Path) -> dict[str, Any]:
@@ -153,18 +162,19 @@ def require_identical(folder: Path, histories: dict[str, list[Moment]]) -> None:
 
 
 def killed_everywhere(folder: Path, words: list[str], number: int, seed: int) -> None:
-    """Kill at random steps and at random file operations, up to three times in a row, and compare."""
-    operations = play(folder, words, {"undisturbed": []}).operations
-    assert operations > 50
+    """Kill at random steps, anywhere and inside saves, up to three times in a row, and compare."""
+    counted = play(folder, words, {"undisturbed": []}).counted
+    assert counted["steps"] == STEPS
+    assert counted["files"] > counted["saving"] > 40
     rng = random.Random(seed)
 
     def moment() -> Moment:
-        if rng.random() < 0.5:
-            return {"steps": rng.randint(1, STEPS)}
-        return {"files": rng.randint(1, operations)}
+        what = rng.choice(sorted(counted))
+        return {what: rng.randint(1, counted[what])}
 
     histories = {f"history_{n}": [moment() for _ in range(rng.randint(1, 3))] for n in range(number)}
     killed = play(folder, words, histories).killed
+    print(f"{sum(killed.values())} kills in {number} histories")
     assert sum(killed.values()) >= number
     require_identical(folder, histories)
 
@@ -270,11 +280,10 @@ def test_without_a_whole_checkpoint_nothing_is_restarted_silently(finished: Path
     (finished / "summary.json").unlink()
     for weights in finished.glob("checkpoints/*/model.safetensors"):
         weights.write_bytes(b"")
-    before = digests(finished / "checkpoints")
-    with pytest.raises(Exception, match="none is whole"):
+    before = digests(finished)
+    with pytest.raises(CheckpointError, match="none is whole"):
         run(resumed(finished))
-    assert digests(finished / "checkpoints") == before
-    assert json.loads((finished / "status.json").read_text())["status"] == "failed"
+    assert digests(finished) == before
 
 
 def test_a_run_without_any_checkpoint_starts_again_without_rows_of_the_first_attempt(finished: Path) -> None:
@@ -370,6 +379,53 @@ def test_changes_that_make_another_run_are_refused_with_a_list(finished: Path) -
         assert f"\n  {line}\n" in text
     assert "train.steps:" not in text
     assert digests(finished) == before
+
+
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[Section, str, str]]:
+    """Every value of a configuration: the section that holds it, its name there, its full key."""
+    for key, inner in sections(section):
+        for field in dataclasses.fields(inner):
+            value = getattr(inner, field.name)
+            if not isinstance(value, Section | dict):
+                yield inner, field.name, f"{key}.{field.name}" if key else field.name
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, Enum):
+        return next((other for other in type(value) if other is not value), value)
+    if isinstance(value, int | float):
+        return value + 1
+    return [*value, 1] if isinstance(value, list) else f"{value or ''}x"
+
+
+def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
+    keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
+    may_change = set()
+    with RunDirectory.open(finished):  # so that a change that is allowed gets no further than the lock
+        before = digests(finished)
+        for key in keys:
+            config = resumed(finished)
+            section, name, _ = next(leaf for leaf in leaves(config) if leaf[2] == key)
+            old = getattr(section, name)
+            setattr(section, name, another(old))
+            if key == "resume":
+                continue
+            with pytest.raises((ConfigError, RunDirectoryError)) as raised:
+                run(config, saved=load_config(finished / "config.yaml"))
+            if isinstance(raised.value, RunDirectoryError):
+                assert "is being written by" in str(raised.value)
+                may_change.add(key)
+            else:
+                assert f"\n  {key}: " in str(raised.value)
+        assert digests(finished) == before
+    assert may_change == {
+        "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
+        "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
+        "out_dir", "cache_dir", "task", "run", "allow_extra",
+    }  # fmt: skip
+    assert len(keys) - len(may_change) > 60
 
 
 def test_a_directory_that_is_no_run_is_refused_in_words(toy: Toy, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def save_checkpoint(
     """Write `directory/step_<step>`, then remove the oldest checkpoints beyond `keep` verified ones.
 
     Args:
-        directory: where the checkpoints of one run live; made if missing.
+        directory: where the checkpoints of one run live; made if missing, in a directory that exists.
         step: number of training steps that the state has seen, ≥ 0.
         tensors: per file, its tensors by name; dense, any device.
         state: numbers, strings, booleans, None, and lists and string-keyed dictionaries of them.
@@ -83,7 +83,7 @@ def save_checkpoint(
     temporary = directory / f".tmp_{socket.gethostname()}_{os.getpid()}_{secrets.token_hex(4)}"
     try:
         if not directory.is_dir():
-            directory.mkdir(parents=True)
+            directory.mkdir()  # not its parents: a run directory that was removed stays removed
             atomic.sync_directory(directory.parent)
         _remove_temporaries_of_dead_writers(directory)
         temporary.mkdir()
@@ -128,12 +128,23 @@ def load_newest(directory: Path, warn: Callable[[str], None] = logger.warning) -
             warn(f"{damage}. Going on from {checkpoint.path.name} instead.")
         return checkpoint
     if damages:
-        listing = "\n  ".join(damages)
-        raise CheckpointError(
-            f"{directory} has {len(damages)} checkpoints and none is whole, so nothing was loaded and "
-            f"nothing was changed:\n  {listing}\nRestore one from a backup, or start a new run."
-        )
+        raise _none_whole(directory, damages)
     return None
+
+
+def require_whole(directory: Path) -> None:
+    """Make sure that `load_newest` would find a whole checkpoint, or that none was ever written.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+    """
+    damages = []
+    for path in _candidates(directory):
+        if not (problems := verify(path)):
+            return
+        damages.append(_damaged(path, problems))
+    if damages:
+        raise _none_whole(directory, damages)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -153,11 +164,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 tensors[name.removesuffix(_TENSORS)] = safetensors.torch.load(data)
             elif name == _STATE:
                 state = json.loads(data)
-    except (manifest.ManifestError, safetensors.SafetensorError, ValueError) as error:
+    except (manifest.ManifestError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         problems.append(str(error))
-    if problems:
-        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
-    assert isinstance(state, dict), "every checkpoint is written with a state"
+    if not problems and not isinstance(state, dict):
+        problems.append(f"it has no {_STATE}")
+    if problems or state is None:
+        raise CheckpointError(_damaged(path, problems))
     return Checkpoint(path=path, step=_step_of(path), tensors=tensors, state=state)
 
 
@@ -281,6 +293,18 @@ def _is_dead(host: str, pid: int, path: Path) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _damaged(path: Path, problems: list[str]) -> str:
+    return f"checkpoint {path} is damaged: {'; '.join(problems)}"
+
+
+def _none_whole(directory: Path, damages: list[str]) -> CheckpointError:
+    listing = "\n  ".join(damages)
+    return CheckpointError(
+        f"{directory} has {len(damages)} checkpoints and none is whole, so nothing was loaded and "
+        f"nothing was changed:\n  {listing}\nRestore one from a backup, or start a new run."
+    )
 
 
 def _cannot_write(final: Path, error: OSError) -> str:

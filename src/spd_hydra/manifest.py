@@ -46,7 +46,7 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         # Comparing bytes covers also the digest and the white space: one changed bit anywhere is seen.
         as_written = data == _sealed({key: content[key] for key in ("format", "step", "files")})
         step, entries = int(content["step"]), dict(content["files"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ManifestError(f"{NAME} is empty, cut or changed") from None
     if not as_written:
         raise ManifestError(f"{NAME} has changed since it was written (its digest differs)")
@@ -54,6 +54,8 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         raise ManifestError(f"{NAME} is of format {content['format']}, this version reads format {_FORMAT}")
     if not all(FILE_NAME.fullmatch(name) for name in entries):
         raise ManifestError(f"{NAME} names files outside its directory")
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()):
+        raise ManifestError(f"{NAME} lists files without their size and digest")
     return step, entries
 
 

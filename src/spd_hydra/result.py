@@ -57,17 +57,16 @@ def conclude(
     history = directory.read_metrics()
     drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
     directory.write_summary(summary)
-    path = directory.path / "report.html"
-    directory.require_ownership()
-    report.write_report(
-        path,
-        summary=summary,
-        evaluation=evaluation,
-        history=history,
-        figures=drawn,
-        config_text=directory.read_config(),
-        environment=directory.read_environment(),
-        warnings=() if target.certified else ("The target is not certified.",),
-    )
+    with directory.writing("report.html") as path:
+        report.write_report(
+            path,
+            summary=summary,
+            evaluation=evaluation,
+            history=history,
+            figures=drawn,
+            config_text=directory.read_config(),
+            environment=directory.read_environment(),
+            warnings=() if target.certified else ("The target is not certified.",),
+        )
     say(report.verdict_table(summary, path))
     return summary, {figure.name: figure.path for figure in drawn}

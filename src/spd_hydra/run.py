@@ -15,7 +15,7 @@ import torch
 from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
-from spd_hydra.checkpoint import CheckpointError, load_checkpoint, load_newest
+from spd_hydra.checkpoint import CheckpointError, load_checkpoint, load_newest, require_whole
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_dict, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
@@ -149,6 +149,7 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
 
     Raises:
         ConfigError: the changes would make it another run, or one of fewer steps than are done.
+        CheckpointError: there are checkpoints and every one is damaged; nothing was changed.
     """
     assert config.resume is not None, "a resume needs a directory"
     path = Path(config.resume)
@@ -169,8 +170,11 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         directory = on_error.enter_context(RunDirectory.open(path))
         if config.train.steps < saved.train.steps:
             _require_no_more_done(directory, config)
+        finished = _finished(config, directory)
+        if finished is None:
+            require_whole(directory.checkpoints)  # before anything is written
         on_error.pop_all()
-    return config, directory if _finished(config, directory) else _described(directory, config)
+    return config, directory if finished else _described(directory, config)
 
 
 def _described(directory: RunDirectory, config: RunConfig) -> RunDirectory:
@@ -340,8 +344,8 @@ def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device
     if (directory.path / TARGET_FILE).exists():
         return read_target(config, directory.path, device)
     target = obtain(config, device)
-    directory.require_ownership()
-    write_target(target, directory.path)
+    with directory.writing(TARGET_FILE) as path:
+        write_target(target, path.parent)
     if target.certified and target.tries > 1 and not target.cached:
         say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
     return target

@@ -100,9 +100,13 @@ class RunDirectory:
         """Lock the directory of a run that was begun, to resume or to analyse it.
 
         Raises:
-            RunDirectoryError: there is no run in it, another process writes to it, or it is read-only.
+            RunDirectoryError: there is no run in it, a folder of it is a link, another process writes to it,
+                or it is read-only.
         """
         _require_run(path)
+        for folder in (path / "checkpoints", path / "figures", path / "wandb"):
+            if folder.is_symlink():
+                raise RunDirectoryError(f"{folder} is a link, which may lead out of the run directory")
         return cls._locked(path)
 
     @classmethod
@@ -262,6 +266,15 @@ class RunDirectory:
         """The text of the saved configuration."""
         with self._errors("read", _CONFIG) as path:
             return path.read_text()
+
+    def writing(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """The path of a file of the run that the `with` block writes.
+
+        Raises:
+            RunDirectoryError: in place of an OSError in the block, or another process has taken over.
+        """
+        self.require_ownership()
+        return self._errors("write", name)
 
     def is_being_written(self) -> bool:
         """Whether a process holds the lock of this directory."""

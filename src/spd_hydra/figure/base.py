@@ -81,11 +81,15 @@ def draw_all(
     Args:
         evaluation: what to draw.
         history: rows of the metrics log for the curves; may be empty.
-        directory: made if it does not exist.
+        directory: made if it does not exist, in a directory that does.
         require_ownership: called before each file is written; what it raises ends the drawing.
     """
     require_ownership()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        log.warning("no figures: cannot make %s: %s", directory, error.strerror)
+        return []
     drawn = []
     for kind in figures():
         path = directory / f"{kind.name}.png"
