@@ -291,7 +291,8 @@ def _checked(cfg: DictConfig, groups: Groups) -> _Checked:
 
 def _is_missing(cfg: DictConfig, key: str) -> bool:
     parent, _, name = key.rpartition(".")
-    return OmegaConf.is_missing(OmegaConf.select(cfg, parent) if parent else cfg, name)
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return node is not None and OmegaConf.is_missing(node, name)  # None: a dot in the name of an entry
 
 
 def _declared(cfg: DictConfig) -> DictConfig:

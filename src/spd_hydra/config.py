@@ -1,6 +1,7 @@
 """RunConfig: everything that a run depends on, typed, checked, and saved with it."""
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -126,21 +127,30 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     """The configuration that `to_dict` gave, with the default launcher.
 
     Raises:
-        ConfigError: unknown keys, wrong types, values out of range, an unknown kind.
+        ConfigError: unknown keys, wrong types, values out of range, an unknown kind, an interpolation.
     """
     if "launcher" in data:
         raise ConfigError("launcher: a saved configuration has none; it is chosen when a run is started")
     schema = OmegaConf.structured(RunConfig)
-    for path, kind in _kinds(data):
-        group, _, name = kind.partition("/")
-        classes = registered(group)
-        if name not in classes:
-            raise ConfigError(f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}")
-        OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)
+    if KIND in data:
+        raise ConfigError(f"{KIND}: a run is of no kind, got {data[KIND]!r}")
     try:
+        for key, text in _texts(data):
+            if "${" in text:  # it could carry a variable of the environment into what is written down
+                raise ConfigError(f"{key}: got {text!r}, but what was saved has values, not references")
+        for path, kind in _kinds(data):
+            group, _, name = kind.partition("/")
+            classes = registered(group)
+            if name not in classes:
+                raise ConfigError(f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}")
+            if not any(isinstance(a, type) and issubclass(classes[name], a) for a in _declared(schema, path)):
+                raise ConfigError(f"{path}: cannot be of kind {kind!r}")
+            OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)
         merged = OmegaConf.merge(schema, _without_kinds(data))
         with checks_deferred():
             config = cast(RunConfig, OmegaConf.to_object(merged))
+    except ConfigError:
+        raise
     except Exception as error:  # OmegaConf has many, all of them about this file
         raise ConfigError(f"the saved configuration does not fit this version: {error}") from error
     if wrong := problems(config):
@@ -199,6 +209,29 @@ def _kinds(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             if KIND in value:
                 yield f"{prefix}{key}", str(value[KIND])
             yield from _kinds(value, f"{prefix}{key}.")
+
+
+def _declared(schema: Any, path: str) -> tuple[Any, ...]:
+    """The types that a place of the configuration is declared with."""
+    parent, _, name = path.rpartition(".")
+    owner: Any = OmegaConf.get_type(OmegaConf.select(schema, parent)) if parent else RunConfig
+    if owner is dict:  # an entry: the dictionary's own field says which kind of sections it holds
+        return _declared(schema, parent)
+    hint = typing.get_type_hints(owner).get(name)
+    return (hint, *typing.get_args(hint))
+
+
+def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain data, keys among them, with the full key it stands under."""
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, list):
+        for item in data:
+            yield from _texts(item, key)
+    elif isinstance(data, dict):
+        for name, item in data.items():
+            yield from _texts(name, key)
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
 
 
 def _without_kinds(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class FileLock:
     def __init__(self, path: Path, *, wait_seconds: float = _WAIT_SECONDS) -> None:
         self._path = path
         self.owner = Owner.here()
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor: int | None = os.open(path, flags, 0o666)
         try:
             self._is_locked = self._take(wait_seconds)
         except BaseException:

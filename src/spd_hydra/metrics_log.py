@@ -16,7 +16,8 @@ _TAIL_BYTES = 1 << 16
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row and hand it to the operating system; after a torn line it begins on a line of its own."""
     line = to_json(row).encode() + b"\n"
-    with path.open("ab+") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             line = b"\n" + line

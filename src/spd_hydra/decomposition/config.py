@@ -1,10 +1,14 @@
 """Which matrices of the target are decomposed, into how many subcomponents."""
 
 import dataclasses
+import re
+from collections.abc import Iterator
 
 from spd_hydra.ci_fn.sigmoid import Sigmoid
 from spd_hydra.decomposition.subcomponents import Init
-from spd_hydra.section import Section, option
+from spd_hydra.section import Problem, Section, option
+
+_SITE_NAME = re.compile(r"[A-Za-z0-9_+-]+")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,3 +41,9 @@ class Decomposition(Section):
     init: Init = option(
         Init.normal, "how V and U start: normal | aligned (unit vectors scaled to fit the weights)"
     )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        for name in self.sites:
+            if not _SITE_NAME.fullmatch(name):
+                yield Problem("sites", f"got the name {name!r}, must be letters, digits and _ + -")
