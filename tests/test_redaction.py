@@ -1,10 +1,11 @@
 """Secrets do not reach what is written; ordinary settings do."""
 
+import logging
 from typing import Any
 
 import pytest
 
-from spd_hydra.redaction import HIDDEN, redact, redact_command, redact_text
+from spd_hydra.redaction import HIDDEN, Formatter, redact, redact_command, redact_text
 
 CANARY = "canary-4711-canary"
 
@@ -96,6 +97,18 @@ def test_values_of_secret_environment_variables_are_hidden_anywhere(monkeypatch:
 )
 def test_command_lines_keep_everything_but_secrets(arguments: list[str], shown: list[str]) -> None:
     assert redact_command(arguments) == shown
+
+
+def test_log_lines_of_hydra_are_command_lines_and_others_keep_their_words() -> None:
+    def shown(logger: str, text: str) -> str:
+        return Formatter().format(logging.LogRecord(logger, logging.INFO, "", 0, text, (), None))
+
+    assert (
+        shown("hydra.launcher", f"#0 : seed=1 +my.api_token={CANARY}")
+        == f"#0 : seed=1 +my.api_token={HIDDEN}"
+    )
+    assert shown("spd_hydra", "unknown key: 'stepz'") == "unknown key: 'stepz'"
+    assert shown("spd_hydra", "see hf_" + "aB3" * 8) == f"see {HIDDEN}"
 
 
 def test_a_diff_of_ordinary_code_stays_as_it_is_and_a_literal_secret_goes() -> None:

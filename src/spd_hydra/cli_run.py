@@ -15,7 +15,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher import slurm, start, watch
-from spd_hydra.launcher.record import SweepRecord, new_sweep_directory
+from spd_hydra.launcher.record import SweepRecord, hide_secrets, new_sweep_directory
 from spd_hydra.launcher_config import Background, Slurm
 from spd_hydra.overrides import is_for_hydra, quoted, read
 from spd_hydra.plan import Plan, make_plan
@@ -80,6 +80,7 @@ def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
     try:
         code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
     finally:
+        hide_secrets(directory)  # also where no job ran in this process
         _show(directory, watch.look(directory, record, None))
     if code == ExitCode.ok and any(task.codes.values()):
         return ExitCode.jobs_failed

@@ -16,6 +16,7 @@ from spd_hydra.config_errors import invalid
 from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher.job import RunJob
+from spd_hydra.launcher.record import hide_secrets
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Job, Plan, plan_job
 from spd_hydra.report.sweep import SweepRow
@@ -63,6 +64,7 @@ class Task:
             job = self._plan.jobs[0]
             self.codes[0], value = guarded(lambda: self._run(job, None))
             return value
+        hide_secrets(Path(hydra.sweep.dir))
         overrides = [str(text) for text in OmegaConf.to_container(hydra.overrides.task) or []]
         directory = Path(hydra.runtime.output_dir)
         if not hydra.launcher._target_.endswith(".BasicLauncher"):

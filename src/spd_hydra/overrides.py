@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from spd_hydra import config_errors
+from spd_hydra.redaction import redact_command
 from spd_hydra.section import Problem
 
 Groups = Mapping[str, list[str]]
@@ -66,7 +67,8 @@ def apply(cfg: DictConfig, overrides: Sequence[Override], groups: Groups) -> Ite
 
 
 def _unknown(key: str, text: str, cfg: DictConfig, groups: Groups) -> Problem:
-    return Problem(key, f"{config_errors.unknown_key(key, cfg, groups)} (given as {text})")
+    given = redact_command([text])[0]
+    return Problem(key, f"{config_errors.unknown_key(key, cfg, groups)} (given as {given})")
 
 
 def _delete(cfg: DictConfig, key: str) -> Iterator[Problem]:

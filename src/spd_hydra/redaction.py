@@ -4,6 +4,7 @@ A value is taken for a secret by the name it goes under, by its form, or because
 environment variable with such a name. Credentials belong in the environment; this is the net below.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -62,6 +63,14 @@ def redact_command(arguments: list[str]) -> list[str]:
         shown.append(HIDDEN if hide_next else redact_text(_ASSIGNED.sub(_hide_value, argument)))
         hide_next = argument.startswith("-") and "=" not in argument and _is_secret_name(argument)
     return shown
+
+
+class Formatter(logging.Formatter):
+    """Log messages alone, without secrets; what Hydra says of a job repeats the words of the command line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return redact_command([text])[0] if record.name.startswith("hydra") else redact_text(text)
 
 
 def _inherit(parent: str, key: str) -> str:

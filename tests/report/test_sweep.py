@@ -53,6 +53,13 @@ def test_a_row_holds_totals_and_single_sites(sweep: Path) -> None:
     assert row.numbers["loss"] == 4.1e-3
 
 
+def test_a_secret_among_the_overrides_is_in_no_row(tmp_path: Path) -> None:
+    _job(tmp_path, 0, ["seed=1", "+my.api_token=canary-4711"])
+    given = {0: ["seed=1", "+my.api_token=canary-4711"]}
+    for rows in (sweep_rows(tmp_path), sweep_rows(tmp_path, given)):
+        assert rows[0].overrides == {"seed": "1", "my.api_token": "<redacted>"}
+
+
 def test_a_failed_job_keeps_the_first_line_of_its_error(sweep: Path) -> None:
     assert sweep_rows(sweep)[3].error == "RuntimeError: no room <b>left</b>"
 

@@ -23,6 +23,7 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Start these jobs and, if they are waited for, return what each came to: NaN where it failed."""
         # Imported only now: Hydra imports this module in every program of the environment.
+        from spd_hydra.launcher.record import hide_secrets  # noqa: PLC0415
         from spd_hydra.launcher.start import run_in_background  # noqa: PLC0415
         from spd_hydra.section import ConfigError  # noqa: PLC0415
 
@@ -35,6 +36,7 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
                 for place, words in enumerate(job_overrides)
             }
             sweep_dir = Path(str(self.config.hydra.sweep.dir))
+            hide_secrets(sweep_dir)
             rows = run_in_background(jobs, sweep_dir, task.command)
         except ConfigError as error:  # Hydra would show it as a traceback
             task.failure = error

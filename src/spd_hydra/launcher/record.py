@@ -9,7 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spd_hydra import atomic
+from spd_hydra.redaction import redact, redact_command
 from spd_hydra.section import ConfigError
 
 FILE = "sweep.json"
@@ -96,3 +99,23 @@ def submission_folder(sweep_dir: Path) -> Path:
 def log_paths(folder: Path, job_id: str, rank: int = 0) -> tuple[Path, Path]:
     """Standard output and standard error of a rank of a job, as submitit names them."""
     return folder / f"{job_id}_{rank}_log.out", folder / f"{job_id}_{rank}_log.err"
+
+
+def hide_secrets(sweep: Path) -> None:
+    """Take secrets out of the file in which Hydra writes down the words of a sweep as they were typed."""
+    path = sweep / "multirun.yaml"
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        shown = redact(_words_redacted(record))
+        if shown != record:
+            atomic.replace(path, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+    except FileNotFoundError:
+        pass
+
+
+def _words_redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _words_redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_words_redacted(item) for item in value]
+    return redact_command([value])[0] if isinstance(value, str) else value

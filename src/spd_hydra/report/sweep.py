@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spd_hydra.redaction import redact, redact_command
 from spd_hydra.report.numbers import NOTHING, clipped, mean_and_spread, number, text_table
 
 WIDTH = 100
@@ -257,12 +258,12 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _overrides(given: Any) -> dict[str, str]:
-    """Overrides by key, from Hydra's `key=value` texts or from an object."""
+    """Overrides by key and without secrets, from Hydra's `key=value` texts or from an object."""
     if isinstance(given, Mapping):
-        return {str(key): str(value) for key, value in given.items()}
+        return {str(key): str(value) for key, value in redact(given).items()}
     if not isinstance(given, list | tuple):
         return {}
-    pairs = [str(text).lstrip("+").partition("=") for text in given]
+    pairs = [text.lstrip("+").partition("=") for text in redact_command([str(text) for text in given])]
     return {key: value for key, _, value in pairs if key}
 
 
