@@ -321,7 +321,7 @@ def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.Monke
     seen: list[str] = []
     from spd_hydra import run as module
 
-    def spying(config: RunConfig, directory: Any) -> Outcome:
+    def spying(config: RunConfig, directory: Any, signals: Any) -> Outcome:
         seen.append(read_json(directory.path / "status.json")["status"])
         return Outcome(directory.path, {"steps": 0})
 

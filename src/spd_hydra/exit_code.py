@@ -11,3 +11,4 @@ class ExitCode(enum.IntEnum):
     bad_config = 2
     jobs_failed = 3
     interrupted = 130
+    terminated = 143

@@ -71,19 +71,19 @@ class FileLock:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, *, wait_seconds: float = _WAIT_SECONDS) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self.owner = Owner.here()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor: int | None = os.open(path, flags, 0o666)
         try:
-            self._is_locked = self._take(wait_seconds)
+            self._is_locked = self._take()
         except BaseException:
             os.close(self._descriptor)
             raise
         _held.add(self)
 
-    def _take(self, wait_seconds: float) -> bool:
+    def _take(self) -> bool:
         assert self._descriptor is not None, "the file was opened just before"
         try:
             is_locked = _lock(self._descriptor, self._path)
@@ -92,7 +92,7 @@ class FileLock:
                 raise
             self._sign()
             logger.warning("taking over %s from %s, an earlier start of this job", self._path.parent, error)
-            return self._wait(wait_seconds)
+            return self._wait(_WAIT_SECONDS)
         self._sign()
         return is_locked
 

@@ -24,7 +24,7 @@ from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
-_NOTE_SECONDS = 5.0  # for a rank to leave a note after it closed its connections
+_NOTE_SECONDS = 2.0  # for the others to leave notes after one of them has gone
 _FIRST_ERROR_SECONDS = 0.5  # after the first error that was found, for an earlier one
 _CONCLUDE_SECONDS = 10.0  # for rank 0 to write down an error
 _SAVE_SECONDS = 1800.0  # for rank 0 to save, where the ranks agreed to stop

@@ -119,7 +119,10 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
             distributed.of_rank_0(told | {"finished": True})
             return finished
 
+        directory.write_config(to_yaml(config))
+
         def work() -> Outcome:
+            directory.write_environment(describe_environment(device_of(config).type))
             distributed.of_rank_0(told)
             return _decompose(config, directory, signals)
 
@@ -140,8 +143,7 @@ def _begin(config: RunConfig, run_dir: Path | None) -> RunDirectory:
     """Check everything, then make and lock the directory of a new run."""
     preflight(config)
     root = Path(config.out_dir).expanduser()
-    directory = RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
-    return _described(directory, config)
+    return RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
 
 
 def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunDirectory]:
@@ -170,21 +172,10 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         directory = on_error.enter_context(RunDirectory.open(path))
         if config.train.steps < saved.train.steps:
             _require_no_more_done(directory, config)
-        finished = _finished(config, directory)
-        if finished is None:
+        if _finished(config, directory) is None:
             require_whole(directory.checkpoints)  # before anything is written
         on_error.pop_all()
-    return config, directory if finished else _described(directory, config)
-
-
-def _described(directory: RunDirectory, config: RunConfig) -> RunDirectory:
-    """Write down what is about to run; the directory is closed if that fails."""
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(directory.close)
-        directory.write_config(to_yaml(config))
-        directory.write_environment(describe_environment(device_of(config).type))
-        on_error.pop_all()
-    return directory
+    return config, directory
 
 
 def _finished(config: RunConfig, directory: RunDirectory) -> Outcome | None:

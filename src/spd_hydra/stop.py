@@ -62,8 +62,6 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         self._successor: Callable[[int, FrameType | None], Any] | None = None
         self._pid = os.getpid()
-        # torchrun passes on the Ctrl-C that its ranks get from the terminal too.
-        self._echoes = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
         self._steps_between_talks = self._steps_left = 1
         self._talked_at: float | None = None
 
@@ -146,9 +144,7 @@ class StopSignals:
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         if self._asked is not None:
-            if number == signal.SIGINT and self._asked is signal.SIGINT and self._echoes:
-                self._echoes -= 1
-            elif number == signal.SIGINT:
+            if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self._asked = signal.Signals(number)

@@ -14,6 +14,7 @@ class Batches(Protocol):
     """The stream of one data source, cut to fit one target.
 
     `traceable`: calling it is pure tensor arithmetic, so that it may run inside a compiled step.
+    A stream that loads in worker processes starts them inside `stop.kept_from_children()`.
     """
 
     traceable: bool
