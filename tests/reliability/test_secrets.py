@@ -138,7 +138,7 @@ def test_no_file_of_a_sweep_holds_a_secret(tmp_path: Path) -> None:
         f"++hydra.job.env_set.SOME_TOKEN={SECRETS['hydra']}",
         f"+my.note={SECRETS['COMPANY_TOKEN']}",
     ]
-    assert call("-m", *words, "seed=0,1", "train.lr=1e-3,1e30") == 3, (tmp_path / "log").read_text()
+    assert call("-m", *words, "train.lr=1e-3,1e30") == 3, (tmp_path / "log").read_text()
     assert call(*words) == 0, (tmp_path / "log").read_text()
     assert call("debug=smoke", f"my.api_token={SECRETS['unknown']}") == 2
     (work / ".env").unlink()
@@ -153,6 +153,6 @@ def test_no_file_of_a_sweep_holds_a_secret(tmp_path: Path) -> None:
         "status.json",
     }
     assert expected <= {path.name for path in files}
-    assert sum(path.suffix == ".wandb" for path in files) == 5
+    assert sum(path.suffix == ".wandb" for path in files) == 3
     assert found_in(tmp_path) == []
     print(f"{len(SECRETS)} secrets, searched for in {len(files)} files")
