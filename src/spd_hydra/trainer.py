@@ -126,11 +126,15 @@ class Trainer:
 
         Raises:
             Stopped: it was asked to.
+            TrainingError: what would be saved is not finite.
         """
         stopped = self.signals.agreed()
         if stopped is None:
             return
         if saving:
+            # On a GPU the loss of this step was perhaps not looked at.
+            if not all(bool(p.isfinite().all()) for p in self.components + self.ci_fn):
+                raise TrainingError(f"the weights are not finite after step {self.step}: they were not saved")
             self.save()
             stopped.step = self.step
         raise stopped
