@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
 from spd_hydra.step import Step
-from spd_hydra.stop import StopSignals
+from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,9 @@ class Trainer:
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
-        with self._timed("compile" if self._is_to_be_compiled else "train"):
+        # A signal that is sent to all processes would end the C++ compiler, and with it the run.
+        alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
+        with self._timed("compile" if self._is_to_be_compiled else "train"), alone:
             loss = self._train_step()
         self.timed_steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
