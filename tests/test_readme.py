@@ -71,7 +71,7 @@ def test_readme_shows_commands_of_every_kind() -> None:
 @pytest.mark.parametrize("command", commands(README))
 def test_a_command_of_the_readme_composes_and_builds(in_folder: None, command: str) -> None:
     words = shlex.split(command.replace("$RUN", "run"))
-    arguments = get_args_parser().parse_args(words[1:])
+    arguments = get_args_parser().parse_intermixed_args(words[1:])
     with Composer.open(arguments.config_dir) as composer:
         if arguments.cfg or arguments.info:
             assert composer.composed(arguments.overrides).name

@@ -26,6 +26,10 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
   spd-run resume=<run dir> train.steps=30000           go on with a run, with its saved configuration
   spd-run debug=smoke                                  the whole path in seconds, to see that it works
 
+  spd-run -m launcher=slurm launcher.partition=gpu launcher.time=12:00:00 seed=0,1    the same on a cluster
+  spd-run launcher=slurm launcher.dry_run=true         show the sbatch script, submit nothing
+  spd-run task=sweep_status sweep=<sweep dir>          how the jobs of a sweep stand
+  spd-run -m launcher=local_parallel launcher.jobs=4 'seed=range(8)'     four at once on this machine
   spd-run task=train_target experiment=tms_40-10       only the target
   spd-run task=analyse run=<run dir>                   metrics, figures, report and summary again
   spd-run task=check experiment=resid_mlp3             build everything, train nothing

@@ -19,7 +19,7 @@ from PIL import Image
 
 from spd_hydra.logger.base import Logger
 from spd_hydra.logger.files import Files
-from spd_hydra.logger.wandb import Mode, Wandb
+from spd_hydra.logger.wandb import Mode, Wandb, _run_id
 
 CANARY = "canary-4711-canary"
 KEY = "a1" * 20
@@ -180,6 +180,25 @@ def test_an_offline_record_holds_metrics_figures_summary_and_config_and_no_secre
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "taken"),
+    [
+        ({"WANDB_RUN_ID": "abcd1234", "WANDB_SWEEP_ID": "s1"}, True),
+        ({"WANDB_RUN_ID": "abcd1234"}, False),
+        ({}, False),
+    ],
+)
+def test_a_wandb_sweep_gives_a_new_run_its_id_and_a_resumed_one_keeps_its_own(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], taken: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    first = _run_id(run_dir)
+    assert (first == "abcd1234") is taken
+    monkeypatch.setenv("WANDB_RUN_ID", "another1")
+    assert _run_id(run_dir) == first
+
+
 def test_a_resumed_run_goes_on_in_the_same_record(run_dir: Path) -> None:
     for step in (1, 2):
         logger = Wandb(mode=Mode.offline).start(run_dir, "a", {})
@@ -271,7 +290,7 @@ def test_the_environment_may_switch_wandb_down(
 def in_process(run_dir: Path, spec: str) -> list[str]:
     script = (
         "import logging, sys; from pathlib import Path; logging.basicConfig(level=logging.WARNING)\n"
-        "from spd_hydra.logger.wandb import Mode, Wandb\n"
+        "from spd_hydra.logger.wandb import Mode, Wandb, _run_id\n"
         f"logger = {spec}.start(Path(sys.argv[1]), 'a', {{}})\n"
         "logger.log(1, 'train', {'x': 1.0}); logger.finish({'a': 1}, 0); print('finished')\n"
     )

@@ -15,9 +15,10 @@ from spd_hydra.components import load_plugins
 from spd_hydra.config import RunConfig, from_dict
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
+from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher.local_ranks import local_ranks
 from spd_hydra.result import Outcome
-from spd_hydra.run import run
+from spd_hydra.run import RunError, run
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,11 @@ def _use_given_cpus() -> None:
 
 def main() -> int:
     """Do the job that comes as JSON from standard input: a further rank of a run on this machine."""
-    RunJob.from_json(sys.stdin.buffer.read())()
-    return 0
+    try:
+        RunJob.from_json(sys.stdin.buffer.read())()
+    except RunError:  # rank 0 tells
+        return ExitCode.run_failed
+    return ExitCode.ok
 
 
 if __name__ == "__main__":

@@ -181,7 +181,9 @@ def _run_id(run_dir: Path) -> str:
     path = run_dir / _IDENTITY_FILE
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_text())["id"])
-    identity = secrets.token_hex(4)
+    # A wandb sweep gives each run its id; another program of the environment may have left one behind.
+    given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    identity = given or secrets.token_hex(4)
     atomic.replace(path, json.dumps({"id": identity}))
     return identity
 
