@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 # The command line, without pictures, which take longest, and with a disturbance that a test may ask for.
 DRIVER = """
 import os, signal, sys
-import spd_hydra.result, spd_hydra.run
+import spd_hydra.pipeline, spd_hydra.result, spd_hydra.run
 from spd_hydra.cli import main
 from spd_hydra.trainer import Trainer
-spd_hydra.run.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
+spd_hydra.pipeline.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
 rank = int(os.environ.get("RANK", "0"))
 exec(os.environ.get("DISTURB", ""))
 sys.argv[0] = "spd-run"
@@ -130,7 +130,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 STAGE = """
 import dataclasses, json, os, signal, socket, sys, traceback
 from pathlib import Path
-import spd_hydra.result, spd_hydra.run
+import spd_hydra.pipeline, spd_hydra.result, spd_hydra.run
 from spd_hydra.composition import compose
 from spd_hydra.config import load_config
 from spd_hydra.run import run
@@ -138,7 +138,7 @@ from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer
 
 out, words, histories, size = json.loads(sys.argv[1])
-spd_hydra.run.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
+spd_hydra.pipeline.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
 take_step = Trainer.train_step
 counted, doom = {"files": 0, "steps": 0}, {}
 

@@ -61,7 +61,7 @@ def test_a_run_without_a_checkpoint_says_so(toy: Toy) -> None:
 def test_what_only_building_shows_is_refused_before_anything_is_trained_or_made(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    monkeypatch.setattr("spd_hydra.pipeline.obtain", lambda *arguments: pytest.fail("a target was trained"))
     config = toy(f"task={task}", "decomposition.sites.embed.pattern=embedd")  # compose builds nothing
     with pytest.raises(ConfigError, match=r"sites\.embed\.pattern: 'embedd' .*Did you mean 'embed'\?"):
         decompose(config)

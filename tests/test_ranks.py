@@ -129,7 +129,7 @@ def test_a_signal_saves_within_a_step_and_the_run_goes_on_to_the_same_bits(
 
 AT_TARGET = """
 import threading, time
-obtain, find_target = spd_hydra.run.obtain, spd_hydra.run._target
+obtain, find_target = spd_hydra.pipeline.obtain, spd_hydra.pipeline._target
 def slow(*arguments):
     time.sleep(2)
     return obtain(*arguments)
@@ -137,7 +137,7 @@ def disturbed(*arguments):
     if rank == {rank}:
         threading.Timer(0.5, lambda: {act}).start()
     return find_target(*arguments)
-spd_hydra.run.obtain, spd_hydra.run._target = slow, disturbed
+spd_hydra.pipeline.obtain, spd_hydra.pipeline._target = slow, disturbed
 """
 
 

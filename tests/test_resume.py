@@ -41,7 +41,7 @@ from spd_hydra.composition import compose
 from spd_hydra.config import load_config
 from spd_hydra.run import run
 from spd_hydra.trainer import Trainer
-import spd_hydra.run as module
+import spd_hydra.pipeline as module
 
 out, words, histories = json.loads(sys.argv[1])
 module.draw_all = lambda *arguments: []
@@ -214,7 +214,7 @@ def test_a_compiled_run_that_is_killed_and_resumed_ends_with_the_same_bits(
 
 @pytest.fixture
 def finished(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("spd_hydra.run.draw_all", lambda *arguments: [])
+    monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
     return directory_of(run(toy(*CADENCE)))
 
 
@@ -402,6 +402,7 @@ def another(value: Any) -> Any:
 
 def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
     keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
+    keys = [key for key in keys if not key.startswith("launcher.")]  # never saved
     may_change = set()
     with RunDirectory.open(finished):  # so that a change that is allowed gets no further than the lock
         before = digests(finished)
@@ -426,6 +427,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         "out_dir", "cache_dir", "task", "allow_extra", "sweep", "objective",
     }  # fmt: skip
     assert len(keys) - len(may_change) > 60
+    print(f"{len(keys)} keys: {len(may_change)} may change")
 
 
 def test_a_directory_that_is_no_run_is_refused_in_words(toy: Toy, tmp_path: Path) -> None:
@@ -439,7 +441,7 @@ def test_a_resumed_run_keeps_its_target_even_without_the_cache(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished(finished)
-    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    monkeypatch.setattr("spd_hydra.pipeline.obtain", lambda *arguments: pytest.fail("a target was trained"))
     before = (finished / "target.safetensors").read_bytes()
     assert run(resumed(finished)).summary["steps"] == STEPS
     assert (finished / "target.safetensors").read_bytes() == before

@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time of a run of 20 steps."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr("spd_hydra.run.draw_all", lambda *arguments: [])
+        monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
 
 
 # ---- what a run leaves behind --------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_every_shipped_experiment_builds(experiment: str) -> None:
 def test_check_says_how_large_it_is_and_leaves_nothing_behind(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    monkeypatch.setattr("spd_hydra.pipeline.obtain", lambda *arguments: pytest.fail("a target was trained"))
     outcome = run(toy("task=check"))
     assert outcome.run_dir is None
     assert not (tmp_path / "runs").exists()
@@ -250,7 +250,7 @@ def test_analysing_again_gives_the_same_summary_and_pictures(
     for path in (directory / "figures").iterdir():
         path.unlink()
     (directory / "report.html").unlink()
-    monkeypatch.setattr("spd_hydra.run.obtain", lambda *arguments: pytest.fail("a target was trained"))
+    monkeypatch.setattr("spd_hydra.pipeline.obtain", lambda *arguments: pytest.fail("a target was trained"))
     again = run(dataclasses.replace(config, task=Task.analyse, run=str(directory)))
     assert again.summary == first.summary
     after = files(directory)
@@ -309,7 +309,7 @@ def test_an_interrupted_run_says_so_in_its_status(
     def stopped(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spd_hydra.run.obtain", stopped)
+    monkeypatch.setattr("spd_hydra.pipeline.obtain", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(toy())
     (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
@@ -325,7 +325,7 @@ def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.Monke
         seen.append(read_json(directory.path / "status.json")["status"])
         return Outcome(directory.path, {"steps": 0})
 
-    monkeypatch.setattr(module, "_decompose", spying)
+    monkeypatch.setattr(module, "decompose", spying)
     run(toy())
     assert seen == ["running"]
 

@@ -1,37 +1,28 @@
-"""One run from configuration to report: the only place that knows all the parts."""
+"""One run: what is asked for, in which directory, by which ranks, and what is said of its end."""
 
 import contextlib
 import dataclasses
 import logging
 import shlex
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
-from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
-from spd_hydra.checkpoint import CheckpointError, load_checkpoint, load_newest, require_whole
-from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_dict, to_yaml
+from spd_hydra.build import device_of, preflight
+from spd_hydra.checkpoint import CheckpointError, load_newest, require_whole
+from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
-from spd_hydra.figure.base import draw_all
-from spd_hydra.logger.base import Logger
-from spd_hydra.metric.evaluation import Evaluation
-from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.pipeline import check, decompose
 from spd_hydra.rank_errors import RunError as RunError
-from spd_hydra.redaction import redact
-from spd_hydra.restarts import begin_with_best
-from spd_hydra.result import Outcome, conclude, steps_per_second
+from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
-from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals
-from spd_hydra.trainer import Trainer, TrainingError
 
 _MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -124,7 +115,7 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
         def work() -> Outcome:
             directory.write_environment(describe_environment(device_of(config).type))
             distributed.of_rank_0(told)
-            return _decompose(config, directory, signals)
+            return decompose(config, directory, signals)
 
         return _recorded(directory, work)
 
@@ -136,7 +127,7 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
         return Outcome(Path(told["path"]), {})
     config = dataclasses.replace(config, resume=None, task=Task[told["task"]])
     directory = RunDirectory.follow(Path(told["path"]), told["token"])
-    return _recorded(directory, lambda: _decompose(config, directory, signals))
+    return _recorded(directory, lambda: decompose(config, directory, signals))
 
 
 def _begin(config: RunConfig, run_dir: Path | None) -> RunDirectory:
@@ -204,104 +195,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def check(config: RunConfig) -> dict[str, Any]:
-    """Build everything without training and say how large it is."""
-    parts = preflight(config)
-    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
-    say(f"{config.name}: the configuration is sound")
-    for site, shape in parts.model.site_shapes().items():
-        say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
-    memory = trainable * 16 / 2**20
-    say(f"  trainable parameters: {trainable:,} ({memory:.1f} MiB with gradients and AdamW's moments)")
-    say(f"  loss terms: {', '.join(config.loss.active_terms())}")
-    return {"experiment": config.name, "trainable_parameters": trainable}
-
-
-def _decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
-    started = time.perf_counter()
-    device = device_of(config)
-    target = _target(config, directory, device)
-    if config.task is Task.train_target:
-        summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
-        directory.write_summary(summary)
-        say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
-        return Outcome(directory.path, summary)
-    parts = assemble(config, target.module, device)
-    tracker = (
-        Logger()
-        if directory.follows
-        else config.logger.start(directory.path, config.name, redact(to_dict(config)))
-    )
-    try:
-        summary = _train(config, parts, target, directory, tracker, signals, started)
-    except BaseException:
-        tracker.finish(None, 1)
-        raise
-    tracker.finish(summary, 0)
-    return Outcome(directory.path, summary)
-
-
-def _train(
-    config: RunConfig,
-    parts: Parts,
-    target: TrainedTarget,
-    directory: RunDirectory,
-    tracker: Logger,
-    signals: StopSignals,
-    started: float,
-) -> dict[str, Any]:
-    def draw(evaluation: Evaluation) -> None:
-        if directory.follows:
-            return
-        history, allowed = directory.read_metrics(), directory.require_ownership
-        drawn = draw_all(evaluation, history, directory.figures, allowed)
-        tracker.log_figures(evaluation.step, {figure.name: figure.path for figure in drawn})
-
-    trainer = Trainer(
-        parts.objective,
-        training=config.train,
-        evaluation=config.eval,
-        sampler=parts.train_sampler(),
-        evaluate=lambda step: parts.evaluate(step, certified=target.certified),
-        on_figures=draw,
-        run=directory,
-        tracker=tracker,
-        signals=signals,
-    )
-    trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
-    _restore(trainer, directory, config)
-    evaluation = _fit(trainer, parts)
-    if directory.follows:
-        return {}
-    times = trainer.times()
-    summary, drawn = conclude(
-        directory,
-        parts,
-        target,
-        evaluation,
-        seconds=times["seconds"],
-        steps_per_second=steps_per_second(times),
-        restarts=trainer.facts.get("restarts"),
-    )
-    tracker.log_figures(evaluation.step, drawn)
-    return summary
-
-
-def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> None:
-    """Go on from the newest whole checkpoint, if there is one; the others from the one that rank 0 found."""
-    if directory.follows:
-        name = distributed.of_rank_0()
-        checkpoint = None if name is None else load_checkpoint(directory.checkpoints / name)
-    else:
-        checkpoint = load_newest(directory.checkpoints)
-        distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
-    if checkpoint is None:
-        directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
-        return
-    trainer.restore(checkpoint)
-    say(f"going on from step {trainer.step}")
-
-
 def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
     newest = load_newest(directory.checkpoints)
     if newest is not None and newest.step > config.train.steps:
@@ -309,37 +202,6 @@ def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
             f"train.steps: got {config.train.steps}, but the run has done {newest.step}; "
             "a run cannot go back, start a new one"
         )
-
-
-def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
-    try:
-        if trainer.step == 0:
-            begin_with_best(trainer, parts.initial_state)
-        return trainer.fit()
-    except TrainingError as error:
-        raise RunError(str(error)) from error
-
-
-def _target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
-    """The run's target: rank 0 sees to it that there is one, the others read it."""
-    if directory.follows:
-        distributed.of_rank_0()
-        return read_target(config, directory.path, device)
-    target = _own_target(config, directory, device)
-    distributed.of_rank_0("the target is in the run directory")
-    return target
-
-
-def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
-    """The run's own target if it has one already, else from the cache, else trained now."""
-    if (directory.path / TARGET_FILE).exists():
-        return read_target(config, directory.path, device)
-    target = obtain(config, device)
-    with directory.writing(TARGET_FILE) as path:
-        write_target(target, path.parent)
-    if target.certified and target.tries > 1 and not target.cached:
-        say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
-    return target
 
 
 def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:

@@ -16,10 +16,10 @@ from spd_hydra.launcher.local_ranks import local_ranks
 # What every rank does: one small run. Rank 1 gets the words from its standard input.
 WORK = """
 import json, os, signal, sys
-import spd_hydra.result, spd_hydra.run
+import spd_hydra.pipeline, spd_hydra.result, spd_hydra.run
 from spd_hydra.composition import compose
 from spd_hydra.trainer import Trainer
-spd_hydra.run.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
+spd_hydra.pipeline.draw_all = spd_hydra.result.draw_all = lambda *arguments: []
 rank = int(os.environ.get("RANK", "0"))
 def work(words):
     exec(os.environ.get("DISTURB", ""), globals())

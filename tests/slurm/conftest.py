@@ -1,8 +1,11 @@
 """A real SLURM on this machine, and a plug-in with which runs fail in every way."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,25 +104,21 @@ def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[dict[str, str]]:
-    """The environment of a cluster that this process started. Every worker has its own."""
+@contextlib.contextmanager
+def running(**knobs: str) -> Iterator[dict[str, str]]:
+    """A cluster of this process alone: the environment in which its commands find it."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
         needed = f"SLURM is not installed ({', '.join(missing)}): tests/slurm/slurm_up.sh install, as root"
         if os.environ.get("SPD_REQUIRE_SLURM"):
             pytest.fail(needed)
         pytest.skip(needed)
-    number = int(worker_id.removeprefix("gw")) if worker_id != "master" else 0
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("SPD_", "WANDB_", "SLURM"))
     }
     root = tempfile.mkdtemp(prefix="spd_slurm_")  # not below pytest's folder, which munge may not enter
     Path(root).chmod(0o755)
-    environment = kept | {
-        "SLURM_TEST_ROOT": root,
-        "SLURM_TEST_PORT": str(16900 + 40 * number),
-    }
+    environment = kept | {"SLURM_TEST_ROOT": root, "SLURM_TEST_PORT": str(_free_ports())} | knobs
     subprocess.run([SLURM_UP, "start"], env=environment, check=True, timeout=120)
     try:
         # Without the sacct of the script: there is no accounting here, and none is needed.
@@ -127,24 +126,59 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[
             "SLURM_CONF": f"{root}/slurm.conf",
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
-            "SPD_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         }
     finally:
         subprocess.run([SLURM_UP, "purge"], env=environment, check=True, timeout=120)
 
 
+def _free_ports() -> int:
+    """A port from which on those that a cluster needs are free."""
+    while True:
+        first = random.SystemRandom().randrange(15000, 30000)
+        try:
+            for port in (first, *range(first + 11, first + 15)):
+                with socket.socket() as free:
+                    free.bind(("", port))
+        except OSError:
+            continue
+        return first
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a cluster for all tests of this process; every process has its own."""
+    with running() as environment:
+        yield environment | {"SPD_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
 @pytest.fixture
-def cluster(slurm: dict[str, str], tmp_path: Path) -> Iterator[Cluster]:
-    """The cluster with an empty folder, and the plug-in `trouble` where every process finds it."""
+def fragile(tmp_path: Path, plug_in_site: Path) -> Iterator[Cluster]:
+    """A cluster of this test's own that counts a node as lost after a few seconds of silence."""
+    with running(SLURM_TEST_SLURMD_TIMEOUT="5") as environment:
+        work = tmp_path / "work"
+        work.mkdir()
+        made = {"PYTHONPATH": str(plug_in_site), "SPD_CACHE_DIR": str(tmp_path / "cache")}
+        yield Cluster(work, environment | made)
+
+
+@pytest.fixture
+def plug_in_site(tmp_path: Path) -> Path:
+    """A folder where every process finds the plug-in `trouble`, if it is among its paths."""
     site = tmp_path / "site"
     entry = site / "trouble-1.dist-info"
     entry.mkdir(parents=True)
     shutil.copy(PLUG_IN, site)
     (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: trouble\nVersion: 1\n")
     (entry / "entry_points.txt").write_text("[spd_hydra.plugins]\ntrouble = trouble\n")
+    return site
+
+
+@pytest.fixture
+def cluster(slurm: dict[str, str], tmp_path: Path, plug_in_site: Path) -> Iterator[Cluster]:
+    """The cluster with an empty folder, and the plug-in."""
     work = tmp_path / "work"
     work.mkdir()
-    made = Cluster(work, slurm | {"PYTHONPATH": str(site)})
+    made = Cluster(work, slurm | {"PYTHONPATH": str(plug_in_site)})
     yield made
     made.call("scancel", "--full", "--user", str(os.getuid()))
     made.wait_until_idle()

@@ -1,6 +1,8 @@
 """What a cluster does to a job that goes on: time runs out, others come first, nodes and processes die."""
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,6 @@ LONG = [
 @pytest.fixture(scope="module")
 def undisturbed(slurm: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run without a disturbance, in a process of its own: its directory."""
-    import os
     import shutil
     import subprocess
 
@@ -140,6 +141,26 @@ def test_a_finished_run_that_is_requeued_does_nothing(cluster: Cluster) -> None:
     after = {path: path.stat().st_mtime_ns for path in (cluster.sweep / "0").rglob("*") if path.is_file()}
     changed = {path.name for path in files if files[path] != after[path]}
     assert changed <= {".lock"}
+
+
+def test_a_job_whose_node_is_lost_goes_on_elsewhere_and_the_process_left_behind_publishes_nothing(
+    fragile: Cluster, wait_for: Callable[..., None], undisturbed: Path
+) -> None:
+    waiting = fragile.start(*LONG, f"loss.extra.trouble.slow_at={EVERY + 5}")
+    wait_for(at_step(fragile, EVERY + 2))
+    (id,) = fragile.states()
+    node = re.search(r" NodeList=(\S+)", fragile.call("scontrol", "show", "job", id))
+    assert node is not None
+    pids = Path(fragile.environment["SLURM_TEST_ROOT"], "pids").read_text()
+    daemons = dict(line.split()[:2] for line in pids.splitlines())
+    os.kill(int(daemons[f"slurmd.{node[1].rpartition('.')[2]}"]), signal.SIGKILL)
+    orphan = fragile.status()["pid"]
+    wait_for(lambda: "going on from step" in fragile.log(id), seconds=120)
+    assert fragile.status()["pid"] != orphan
+    said, _ = waiting.communicate(timeout=240)
+    assert waiting.returncode == 0, said
+    assert "was taken over by" in fragile.log(id)
+    assert_undisturbed(fragile.sweep / "0", undisturbed)
 
 
 def test_a_requeued_run_keeps_its_wandb_run(cluster: Cluster, wait_for: Callable[..., None]) -> None:

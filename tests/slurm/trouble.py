@@ -24,11 +24,15 @@ class Trouble(Loss):
     at: int = option(8, "the call at which it happens", ge=1)
     rank: int = option(0, "the rank to which it happens", ge=0)
     seconds: float = option(0.0, "how long every call takes", ge=0)
+    slow_at: int = option(
+        0, "the call from which a job that was never requeued takes 2 seconds; 0: none", ge=0
+    )
 
     def statistics(self, inputs: LossInputs) -> Statistics:
         global _calls
         _calls += 1
-        time.sleep(self.seconds)
+        is_first_start = "SLURM_RESTART_COUNT" not in os.environ
+        time.sleep(2 if is_first_start and 0 < self.slow_at <= _calls else self.seconds)
         value = next(iter(inputs.ci.values())).lower.sum() * 0
         if _calls == self.at and distributed.rank() == self.rank:
             if self.how == "raise":

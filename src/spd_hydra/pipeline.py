@@ -1,0 +1,159 @@
+"""The way of a run from its target to its report, on every rank."""
+
+import time
+from typing import Any
+
+import torch
+
+from spd_hydra import distributed
+from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
+from spd_hydra.checkpoint import load_checkpoint, load_newest
+from spd_hydra.config import RunConfig, Task, to_dict
+from spd_hydra.distributed import say
+from spd_hydra.figure.base import draw_all
+from spd_hydra.logger.base import Logger
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.rank_errors import RunError
+from spd_hydra.redaction import redact
+from spd_hydra.restarts import begin_with_best
+from spd_hydra.result import Outcome, conclude, steps_per_second
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
+from spd_hydra.stop import StopSignals
+from spd_hydra.trainer import Trainer, TrainingError
+
+
+def check(config: RunConfig) -> dict[str, Any]:
+    """Build everything without training and say how large it is."""
+    parts = preflight(config)
+    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    say(f"{config.name}: the configuration is sound")
+    for site, shape in parts.model.site_shapes().items():
+        say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
+    memory = trainable * 16 / 2**20
+    say(f"  trainable parameters: {trainable:,} ({memory:.1f} MiB with gradients and AdamW's moments)")
+    say(f"  loss terms: {', '.join(config.loss.active_terms())}")
+    return {"experiment": config.name, "trainable_parameters": trainable}
+
+
+def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
+    """Obtain the target, train its decomposition, and leave the result in the run directory.
+
+    Raises:
+        RunError: training failed.
+        Stopped: a signal asked for it.
+    """
+    started = time.perf_counter()
+    device = device_of(config)
+    target = _target(config, directory, device)
+    if config.task is Task.train_target:
+        summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
+        directory.write_summary(summary)
+        say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
+        return Outcome(directory.path, summary)
+    parts = assemble(config, target.module, device)
+    tracker = (
+        Logger()
+        if directory.follows
+        else config.logger.start(directory.path, config.name, redact(to_dict(config)))
+    )
+    try:
+        summary = _train(config, parts, target, directory, tracker, signals, started)
+    except BaseException:
+        tracker.finish(None, 1)
+        raise
+    tracker.finish(summary, 0)
+    return Outcome(directory.path, summary)
+
+
+def _train(
+    config: RunConfig,
+    parts: Parts,
+    target: TrainedTarget,
+    directory: RunDirectory,
+    tracker: Logger,
+    signals: StopSignals,
+    started: float,
+) -> dict[str, Any]:
+    def draw(evaluation: Evaluation) -> None:
+        if directory.follows:
+            return
+        history, allowed = directory.read_metrics(), directory.require_ownership
+        drawn = draw_all(evaluation, history, directory.figures, allowed)
+        tracker.log_figures(evaluation.step, {figure.name: figure.path for figure in drawn})
+
+    trainer = Trainer(
+        parts.objective,
+        training=config.train,
+        evaluation=config.eval,
+        sampler=parts.train_sampler(),
+        evaluate=lambda step: parts.evaluate(step, certified=target.certified),
+        on_figures=draw,
+        run=directory,
+        tracker=tracker,
+        signals=signals,
+    )
+    trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
+    _restore(trainer, directory, config)
+    evaluation = _fit(trainer, parts)
+    if directory.follows:
+        return {}
+    times = trainer.times()
+    summary, drawn = conclude(
+        directory,
+        parts,
+        target,
+        evaluation,
+        seconds=times["seconds"],
+        steps_per_second=steps_per_second(times),
+        restarts=trainer.facts.get("restarts"),
+    )
+    tracker.log_figures(evaluation.step, drawn)
+    return summary
+
+
+def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> None:
+    """Go on from the newest whole checkpoint, if there is one; the others from the one that rank 0 found."""
+    if directory.follows:
+        name = distributed.of_rank_0()
+        checkpoint = None if name is None else load_checkpoint(directory.checkpoints / name)
+    else:
+        checkpoint = load_newest(directory.checkpoints)
+        distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
+    if checkpoint is None:
+        directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
+        return
+    trainer.restore(checkpoint)
+    say(f"going on from step {trainer.step}")
+
+
+def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
+    try:
+        if trainer.step == 0:
+            begin_with_best(trainer, parts.initial_state)
+        return trainer.fit()
+    except TrainingError as error:
+        raise RunError(str(error)) from error
+
+
+def _target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
+    """The run's target: rank 0 sees to it that there is one, the others read it."""
+    if directory.follows:
+        distributed.of_rank_0()
+        return read_target(config, directory.path, device)
+    target = _own_target(config, directory, device)
+    distributed.of_rank_0("the target is in the run directory")
+    return target
+
+
+def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget:
+    """The run's own target if it has one already, else from the cache, else trained now."""
+    if (directory.path / TARGET_FILE).exists():
+        return read_target(config, directory.path, device)
+    target = obtain(config, device)
+    with directory.writing(TARGET_FILE) as path:
+        write_target(target, path.parent)
+    if target.certified and target.tries > 1 and not target.cached:
+        say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
+    return target
