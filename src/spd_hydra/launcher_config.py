@@ -64,7 +64,10 @@ class Slurm(Background):
     partition: str | None = option(
         None, "partition; default $SLURM_PARTITION, else the cluster's own default"
     )
-    time: str = option("24:00:00", "time limit of a job, as sbatch takes it: minutes, [d-]hh:mm:ss, d-hh")
+    time: str = option(
+        "24:00:00",
+        "time limit of a job, as sbatch takes it: minutes, [d-]hh:mm:ss, d-hh; in a YAML file within quotes",
+    )
     memory: str | None = option(None, "memory on each node, e.g. 32G; null: the cluster's default")
     gpus: int = option(1, "GPUs of a job on each node, one process (rank) for each; 0: CPU", ge=0)
     nodes: int = option(1, "nodes of a job", ge=1)
@@ -111,9 +114,12 @@ class Slurm(Background):
         if self.memory is not None and not _MEMORY.fullmatch(self.memory):
             yield Problem("memory", f"got {self.memory}, must be a number with K, M, G or T, e.g. 32G")
         for name in self.additional:
-            if name.replace("_", "-") in _OWN_KEYS:
+            option_name = str(name).replace("_", "-")
+            if option_name in _OWN_KEYS:
+                yield Problem(f"additional.{name}", f"has a key of its own: {_OWN_KEYS[option_name]}")
+            elif option_name in _SET_HERE:
                 yield Problem(
-                    f"additional.{name}", f"has a key of its own: {_OWN_KEYS[name.replace('_', '-')]}"
+                    f"additional.{name}", f"is set by spd-run, {_SET_HERE[option_name]}; leave it out"
                 )
 
 
@@ -131,6 +137,13 @@ _OWN_KEYS = {
     "exclude": "launcher.exclude",
     "signal": "launcher.signal_seconds",
     "array": "launcher.array_parallelism",
+}
+
+_SET_HERE = {
+    "output": "which reads the logs of a job where it put them",
+    "error": "which reads the logs of a job where it put them",
+    "open-mode": "so that a requeued job keeps its log",
+    "ntasks": "from launcher.nodes and launcher.ranks_per_node",
 }
 
 

@@ -40,6 +40,7 @@ def sbatch_parameters(launcher: Slurm, name: str) -> dict[str, Any]:
         "exclude": launcher.exclude,
         "setup": list(launcher.setup) or None,
     }
+    additional = {"requeue": True} | dict(launcher.additional)
     # Since SLURM 22.05 srun no longer takes the number of CPUs from the job that it runs in.
     cpus = [f"--cpus-per-task={launcher.cpus}"] if launcher.cpus else []
     return {key: value for key, value in given.items() if value is not None} | {
@@ -51,7 +52,9 @@ def sbatch_parameters(launcher: Slurm, name: str) -> dict[str, Any]:
         "signal_delay_s": launcher.signal_seconds,
         # When one rank dies the others wait for it in vain: end them too.
         "srun_args": ["--kill-on-bad-exit=1", *cpus],
-        "additional_parameters": {"requeue": True} | dict(launcher.additional),
+        "additional_parameters": {
+            name: value for name, value in additional.items() if value is not None and value is not False
+        },
     }
 
 
