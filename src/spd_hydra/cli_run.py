@@ -16,6 +16,7 @@ from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher import slurm, start, watch
 from spd_hydra.launcher.record import SweepRecord, hide_secrets, new_sweep_directory
+from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Background, Slurm
 from spd_hydra.overrides import is_for_hydra, quoted, read
 from spd_hydra.plan import Plan, make_plan
@@ -95,7 +96,7 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
         print(start.dry_run(jobs, launcher, directory))
         return ExitCode.ok
     for job in plan.jobs:
-        start.require_no_secrets(job.config)
+        require_no_secrets(job.config)
     if isinstance(launcher, Slurm):
         slurm.require_sbatch()
     # Hydra looks for plug-ins in folders and misses those of an editable installation.

@@ -48,6 +48,11 @@ def redact(value: Any, name: str = "") -> Any:
     return value
 
 
+def redact_words(value: Any) -> Any:
+    """The same for a tree whose texts are commands: `seed=1 +api_key=x`, `export HF_TOKEN=x`."""
+    return redact(_words_redacted(value))
+
+
 def redact_text(text: str) -> str:
     """Free text, such as a diff, without what looks like a secret or is one in this environment."""
     for secret in _secrets_of_environment():
@@ -71,6 +76,14 @@ class Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return redact_command([text])[0] if record.name.startswith("hydra") else redact_text(text)
+
+
+def _words_redacted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _words_redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_words_redacted(item) for item in value]
+    return redact_command([value])[0] if isinstance(value, str) else value
 
 
 def _inherit(parent: str, key: str) -> str:

@@ -65,7 +65,7 @@ class Pool:
             gpus_per_node=len(gpus),
             visible_gpus=tuple(gpus),
         )
-        with _ctrl_c_ignored():
+        with _without_ctrl_c():
             self._started[number] = self._executor.submit(job)
         self._slots[slot] = number
 
@@ -82,13 +82,14 @@ def _gpus_of(slot: int, each: int) -> Sequence[int]:
 
 
 @contextlib.contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes that are started within the block ignore Ctrl-C, which a terminal sends to all of them.
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started within the block never get Ctrl-C, which a terminal sends to all of them.
 
-    A run handles it all the same once it trains; submitit's process between them would end at once.
+    They inherit the mask, and `stop` asks them instead: a run that heard both, or a second Ctrl-C, would end
+    without saving, and submitit's process between them at once.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

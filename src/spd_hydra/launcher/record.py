@@ -1,9 +1,11 @@
 """sweep.json: which jobs a sweep has and under which ids they were submitted."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
+import stat
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 
 from spd_hydra import atomic
-from spd_hydra.redaction import redact, redact_command
+from spd_hydra.redaction import redact_words
 from spd_hydra.section import ConfigError
 
 FILE = "sweep.json"
@@ -65,7 +67,9 @@ class SweepRecord:
             return cls(jobs=jobs, **data)
         except FileNotFoundError:
             raise ConfigError(f"sweep: {sweep_dir} is no directory of a sweep: it holds no {FILE}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise ConfigError(f"sweep: {sweep_dir / FILE} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"sweep: {sweep_dir / FILE} is damaged: {error}") from None
 
     def with_jobs(self, jobs: Sequence[SweepJob]) -> "SweepRecord":
@@ -85,13 +89,14 @@ def submission_folder(sweep_dir: Path) -> Path:
     """The folder of scripts, pickles and logs, which only its owner may enter: the job unpickles from there.
 
     Raises:
-        ConfigError: it belongs to somebody else, or is a link.
+        ConfigError: it belongs to somebody else, or is a link or a file.
     """
     folder = sweep_dir / SUBMITIT
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
     status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid():
-        raise ConfigError(f"{folder} is a link or belongs to somebody else; choose another out_dir")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ConfigError(f"{folder} is a link, a file, or belongs to somebody else; choose another out_dir")
     folder.chmod(0o700)
     return folder
 
@@ -106,16 +111,8 @@ def hide_secrets(sweep: Path) -> None:
     path = sweep / "multirun.yaml"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        shown = redact(_words_redacted(record))
+        shown = redact_words(record)
         if shown != record:
             atomic.replace(path, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
     except FileNotFoundError:
         pass
-
-
-def _words_redacted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _words_redacted(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_words_redacted(item) for item in value]
-    return redact_command([value])[0] if isinstance(value, str) else value

@@ -3,26 +3,31 @@
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import yaml
 
 from spd_hydra import atomic
-from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.config import to_dict
 from spd_hydra.distributed import say
 from spd_hydra.environment import code_digest, describe_environment
 from spd_hydra.launcher import slurm, watch
 from spd_hydra.launcher.job import RunJob
 from spd_hydra.launcher.pool import Pool
-from spd_hydra.launcher.record import FILE, SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.record import FILE, SUBMITIT, SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
 from spd_hydra.metrics_log import to_json
 from spd_hydra.overrides import without_hydra
 from spd_hydra.plan import Job
-from spd_hydra.redaction import redact, redact_command
+from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
+
+_DESCRIPTION = ("environment.json", "launcher.yaml")
+_OF_HYDRA = "multirun.yaml"
+_SHOWN = 8  # jobs with their logs after a submission
 
 
 def new_record(launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str]) -> SweepRecord:
@@ -74,20 +79,6 @@ def run_jobs(
     return found
 
 
-def require_no_secrets(config: RunConfig) -> None:
-    """Refuse a configuration with a secret in it: scripts and pickles of a job are files.
-
-    Raises:
-        ConfigError: names the keys.
-    """
-    data = to_dict(config) | {"launcher": to_dict(config.launcher)}
-    for key in _changed(data, redact(data)):
-        raise ConfigError(
-            f"{key}: looks like a secret, and would be written into the files of a job; put it into the "
-            "environment or into .env, from where jobs get it too"
-        )
-
-
 def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: Sequence[str]) -> SweepRecord:
     """Submit jobs to SLURM, several as one array, and write down under which ids.
 
@@ -98,13 +89,13 @@ def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: S
     record = new_record(launcher, jobs, command)
     work = run_jobs(jobs, sweep_dir, record, command)
     before = _jobs_before(sweep_dir)
+    there = {path.name for path in sweep_dir.iterdir()} if sweep_dir.exists() else set()
     folder = submission_folder(sweep_dir)
     _describe(sweep_dir, launcher)
     try:
         ids = slurm.submit(work, launcher, name_of(jobs), folder)
     except ConfigError:
-        if not before:
-            shutil.rmtree(sweep_dir)
+        _take_away(sweep_dir, there)
         raise
     submitted = [dataclasses.replace(job, id=id) for job, id in zip(record.jobs, ids, strict=True)]
     record = dataclasses.replace(record, jobs=before).with_jobs(submitted)
@@ -173,9 +164,12 @@ def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
     """
     for job in jobs.values():
         require_no_secrets(job.config)
-    script = slurm.sbatch_script(launcher, name_of(jobs), sweep_dir / ".submitit", len(jobs))
+    script = slurm.sbatch_script(launcher, name_of(jobs), sweep_dir / SUBMITIT, len(jobs))
     lines = [script, "# jobs"]
-    lines += [f"#   {number}: {shlex.join(_own_words(job)) or 'the default'}" for number, job in jobs.items()]
+    lines += [
+        f"#   {number}: {shlex.join(redact_command(_own_words(job))) or 'the default'}"
+        for number, job in jobs.items()
+    ]
     answer = slurm.would_accept(script)
     return "\n".join(
         [
@@ -205,9 +199,6 @@ def follow_up_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
     return [f"  look:   spd-run task=sweep_status {shlex.quote(f'sweep={sweep_dir}')}", f"  cancel: {cancel}"]
 
 
-_SHOWN = 8
-
-
 def name_of(jobs: Mapping[int, Job]) -> str:
     """Name of the jobs in the queue: that of their experiment, if they have one in common."""
     names = {job.config.name for job in jobs.values()}
@@ -230,18 +221,20 @@ def _jobs_before(sweep_dir: Path) -> list[SweepJob]:
 
 def _describe(sweep_dir: Path, launcher: Launcher) -> None:
     """Commit, diff, versions and command line at the moment of submission."""
-    path = sweep_dir / "environment.json"
-    if not path.exists():
-        atomic.replace(path, to_json(describe_environment(), indent=2))
-        atomic.replace(sweep_dir / "launcher.yaml", yaml.safe_dump(to_dict(launcher), sort_keys=False))
+    environment, asked = (sweep_dir / name for name in _DESCRIPTION)
+    if not environment.exists():
+        atomic.replace(environment, to_json(describe_environment(), indent=2))
+        atomic.replace(asked, yaml.safe_dump(to_dict(launcher), sort_keys=False))
 
 
-def _changed(before: object, after: object, key: str = "") -> list[str]:
-    """Keys whose values differ between two trees of the same shape."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        return [
-            found
-            for name, value in before.items()
-            for found in _changed(value, after[name], f"{key}.{name}" if key else str(name))
-        ]
-    return [] if before == after else [key]
+def _take_away(sweep_dir: Path, there: Set[str]) -> None:
+    """Remove what was written of jobs that were not submitted, and nothing that was there before."""
+    for name in {SUBMITIT, *_DESCRIPTION} - there:
+        path = sweep_dir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if there <= {_OF_HYDRA}:
+        (sweep_dir / _OF_HYDRA).unlink(missing_ok=True)
+        sweep_dir.rmdir()

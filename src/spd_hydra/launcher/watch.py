@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +13,7 @@ from typing import TextIO
 
 from spd_hydra import metrics_log, report
 from spd_hydra.launcher import slurm
-from spd_hydra.launcher.record import SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
@@ -34,6 +36,8 @@ _ENDED_WELL = {"COMPLETED"}
 OPEN = {"pending", "requeued", "running"}
 """States of jobs that have not ended."""
 
+_GIVE_WAY = {"pending": 1, "done": 2}
+_AROUND_ROWS = 5  # lines of a table that are no jobs, and the cursor's
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
 _TRACE_LINES = 25
 
@@ -107,7 +111,7 @@ def _ended(sweep_dir: Path, row: SweepRow, state: SchedulerState) -> SweepRow:
         hint = f"go on with spd-run {shlex.quote(f'resume={sweep_dir / str(row.job)}')}"
         return dataclasses.replace(row, state="failed", exit=how, error=f"{row.error}; {hint}")
     what = "ended before it began" if row.state == "missing" else "ended without a word"
-    log = "" if row.id is None else f"; log: {log_paths(submission_folder(sweep_dir), row.id)[1]}"
+    log = "" if row.id is None else f"; log: {log_paths(sweep_dir / SUBMITIT, row.id)[1]}"
     return dataclasses.replace(row, state="failed", exit=how, error=f"{what} ({how}){log}")
 
 
@@ -121,13 +125,16 @@ def wait(
     """Look at the jobs until the last one has ended, and return how they ended."""
     doubted: set[int] = set()
     while True:
-        rows = look(sweep_dir, record(), states())
+        said = states()
+        rows = look(sweep_dir, record(), said)
         # A network file system may show the end of a job before its last words: look once more.
         unsure = {row.job for row in rows if row.exit is not None and row.job not in doubted}
         doubted |= unsure
         rows = [dataclasses.replace(row, state="running") if row.job in unsure else row for row in rows]
         show(rows)
-        if not any(row.state in OPEN for row in rows):
+        # As long as the scheduler does not answer, a job that stopped may be on its way back into the queue.
+        is_open = OPEN if said is not None else OPEN | {"stopped"}
+        if not any(row.state in is_open for row in rows):
             return rows
         time.sleep(poll_seconds)
 
@@ -172,6 +179,15 @@ def traces(rows: Sequence[SweepRow]) -> Iterator[str]:
             yield "\n".join([f"  job {row.job}:", *(f"    {line}" for line in shown)])
 
 
+def _fitting(rows: Sequence[SweepRow], size: os.terminal_size) -> list[str]:
+    """The table cut to one screen, since more cannot be drawn anew; jobs that wait or are done give way."""
+    room = max(size.lines - _AROUND_ROWS, 1)
+    order = sorted(rows, key=lambda row: _GIVE_WAY.get(row.state, 0))
+    lines = live_table(sorted(order[:room], key=lambda row: row.job))
+    lines += [f"  … and {len(rows) - room} more; all together: {counts(rows)}"] if len(rows) > room else []
+    return [line[: size.columns - 1] for line in lines]
+
+
 class _Display(contextlib.AbstractContextManager["_Display"]):
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._drawn = stream, 0
@@ -179,7 +195,7 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
 
     def show(self, rows: Sequence[SweepRow]) -> None:
         if self._stream.isatty():
-            lines = live_table(rows)
+            lines = _fitting(rows, shutil.get_terminal_size())
             back = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
             self._stream.write(back + "\n".join(lines) + "\n")
             self._drawn = len(lines)
