@@ -118,7 +118,10 @@ def would_accept(script: str) -> str | None:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        done = _call("sbatch", "--test-only", file.name)
+        try:
+            done = _call("sbatch", "--test-only", file.name)
+        except subprocess.TimeoutExpired:
+            return "not checked: sbatch does not answer"
     text = _last_line(done.stderr or done.stdout).removeprefix("sbatch: ")
     return f"accepted: {text}" if done.returncode == 0 else f"REFUSED: {text}"
 
