@@ -94,6 +94,7 @@ def group_problem(override: Override, options: list[str]) -> Problem | None:
 
 def unreadable(text: str) -> Problem:
     """The message for words that are no override."""
+    text = redact_command([text])[0]
     if "=" not in text:
         return Problem(text, "not understood; write key=value, e.g. seed=1")
     key, _, value = text.partition("=")
