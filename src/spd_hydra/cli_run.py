@@ -15,9 +15,9 @@ from spd_hydra.config import RunConfig
 from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher import slurm, start, watch
-from spd_hydra.launcher.record import SweepRecord, hide_secrets, new_sweep_directory
+from spd_hydra.launcher.record import FILE, SweepRecord, hide_secrets, new_sweep_directory
 from spd_hydra.launcher.secret_check import require_no_secrets
-from spd_hydra.launcher_config import Background, Slurm
+from spd_hydra.launcher_config import Background, LocalParallel, Slurm
 from spd_hydra.overrides import is_for_hydra, quoted, read
 from spd_hydra.plan import Plan, make_plan
 from spd_hydra.report.sweep import SweepRow
@@ -103,7 +103,12 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
     Plugins.instance().register(BackgroundLauncher)
     task = Task(sys.argv, plan, config_dir)
     words = ["-m", *flags, *plan.overrides, f"hydra/launcher={NAME}"]
-    code = call_hydra([*words, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    try:
+        code = call_hydra([*words, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    except KeyboardInterrupt:
+        if isinstance(launcher, LocalParallel) and (directory / FILE).exists():
+            _show(directory, watch.look(directory, SweepRecord.read(directory), None))
+        raise
     if task.failure is not None:
         raise task.failure
     if code == ExitCode.ok and task.ended:

@@ -280,3 +280,9 @@ def test_of_a_traceback_the_end_is_shown_and_only_of_jobs_that_failed() -> None:
     assert lines[2:] == [f"    line {number}" for number in range(75, 100)]
     (whole,) = watch.traces([row(4, "failed", traceback="one\ntwo\n")])
     assert whole == "  job 4:\n    one\n    two"
+
+
+def test_a_job_on_this_machine_that_was_killed_with_spd_run_is_no_longer_running(tmp_path: Path) -> None:
+    leave(tmp_path, 0, "running")
+    (row,) = watch.look(tmp_path, record("4711", launcher="local_parallel"), None)
+    assert (row.state, row.error) == ("failed", "ended without a word: nobody writes to it any more")

@@ -58,7 +58,8 @@ def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]
     )
     # A sweeper that chooses as it goes has more jobs in this process than were planned.
     shown = [row for row in rows if row.job in jobs or record.launcher == "local"]
-    return [_row(sweep_dir, row, jobs.get(row.job), states) for row in shown]
+    by_scheduler = record.launcher == "slurm"
+    return [_row(sweep_dir, row, jobs.get(row.job), states, by_scheduler=by_scheduler) for row in shown]
 
 
 def scheduler_states(record: SweepRecord) -> States:
@@ -70,7 +71,9 @@ def scheduler_states(record: SweepRecord) -> States:
     return None if found is None else {numbers[id]: state for id, state in found.items() if id in numbers}
 
 
-def _row(sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States) -> SweepRow:
+def _row(
+    sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States, *, by_scheduler: bool
+) -> SweepRow:
     last = metrics_log.last_row(sweep_dir / str(row.job) / "metrics.jsonl") or {}
     row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
     if job is not None:
@@ -78,7 +81,7 @@ def _row(sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States) -
     if row.state == "done":
         return row
     if states is None:
-        return _without_scheduler(sweep_dir, row, is_submitted=row.id is not None)
+        return _without_scheduler(sweep_dir, row, is_submitted=by_scheduler and row.id is not None)
     state = states.get(row.job)
     if state is None:
         return _ended(sweep_dir, row, SchedulerState(name="unknown to the scheduler"))
