@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from spd_hydra import decompose, load_run
-from spd_hydra.api import Run
+from spd_hydra.api import Run, submit
 from spd_hydra.config import RunConfig
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
@@ -76,3 +77,36 @@ def test_a_check_leaves_no_run_to_open(toy: Toy) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         load_run(tmp_path)
+
+
+def test_where_there_is_no_slurm_submit_says_so_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="launcher=slurm: found no sbatch or srun or squeue here"):
+        submit(["debug=smoke", f"out_dir={tmp_path / 'runs'}", "seed=0,1"], gpus=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partitoin": "gpu"}, "launcher.partitoin: there is no such key; did you mean launcher.partition?"),
+        ({"time": "soon"}, "launcher.time: got soon, must be minutes, mm:ss, hh:mm:ss, d-hh or d-hh:mm:ss"),
+        ({"nodes": 0}, "launcher.nodes: got 0, must be ≥ 1"),
+        (
+            {"dry_run": True},
+            "launcher.dry_run: got true, but submit() submits; look at the script with spd-run",
+        ),
+        ({"additional": {"mem": "1G"}}, "launcher.additional.mem: has a key of its own: launcher.memory"),
+        ({"setup": ["export HF_TOKEN=abcdefgh4711"]}, "launcher.setup: looks like a secret"),
+    ],
+)
+def test_options_of_submit_are_checked_as_on_the_command_line(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spd_hydra.launcher.slurm.require_sbatch", lambda: None)
+    with pytest.raises(ConfigError) as caught:
+        submit(["debug=smoke", f"out_dir={tmp_path / 'runs'}"], **options)
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

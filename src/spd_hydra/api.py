@@ -159,6 +159,8 @@ def submit(
         plan = make_plan(composer, words, multirun=True, config_dir=config_dir)
     launcher = plan.jobs[0].config.launcher
     assert isinstance(launcher, Slurm), "it was chosen above"
+    if launcher.dry_run:
+        raise ConfigError("launcher.dry_run: got true, but submit() submits; look at the script with spd-run")
     sweep_dir = new_sweep_directory(plan.jobs[0].config.out_dir)
     command = ["submit", *words]
     record = start.submit(dict(enumerate(plan.jobs)), launcher, sweep_dir, command)

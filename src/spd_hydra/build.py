@@ -10,6 +10,7 @@ from spd_hydra import distributed, rng
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
 from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
@@ -17,6 +18,9 @@ from spd_hydra.model.base import KnownAnswer
 from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
 from spd_hydra.sampler import Sampler
 from spd_hydra.section import ConfigError
+
+_DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
+_FEW_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +163,36 @@ def preflight(config: RunConfig) -> Parts:
     Raises:
         ConfigError: naming the key, the value and what is allowed.
     """
-    device_of(config)
+    if not isinstance(config.launcher, Slurm):  # else the job has other devices than this machine
+        device_of(config)
     meta = torch.device("meta")
     try:
         with meta:
-            return assemble(config, untrained_target(config), meta)
+            parts = assemble(config, untrained_target(config), meta)
     except ConfigError:
         raise
     except Exception:  # a target or a data source of a plug-in may need values
-        return assemble(config, untrained_target(config), torch.device("cpu"))
+        parts = assemble(config, untrained_target(config), torch.device("cpu"))
+    # Ranks that share a run were started from a configuration that was checked before they met.
+    if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
+        _require_metric(config)
+    return parts
+
+
+def _require_metric(config: RunConfig) -> None:
+    """Fail if no evaluation of this run will have the metric that sweepers optimise.
+
+    Raises:
+        ConfigError: names the metrics that there are.
+    """
+    few = dataclasses.replace(config.eval, batches=1, batch_size=min(config.eval.batch_size, _FEW_ROWS))
+    parts = assemble(dataclasses.replace(config, eval=few), untrained_target(config), torch.device("cpu"))
+    names = parts.evaluate(0, certified=False).metrics
+    if config.objective not in names:
+        raise ConfigError(
+            f"objective: got {config.objective}, which no evaluation of this run measures; choose one of "
+            f"{', '.join(sorted(names))}"
+        )
 
 
 def _rows(number: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What happens in one job: the run, and its errors in words and exit codes."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from spd_hydra.build import preflight
 from spd_hydra.checkpoint import CheckpointError
 from spd_hydra.composition import Composer, to_run_config
 from spd_hydra.config import to_dict
@@ -56,8 +58,8 @@ class Task:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plan": None}  # a node plans nothing
 
-    def __call__(self, cfg: DictConfig) -> float | None:
-        """Run one job; its objective, for those who optimise over runs."""
+    def __call__(self, cfg: DictConfig) -> float:
+        """Run one job; its objective, for those who optimise over runs, NaN where there is none."""
         hydra = HydraConfig.get()
         if hydra.mode is not RunMode.MULTIRUN:
             assert self._plan is not None, "a single run is planned before Hydra starts it"
@@ -84,7 +86,9 @@ class Task:
             if job.overrides == overrides:
                 return job
         with Composer.open(self._config_dir) as composer:
-            return plan_job(composer, overrides, self._config_dir)
+            job = plan_job(composer, overrides, self._config_dir)
+        preflight(job.config)
+        return job
 
     def _swept(self, cfg: DictConfig, overrides: list[str]) -> Job:
         return (
@@ -109,22 +113,22 @@ class Task:
         )
 
 
-def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float | None]:
+def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float]:
     """Do the work; say what went wrong, with a traceback only where nobody foresaw it."""
     try:
         return ExitCode.ok, _objective(work())
     except ConfigError as error:
         _log.error("%s", invalid(error))
-        return ExitCode.bad_config, None
+        return ExitCode.bad_config, math.nan
     except (RunError, RunDirectoryError, CheckpointError, WeightsError) as error:
         _log.error("The run failed: %s", error)
     except SystemExit as error:
         _log.error("The run ended itself with exit code %s.", error.code)
     except Exception:
         _log.exception("The run failed with an error that should not happen:")
-    return ExitCode.run_failed, None
+    return ExitCode.run_failed, math.nan
 
 
-def _objective(outcome: Outcome) -> float | None:
+def _objective(outcome: Outcome) -> float:
     value = outcome.summary.get("objective")
-    return None if value is None else float(value)
+    return math.nan if value is None else float(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from spd_hydra.build import preflight
 from spd_hydra.composition import Composer, apply_overrides
 from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
+from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, without_hydra
 from spd_hydra.section import ConfigError
 
@@ -42,6 +43,8 @@ def make_plan(
     is_sweep = multirun or composer.is_sweep(overrides)
     if not is_sweep:
         job = plan_job(composer, overrides, config_dir)
+        if _starts_processes(job.config):  # a run in this process checks this itself
+            preflight(job.config)
         return Plan(overrides=list(overrides), jobs=[job], is_sweep=False)
     jobs: list[Job] = []
     wrong: dict[str, list[str]] = {}
@@ -61,11 +64,16 @@ def make_plan(
         raise ConfigError(
             "\n".join(_labelled(message, names, len(settings)) for message, names in wrong.items())
         )
-    _require_one_launcher(jobs)
+    require_one_launcher(jobs)
     return Plan(overrides=list(overrides), jobs=jobs, is_sweep=True)
 
 
-def _require_one_launcher(jobs: Sequence[Job]) -> None:
+def _starts_processes(config: RunConfig) -> bool:
+    has_parts = config.task in {Task.decompose, Task.train_target}
+    return has_parts and (isinstance(config.launcher, Background) or config.launcher.local_ranks > 1)
+
+
+def require_one_launcher(jobs: Sequence[Job]) -> None:
     """Refuse a sweep over what is asked of the cluster: all jobs of an array have the same.
 
     Raises:

@@ -21,15 +21,17 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Start these jobs and, if they are waited for, return what each came to: NaN where it failed."""
+        """Start these jobs and, if they are waited for, return what each came to: NaN where it failed.
+
+        Raises:
+            SystemExit: they cannot be started; why stands in the task's `failure`.
+        """
         # Imported only now: Hydra imports this module in every program of the environment.
         from spd_hydra.launcher.record import hide_secrets  # noqa: PLC0415
         from spd_hydra.launcher.start import run_in_background  # noqa: PLC0415
         from spd_hydra.section import ConfigError  # noqa: PLC0415
 
         task: Any = self.task_function
-        if task.failure is not None:
-            return [_told(overrides) for overrides in job_overrides]
         try:
             jobs = {
                 initial_job_idx + place: task.planned(list(words))
@@ -38,9 +40,10 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
             sweep_dir = Path(str(self.config.hydra.sweep.dir))
             hide_secrets(sweep_dir)
             rows = run_in_background(jobs, sweep_dir, task.command)
-        except ConfigError as error:  # Hydra would show it as a traceback
+        except ConfigError as error:
+            # Hydra would show it as a traceback, and a sweeper might go on with other values.
             task.failure = error
-            return [_told(overrides) for overrides in job_overrides]
+            raise SystemExit from error
         task.ended += rows or []
         values = {row.job: row.objective for row in rows or []}
         return [
@@ -49,7 +52,7 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
         ]
 
 
-def _told(overrides: Sequence[str], value: float = math.nan) -> JobReturn:
+def _told(overrides: Sequence[str], value: float) -> JobReturn:
     return JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
 
 

@@ -20,7 +20,7 @@ from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
 from spd_hydra.metrics_log import to_json
 from spd_hydra.overrides import without_hydra
-from spd_hydra.plan import Job
+from spd_hydra.plan import Job, require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
@@ -112,6 +112,7 @@ def run_in_background(
         ConfigError: the jobs cannot be started.
         KeyboardInterrupt: the user stopped watching. Jobs of a cluster go on; jobs on this machine saved.
     """
+    require_one_launcher(list(jobs.values()))  # also of jobs that a sweeper chose as it went
     launcher = next(iter(jobs.values())).config.launcher
     if isinstance(launcher, LocalParallel):
         return _run_in_pool(jobs, launcher, sweep_dir, command)
