@@ -98,6 +98,12 @@ def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert math.copysign(1.0, loaded.tensors["model"]["odd"][2].item()) == -1.0
 
 
+def test_tensors_come_back_in_the_order_of_their_names(tmp_path: Path) -> None:
+    group = {f"w{number}": torch.zeros(1) for number in random.sample(range(100, 200), 100)}
+    path = save_checkpoint(tmp_path, 0, {"model": group}, {}, keep=1)
+    assert list(load_checkpoint(path).tensors["model"]) == sorted(group)
+
+
 def test_state_comes_back_exactly(tmp_path: Path) -> None:
     state = {
         "float": [0.1, 1e-300, 5e-324, 1.7976931348623157e308, -0.0, 1 / 3, math.inf],

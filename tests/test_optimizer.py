@@ -75,6 +75,17 @@ def test_state_is_named_by_quantity_and_parameter() -> None:
     }
 
 
+def test_the_order_of_the_state_does_not_depend_on_the_order_in_which_it_was_loaded() -> None:
+    # Ranks send it to each other as one row of numbers; files give it in an order of each process's own.
+    named = parameters()
+    optimizer = optimizer_of(named)
+    step(optimizer, named)
+    saved = state_tensors(optimizer, named)
+    backwards = optimizer_of(named)
+    load_state_tensors(backwards, named, dict(reversed(saved.items())))
+    assert list(state_tensors(backwards, named)) == list(saved) == sorted(saved)
+
+
 def test_state_of_another_model_is_refused() -> None:
     named = parameters()
     with pytest.raises(ValueError, match=r"'ci\.other' fits no parameter"):

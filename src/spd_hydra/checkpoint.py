@@ -161,7 +161,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if problem:
                 problems.append(problem)
             elif name.endswith(_TENSORS):
-                tensors[name.removesuffix(_TENSORS)] = safetensors.torch.load(data)
+                # safetensors gives them in an order that differs from process to process.
+                tensors[name.removesuffix(_TENSORS)] = dict(sorted(safetensors.torch.load(data).items()))
             elif name == _STATE:
                 state = json.loads(data)
     except (manifest.ManifestError, safetensors.SafetensorError, ValueError, RecursionError) as error:

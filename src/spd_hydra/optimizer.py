@@ -16,12 +16,15 @@ def adamw(groups: Iterable[Iterable[nn.Parameter]], *, lr: float, weight_decay: 
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
-    """Moments and step counts, as `<what>.<parameter name>`; empty before the first step."""
+    """Moments and step counts, as `<what>.<parameter name>`, sorted; empty before the first step.
+
+    The order is that of the names alone, so that it is the same on all ranks, however the state came about.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in parameters:
         for what, value in optimizer.state.get(parameter, {}).items():
             found[f"{what}.{name}"] = value
-    return found
+    return dict(sorted(found.items()))
 
 
 def load_state_tensors(

@@ -146,7 +146,7 @@ def test_nothing_in_a_run_directory_runs_code_or_reaches_outside(tmp_path: Path,
     call = {"_target_": "os.system", "command": f"touch {canary}"}
     changes: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "hydra": (lambda data: data.update(hydra=launcher), "Key 'hydra' not in"),
-        "launcher": (lambda data: data.update(launcher), "Key 'launcher' not in"),
+        "launcher": (lambda data: data.update(launcher), "launcher: a saved configuration has none"),
         "target": (lambda data: data.update(call), "Key '_target_' not in"),
         "target in model": (lambda data: data["model"].update(call), "Key '_target_' not in"),
         "target in a site": (
