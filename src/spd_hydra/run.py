@@ -22,7 +22,7 @@ from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.section import ConfigError
-from spd_hydra.stop import Stopped, StopSignals
+from spd_hydra.stop import Stopped, StopSignals, unheard
 
 _MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -87,8 +87,9 @@ def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Out
         with _quiet():
             return follow()
     except BaseException as error:
-        settled = rank_errors.settle(error)
-        rank_errors.conclude(settled, size, rank)
+        with unheard():
+            settled = rank_errors.settle(error)
+            rank_errors.conclude(settled, size, rank)
         if settled is error:
             raise
         raise settled from error
@@ -210,9 +211,10 @@ def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
     try:
         outcome = work()
     except BaseException as error:
-        settled = rank_errors.settle(error, directory)
-        with contextlib.suppress(RunDirectoryError):  # there is a first error to tell
-            _record_end(directory, settled)
+        with unheard():
+            settled = rank_errors.settle(error, directory)
+            with contextlib.suppress(RunDirectoryError):  # there is a first error to tell
+                _record_end(directory, settled)
         if settled is error:
             raise
         raise settled from error

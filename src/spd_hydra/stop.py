@@ -156,6 +156,25 @@ class StopSignals:
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Within the block no signal asks for a stop, nor later for one that came meanwhile.
+
+    For writing down how a run ended: when one rank dies, a scheduler tells the others to end at once.
+    """
+    held = {signal.SIGTERM, signal.SIGUSR2}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(held - before, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes that are started within the block never get SIGINT or SIGUSR2, forked or spawned.
 

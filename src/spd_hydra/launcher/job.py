@@ -5,23 +5,28 @@ import json
 import logging
 import os
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spd_hydra import atomic
 from spd_hydra.components import load_plugins
 from spd_hydra.config import RunConfig, from_dict
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.exit_code import ExitCode
-from spd_hydra.launcher.local_ranks import local_ranks
+from spd_hydra.launcher.local_ranks import free_port, local_ranks
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
+
+_MEETING_SECONDS = 600.0  # for all nodes of a job to begin
+_POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +116,28 @@ def _export_ranks() -> None:
     from submitit import JobEnvironment  # noqa: PLC0415
     from submitit.helpers import TorchDistributedEnvironment  # noqa: PLC0415
 
-    if JobEnvironment().num_tasks > 1:
+    job = JobEnvironment()
+    if job.num_tasks > 1:
+        os.environ["MASTER_PORT"] = _port_of_rank_0(job)
         # By default it would also overwrite CUDA_VISIBLE_DEVICES, which SLURM has set to the job's own GPUs.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _port_of_rank_0(job: Any) -> str:
+    """Where the ranks meet: a port that is free on rank 0's machine, told in a file of this start of the job.
+
+    submitit's own choice follows from the job's id, and may be taken by another job on that machine.
+    """
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    path = Path(job.paths.folder) / f"{job.job_id}_{start}_port"
+    if job.global_rank == 0:
+        atomic.replace(path, str(free_port()))
+    deadline = time.monotonic() + _MEETING_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"rank 0 did not say within {_MEETING_SECONDS:g} s where the ranks meet ({path})")
+        time.sleep(_POLL_SECONDS)
+    return path.read_text()
 
 
 def _use_given_cpus() -> None:

@@ -63,7 +63,7 @@ def local_ranks(
             "WORLD_SIZE": str(number),
             "LOCAL_WORLD_SIZE": str(number),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
         }
         stack.enter_context(_environment(place | {"RANK": "0", "LOCAL_RANK": "0"}))
         others = _Others(folder)
@@ -157,7 +157,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
