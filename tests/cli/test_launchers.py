@@ -95,6 +95,38 @@ def test_a_secret_is_refused_with_its_key_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
+@pytest.mark.parametrize("launcher", ["slurm", "local_parallel"])
+def test_measuring_a_run_again_is_not_for_a_launcher(spd_run: Call, tmp_path: Path, launcher: str) -> None:
+    ended = spd_run("task=analyse", "run=there", f"launcher={launcher}")
+    assert ended.code == 2
+    assert (
+        f"launcher: got {launcher}, but task=analyse is done in this process; use launcher=local" in ended.err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_a_single_job_is_built_before_it_is_submitted(spd_run: Call, tmp_path: Path) -> None:
+    ended = spd_run("launcher=slurm", "decomposition.sites.embed.pattern=nowhere", "launcher.dry_run=true")
+    assert ended.code == 2
+    assert "decomposition.sites.embed.pattern: 'nowhere'" in ended.err
+    ended = spd_run("launcher=slurm", "objective=loss/totl", "launcher.dry_run=true")
+    assert ended.code == 2
+    assert "objective: got loss/totl, which no evaluation of this run measures" in ended.err
+
+
+@pytest.mark.usefixtures("no_slurm")
+@pytest.mark.parametrize("words", [[], ["-m", "seed=0,1"]])
+def test_a_job_for_a_gpu_can_be_submitted_where_there_is_none(
+    spd_run: Call, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert spd_run("launcher=slurm", "device=cuda", "launcher.dry_run=true", *words).code == 0
+    ended = spd_run("launcher=local_parallel", "device=cuda", *words)
+    assert ended.code == 2
+    assert "device: got cuda, but torch sees no GPU; use device=cpu or device=auto" in ended.err
+
+
 @pytest.mark.usefixtures("no_slurm")
 def test_where_a_secret_is_to_be_found_is_no_secret(spd_run: Call) -> None:
     setup = ["'export HF_TOKEN=$(cat ~/.token)'", "'export WANDB_API_KEY=$MY_KEY'", "module load cuda"]

@@ -78,6 +78,21 @@ def test_a_job_that_finds_its_run_goes_on_with_it(
     assert calls[0]["saved"] == config
 
 
+def test_a_job_that_goes_on_with_a_run_leaves_a_link_to_it_and_does_so_again_after_a_requeue(
+    toy: Toy, tmp_path: Path, calls: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    saved = toy("seed=3")
+    config = dataclasses.replace(saved, resume=str(tmp_path / "run"))
+    job = made(config, tmp_path / "sweep" / "0", saved=to_dict(saved))
+    job()
+    job()
+    for call in calls:
+        assert (call["config"], call["saved"], call.get("run_dir")) == (config, saved, None)
+    assert (tmp_path / "sweep" / "0").readlink() == tmp_path / "run"
+
+
 def test_a_job_that_is_queued_again_is_the_same_job(toy: Toy, tmp_path: Path) -> None:
     job = made(toy(), tmp_path)
     assert job.checkpoint().function == job

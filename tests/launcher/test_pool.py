@@ -74,6 +74,23 @@ def test_a_single_job_runs_in_a_process_of_its_own_and_ends_with_0(begin: Begin,
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_in_its_own_directory_and_the_sweep_shows_it(begin: Begin, tmp_path: Path) -> None:
+    out, _ = (process := begin("debug=smoke", "train.steps=5")).communicate(timeout=120)
+    assert process.returncode == 0, out
+    (run,) = (tmp_path / "work").glob("outputs/tms_5-2/*")
+    for steps in (9, 9):  # the second time there is nothing to do
+        before = set((tmp_path / "work").glob("outputs/sweeps/*"))
+        words = [f"resume={run}", *PARALLEL, f"train.steps={steps}"]
+        out, _ = (process := begin(*words)).communicate(timeout=120)
+        assert process.returncode == 0, out
+        (sweep,) = set((tmp_path / "work").glob("outputs/sweeps/*")) - before
+        assert (sweep / "0").resolve() == run.resolve()
+        assert json.loads((run / "summary.json").read_text())["steps"] == 9
+        with (sweep / "sweep.csv").open(newline="") as file:
+            assert [row["state"] for row in csv.DictReader(file)] == ["done"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["spd-run alone", "all, twice, as a terminal does"])
 def test_after_ctrl_c_every_job_has_saved_and_can_go_on(begin: Begin, tmp_path: Path, whom: str) -> None:
     long = ["train.steps=100000", "train.checkpoint_every=100000", "eval.every=100000", "train.log_every=1"]

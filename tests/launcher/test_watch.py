@@ -286,3 +286,24 @@ def test_a_job_on_this_machine_that_was_killed_with_spd_run_is_no_longer_running
     leave(tmp_path, 0, "running")
     (row,) = watch.look(tmp_path, record("4711", launcher="local_parallel"), None)
     assert (row.state, row.error) == ("failed", "ended without a word: nobody writes to it any more")
+
+
+@pytest.mark.parametrize("left", ["done", "stopped", "failed", "running"])
+@pytest.mark.parametrize(
+    ("scheduler", "state"), [("PENDING", "pending"), ("RUNNING", "running"), (None, "pending")]
+)
+def test_a_run_that_goes_on_is_not_judged_by_what_it_said_before(
+    tmp_path: Path, left: str, scheduler: str | None, state: str
+) -> None:
+    leave(tmp_path / "elsewhere", 7, left)
+    path = tmp_path / "elsewhere" / "7" / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"updated": "2020-01-01T00:00:00+00:00"}))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "0").symlink_to(tmp_path / "elsewhere" / "7")
+    (row,) = watch.look(tmp_path / "sweep", record("17"), said(scheduler))
+    assert (row.state, row.error) == (state, None)
+    (row,) = watch.look(tmp_path / "sweep", record("17"), said("FAILED 1"))
+    assert row.state == ("done" if left == "done" else "failed")  # it had nothing to do
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"updated": "2120-01-01T00:00:00+00:00"}))
+    (row,) = watch.look(tmp_path / "sweep", record("17"), said("COMPLETED 0"))
+    assert row.state == ("done" if left == "done" else "failed")

@@ -1,5 +1,6 @@
 """What runs in a process of its own: one run, exactly as it was composed when it was submitted."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spd_hydra import atomic
+from spd_hydra import atomic, distributed
 from spd_hydra.components import load_plugins
 from spd_hydra.config import RunConfig, from_dict
 from spd_hydra.dotenv import load_dotenv
@@ -103,10 +104,23 @@ class RunJob:
 
 
 def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | None) -> Outcome:
-    """Begin a run, or go on with the one that its directory holds already: the job was requeued."""
+    """Begin a run, or go on with the one that its directory holds already: the job was requeued.
+
+    A run that goes on in a directory of its own is linked from where the sweep looks for it.
+    """
+    if run_dir is not None and config.resume is not None:
+        if distributed.leads():
+            _link(Path(run_dir), Path(config.resume))
+        return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
         return run(dataclasses.replace(config, resume=run_dir), saved=config)
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
+
+
+def _link(place: Path, run_dir: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # of an earlier start of this job
+        place.symlink_to(run_dir.absolute(), target_is_directory=True)
 
 
 def _export_ranks() -> None:

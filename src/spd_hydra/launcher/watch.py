@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +19,7 @@ from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
-from spd_hydra.run_dir import RunDirectory
+from spd_hydra.run_dir import RunDirectory, RunDirectoryError
 
 States = Mapping[int, SchedulerState] | None
 """What the scheduler says by job number; a job it has forgotten is missing. None: it does not answer."""
@@ -32,7 +34,6 @@ _QUEUED = {
     "SPECIAL_EXIT",
     "RESV_DEL_HOLD",
 }
-_ENDED_WELL = {"COMPLETED"}
 OPEN = {"pending", "requeued", "running"}
 """States of jobs that have not ended."""
 
@@ -74,15 +75,18 @@ def scheduler_states(record: SweepRecord) -> States:
 def _row(
     sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States, *, by_scheduler: bool
 ) -> SweepRow:
+    state = None if states is None else states.get(row.job)
+    is_over = states is not None and (state is None or state.name not in _QUEUED | _ACTIVE)
     last = metrics_log.last_row(sweep_dir / str(row.job) / "metrics.jsonl") or {}
     row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
+    if _tells_of_before(sweep_dir / str(row.job)) and not (is_over and row.state == "done"):
+        row = dataclasses.replace(row, state="missing", error=None, traceback=None)
     if row.state == "done":
         return row
     if states is None:
         return _without_scheduler(sweep_dir, row, is_submitted=by_scheduler and row.id is not None)
-    state = states.get(row.job)
     if state is None:
         return _ended(sweep_dir, row, SchedulerState(name="unknown to the scheduler"))
     if state.name in _QUEUED:
@@ -90,6 +94,18 @@ def _row(
     if state.name in _ACTIVE:
         return row if row.state == "failed" else dataclasses.replace(row, state="running", error=None)
     return _ended(sweep_dir, row, state)
+
+
+def _tells_of_before(directory: Path) -> bool:
+    """Whether a run that goes on elsewhere still says how it stood before this job."""
+    if not directory.is_symlink():
+        return False
+    try:
+        status = RunDirectory.view(directory).read_status() or {}
+        updated = datetime.fromisoformat(str(status.get("updated"))).timestamp()
+    except (ValueError, RunDirectoryError):
+        return False
+    return updated < math.floor(directory.lstat().st_mtime)
 
 
 def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) -> SweepRow:
