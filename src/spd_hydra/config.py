@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
-from spd_hydra.launcher_config import Launcher
+from spd_hydra.launcher_config import Background, Launcher
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
@@ -89,6 +89,12 @@ class RunConfig(Section):
         if self.task is not Task.analyse and self.run is not None:
             yield Problem(
                 "run", f"got {self.run}, which only task=analyse reads; to go on with a run use resume="
+            )
+        if self.device is Device.cuda and isinstance(self.launcher, Background) and not self.launcher.gpus:
+            yield Problem(
+                "launcher.gpus",
+                f"got 0 for device=cuda; launcher={self.launcher.kind} gives a job the "
+                "GPUs that are asked for, e.g. launcher.gpus=1",
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")

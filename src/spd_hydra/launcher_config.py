@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from spd_hydra.section import Problem, Section, option, register
+from spd_hydra.section import Problem, Section, kind_of, option, register
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"\d+[KMGT]?")
@@ -20,6 +20,11 @@ class Launcher(Section):
     ranks_per_node: int | None = option(
         None, "processes of a job on each node that share its batches; null: one per GPU, at least one", ge=1
     )
+
+    @property
+    def kind(self) -> str:
+        """The name by which it is chosen."""
+        return str(kind_of(type(self))).rpartition("/")[2]
 
     @property
     def local_ranks(self) -> int:
@@ -48,6 +53,9 @@ class Background(Launcher):
 class LocalParallel(Background):
     """On this machine, a number of jobs at once, each a process of its own."""
 
+    gpus: int = option(
+        0, "GPUs of a job, one process (rank) for each; 0: CPU, also where there is a GPU", ge=0
+    )
     jobs: int = option(2, "jobs that run at once; with GPUs, each has its own", ge=1)
 
     def problems(self) -> Iterator[Problem]:

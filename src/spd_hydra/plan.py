@@ -9,7 +9,7 @@ from spd_hydra.composition import Composer, apply_overrides
 from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, without_hydra
-from spd_hydra.section import ConfigError, kind_of
+from spd_hydra.section import ConfigError
 
 _OF_ANALYSE = ("task", "run", "device", "threads", "launcher")
 
@@ -109,7 +109,7 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
             _require_only(_OF_ANALYSE, overrides)
             if isinstance(config.launcher, Background):
                 raise ConfigError(
-                    f"launcher: got {_kind(config)}, but task=analyse is done in this process; use "
+                    f"launcher: got {config.launcher.kind}, but task=analyse is done in this process; use "
                     "launcher=local, on a cluster within an allocation: srun spd-run task=analyse ..."
                 )
         return Job(overrides=list(overrides), config=config)
@@ -119,10 +119,6 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
         raise ConfigError(f"resume: {error}") from error
     config = apply_overrides(saved, overrides, config_dir=config_dir)
     return Job(overrides=list(overrides), config=config, saved=saved)
-
-
-def _kind(config: RunConfig) -> str:
-    return str(kind_of(type(config.launcher))).rpartition("/")[2]
 
 
 def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:

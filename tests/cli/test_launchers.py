@@ -122,9 +122,17 @@ def test_a_job_for_a_gpu_can_be_submitted_where_there_is_none(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert spd_run("launcher=slurm", "device=cuda", "launcher.dry_run=true", *words).code == 0
-    ended = spd_run("launcher=local_parallel", "device=cuda", *words)
+    ended = spd_run("launcher=local_parallel", "launcher.gpus=1", "device=cuda", *words)
     assert ended.code == 2
     assert "device: got cuda, but torch sees no GPU; use device=cpu or device=auto" in ended.err
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "local_parallel"])
+def test_a_job_that_wants_a_gpu_must_ask_for_one(spd_run: Call, tmp_path: Path, launcher: str) -> None:
+    ended = spd_run(f"launcher={launcher}", "device=cuda", "launcher.gpus=0")
+    assert ended.code == 2
+    assert f"launcher.gpus: got 0 for device=cuda; launcher={launcher} gives a job the GPUs that" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_slurm")

@@ -20,15 +20,17 @@ PARALLEL = ["launcher=local_parallel", "launcher.poll_seconds=0.2"]
 
 
 def running(folder: Path) -> int:
-    """How many processes of jobs below a folder there are now."""
-    found = 0
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    """How many processes of jobs below a folder there are now, without their children."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().split(b"\0")
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        found += b"submitit.core._submit" in words and any(str(folder).encode() in word for word in words)
-    return found
+        if b"submitit.core._submit" in words and any(str(folder).encode() in word for word in words):
+            parents[int(path.name)] = parent
+    return sum(parent not in parents for parent in parents.values())
 
 
 def sweep_in(folder: Path) -> Path:
@@ -91,7 +93,7 @@ def test_a_run_goes_on_in_its_own_directory_and_the_sweep_shows_it(begin: Begin,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["spd-run alone", "all, twice, as a terminal does"])
+@pytest.mark.parametrize("whom", ["spd-run alone", "all, twice, as a terminal does", "spd-run, by SIGTERM"])
 def test_after_ctrl_c_every_job_has_saved_and_can_go_on(begin: Begin, tmp_path: Path, whom: str) -> None:
     long = ["train.steps=100000", "train.checkpoint_every=100000", "eval.every=100000", "train.log_every=1"]
     slow = [*TROUBLE, "loss.extra.trouble.seconds=0.05"]
@@ -103,12 +105,14 @@ def test_after_ctrl_c_every_job_has_saved_and_can_go_on(begin: Begin, tmp_path: 
         time.sleep(0.1)
     if whom == "spd-run alone":
         process.send_signal(signal.SIGINT)
+    elif whom == "spd-run, by SIGTERM":
+        process.send_signal(signal.SIGTERM)
     else:
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == (143 if "SIGTERM" in whom else 130), said
     assert "Traceback" not in said
     if whom == "spd-run alone":
         states = [line.split()[2] for line in said[said.index("job  setting") :].splitlines()[2:5]]

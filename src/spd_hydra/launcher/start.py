@@ -1,9 +1,11 @@
 """Start jobs in processes of their own, and watch them."""
 
+import contextlib
 import dataclasses
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence, Set
+import signal
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,7 @@ from spd_hydra.plan import Job, require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped
 
 _DESCRIPTION = ("environment.json", "launcher.yaml")
 _OF_HYDRA = "multirun.yaml"
@@ -32,10 +35,8 @@ _SHOWN = 8  # jobs with their logs after a submission
 
 def new_record(launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str]) -> SweepRecord:
     """What is written down of a sweep before its first job starts."""
-    kind = "slurm" if isinstance(launcher, Slurm) else "local"
-    kind = "local_parallel" if isinstance(launcher, LocalParallel) else kind
     return SweepRecord(
-        launcher=kind,
+        launcher=launcher.kind,
         ranks=launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks,
         command=shlex.join(redact_command(list(command))),
         code=code_digest(),
@@ -110,7 +111,8 @@ def run_in_background(
 
     Raises:
         ConfigError: the jobs cannot be started.
-        KeyboardInterrupt: the user stopped watching. Jobs of a cluster go on; jobs on this machine saved.
+        KeyboardInterrupt: the user stopped watching. Jobs of a cluster go on; jobs on this machine saved,
+            as they do on SIGTERM.
     """
     require_one_launcher(list(jobs.values()))  # also of jobs that a sweeper chose as it went
     launcher = next(iter(jobs.values())).config.launcher
@@ -147,7 +149,8 @@ def _run_in_pool(
         return record.with_jobs([dataclasses.replace(job, id=ids.get(job.number)) for job in record.jobs])
 
     try:
-        return watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
+        with _sigterm_raises():
+            return watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
     except KeyboardInterrupt:
         say("stopping: the jobs save what they have; Ctrl-C again leaves them to themselves")
         pool.stop()
@@ -155,6 +158,20 @@ def _run_in_pool(
         raise
     finally:
         with_ids().with_jobs(before).write(sweep_dir)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within the block SIGTERM is heard as Ctrl-C is, and ends with the exit code of its own."""
+
+    def hear(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
