@@ -17,7 +17,7 @@ from spd_hydra.config import to_dict
 from spd_hydra.config_errors import invalid
 from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
-from spd_hydra.launcher.job import RunJob
+from spd_hydra.launcher.job import RunJob, begin_or_go_on
 from spd_hydra.launcher.record import hide_secrets
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Job, Plan, plan_job
@@ -101,6 +101,8 @@ class Task:
         if job.config.launcher.local_ranks > 1:
             return self._as_job(job, directory).outcome()
         with command_line(self.command):  # what the person typed goes into the record of the run
+            if directory is not None and job.saved is not None:
+                return begin_or_go_on(job.config, str(directory), job.saved)
             return run(job.config, run_dir=directory, saved=job.saved)
 
     def _as_job(self, job: Job, directory: Path | None) -> RunJob:

@@ -75,7 +75,17 @@ def test_a_job_that_finds_its_run_goes_on_with_it(
     (tmp_path / "config.yaml").write_text("")
     made(config, tmp_path)()
     assert calls[0]["config"] == dataclasses.replace(config, resume=str(tmp_path))
-    assert calls[0]["saved"] == config
+    assert calls[0].get("saved") is None  # what the directory holds is compared with the job
+
+
+def test_a_job_that_finds_another_run_in_its_place_is_refused_and_changes_nothing(
+    toy: Toy, tmp_path: Path
+) -> None:
+    made(toy("train.steps=4"), tmp_path / "0")()
+    before = {path: path.read_bytes() for path in (tmp_path / "0").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"would make it another run:\n  seed: 0 → 5"):
+        made(toy("train.steps=4", "seed=5"), tmp_path / "0")()
+    assert {path: path.read_bytes() for path in (tmp_path / "0").rglob("*") if path.is_file()} == before
 
 
 def test_a_job_that_goes_on_with_a_run_leaves_a_link_to_it_and_does_so_again_after_a_requeue(

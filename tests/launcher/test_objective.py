@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hydra_plugins.spd_hydra import require_results
 from spd_hydra.build import Parts, assemble, preflight, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
+from spd_hydra.launcher_config import Slurm
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]
@@ -105,3 +107,13 @@ def test_the_default_objective_is_not_measured_to_be_checked(
 ) -> None:
     monkeypatch.setattr(Parts, "evaluate", lambda *arguments, **others: pytest.fail("was measured"))
     preflight(toy())
+
+
+@pytest.mark.parametrize(("wait", "sweeper"), [(True, "a.b.Adaptive"), (False, "x.y.BasicSweeper")])
+def test_results_are_there_for_sweepers_that_choose_by_them(wait: bool, sweeper: str) -> None:
+    require_results(sweeper, Slurm(wait=wait))
+
+
+def test_a_sweeper_that_chooses_by_results_must_wait_for_them() -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.wait: got false, but Adaptive chooses .* leave it out"):
+        require_results("a.b.Adaptive", Slurm(wait=False))

@@ -37,6 +37,9 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
                 initial_job_idx + place: task.planned(list(words))
                 for place, words in enumerate(job_overrides)
             }
+            require_results(
+                str(self.config.hydra.sweeper._target_), next(iter(jobs.values())).config.launcher
+            )
             sweep_dir = Path(str(self.config.hydra.sweep.dir))
             hide_secrets(sweep_dir)
             rows = run_in_background(jobs, sweep_dir, task.command)
@@ -50,6 +53,21 @@ class BackgroundLauncher(SlurmLauncher):  # type: ignore[misc]  # the plug-in ha
             _told(overrides, values.get(initial_job_idx + place, math.nan))
             for place, overrides in enumerate(job_overrides)
         ]
+
+
+def require_results(sweeper: str, launcher: Any) -> None:
+    """Fail if a sweeper chooses jobs by results that nobody waits for.
+
+    Raises:
+        ConfigError: says so.
+    """
+    from spd_hydra.section import ConfigError  # noqa: PLC0415
+
+    if not launcher.wait and not sweeper.endswith(".BasicSweeper"):
+        name = sweeper.rpartition(".")[2]
+        raise ConfigError(
+            f"launcher.wait: got false, but {name} chooses jobs by the results of earlier ones: leave it out"
+        )
 
 
 def _told(overrides: Sequence[str], value: float) -> JobReturn:

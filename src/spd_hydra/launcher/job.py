@@ -113,7 +113,7 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
             _link(Path(run_dir), Path(config.resume))
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
-        return run(dataclasses.replace(config, resume=run_dir), saved=config)
+        return run(dataclasses.replace(config, resume=run_dir))
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 
