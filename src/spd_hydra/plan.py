@@ -47,7 +47,7 @@ def make_plan(
             preflight(job.config)
         return Plan(overrides=list(overrides), jobs=[job], is_sweep=False)
     jobs: list[Job] = []
-    wrong: dict[str, list[str]] = {}
+    wrong: dict[str, list[int]] = {}
     built: set[str] = set()
     settings = composer.jobs(overrides)
     for number, setting in enumerate(settings):
@@ -59,10 +59,15 @@ def make_plan(
                 built.add(layout)
             jobs.append(job)
         except ConfigError as error:
-            wrong.setdefault(str(error), []).append(f"{number} ({' '.join(without_hydra(setting))})")
+            for line in str(error).splitlines():
+                wrong.setdefault(line, []).append(number)
     if wrong:
+        names = _names(settings)
         raise ConfigError(
-            "\n".join(_labelled(message, names, len(settings)) for message, names in wrong.items())
+            "\n".join(
+                _labelled(line, [names[number] for number in numbers], len(settings))
+                for line, numbers in wrong.items()
+            )
         )
     require_one_launcher(jobs)
     return Plan(overrides=list(overrides), jobs=jobs, is_sweep=True)
@@ -147,8 +152,15 @@ def _resumed(overrides: Sequence[str]) -> str | None:
     return found
 
 
+def _names(settings: Sequence[Sequence[str]]) -> list[str]:
+    """Every job's number with what it does not share with all the others: `1 (seed=0)`."""
+    common = set(settings[0]).intersection(*settings)
+    own = [" ".join(word for word in without_hydra(setting) if word not in common) for setting in settings]
+    return [f"{number} ({words})" if words else str(number) for number, words in enumerate(own)]
+
+
 def _labelled(message: str, names: Sequence[str], total: int) -> str:
     if len(names) == total:
         return message
     label = f"job {names[0]}" if len(names) == 1 else f"jobs {', '.join(names)}"
-    return "\n".join(f"{label}: {line}" for line in message.splitlines())
+    return f"{label}: {message}"

@@ -188,14 +188,12 @@ def test_a_sweep_goes_where_it_is_told(spd_run: Call, fake_run: FakeRun, tmp_pat
 def test_all_mistakes_of_all_jobs_are_told_before_the_first_one_starts(
     spd_run: Call, fake_run: FakeRun, tmp_path: Path
 ) -> None:
-    ended = spd_run("-m", "seed=0,-1", "train.steps=5,0")
+    ended = spd_run("-m", "debug=smoke", "seed=0,-1", "train.steps=5,0")
     assert ended.code == 2
     assert ended.err == (
         "The configuration is not valid:\n"
-        "  job 1 (seed=0 train.steps=0): train.steps: got 0, must be ≥ 1\n"
-        "  job 2 (seed=-1 train.steps=5): seed: got -1, must be ≥ 0\n"
-        "  job 3 (seed=-1 train.steps=0): seed: got -1, must be ≥ 0\n"
-        "  job 3 (seed=-1 train.steps=0): train.steps: got 0, must be ≥ 1\n" + END
+        "  jobs 1 (seed=0 train.steps=0), 3 (seed=-1 train.steps=0): train.steps: got 0, must be ≥ 1\n"
+        "  jobs 2 (seed=-1 train.steps=5), 3 (seed=-1 train.steps=0): seed: got -1, must be ≥ 0\n" + END
     )
     assert fake_run.calls == []
     assert list(tmp_path.iterdir()) == []
