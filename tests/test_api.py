@@ -110,3 +110,11 @@ def test_options_of_submit_are_checked_as_on_the_command_line(
         submit(["debug=smoke", f"out_dir={tmp_path / 'runs'}"], **options)
     assert message in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_submit_wants_a_list_of_texts_and_says_so_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        submit("debug=smoke")
+    assert str(caught.value) == (
+        "overrides: got 'debug=smoke', must be a list of texts, e.g. submit(['debug=smoke'])"
+    )

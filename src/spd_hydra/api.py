@@ -11,7 +11,7 @@ import torch
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
-from spd_hydra.composition import Composer
+from spd_hydra.composition import Composer, require_texts
 from spd_hydra.composition import compose as compose
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -153,6 +153,7 @@ def submit(
     Raises:
         ConfigError: a configuration cannot work, or the cluster refuses the jobs; nothing was submitted.
     """
+    require_texts(overrides, "submit")
     words = [*overrides, "launcher=slurm"]
     words += [assignment(f"launcher.{name}", value) for name, value in options.items()]
     with Composer.open(config_dir) as composer:

@@ -60,11 +60,23 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = No
     Raises:
         ConfigError: lists everything that is wrong, a line each, with key, value and what is allowed.
     """
-    if isinstance(overrides, str) or not all(isinstance(word, str) for word in overrides):
-        listed = [overrides] if isinstance(overrides, str) else [str(word) for word in overrides]
-        raise ConfigError(f"overrides: got {overrides!r}, must be a list of texts, e.g. compose({listed!r})")
+    require_texts(overrides, "compose")
     with Composer.open(config_dir) as composer:
         return composer.run_config(overrides)
+
+
+def require_texts(overrides: object, function: str) -> None:
+    """Refuse one text, which is a sequence of its letters, and whatever else is no list of texts.
+
+    Raises:
+        ConfigError: says how `function` is called with them.
+    """
+    words = overrides if isinstance(overrides, Sequence) and not isinstance(overrides, str) else [overrides]
+    listed = [str(word) for word in words]
+    if isinstance(overrides, str) or listed != list(words):
+        raise ConfigError(
+            f"overrides: got {overrides!r}, must be a list of texts, e.g. {function}({listed!r})"
+        )
 
 
 class Composer:
