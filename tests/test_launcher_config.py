@@ -54,6 +54,19 @@ def test_a_time_that_ends_before_the_job_would_save_is_refused(time: str) -> Non
     assert Slurm(time=time, signal_seconds=10).signal_seconds == 10
 
 
+@pytest.mark.parametrize(("time", "meant"), [("3600", "2-12:00"), ("43200", "30-00:00"), ("3661", "2-13:01")])
+def test_many_minutes_are_taken_for_a_time_that_yaml_made_a_number(time: str, meant: str) -> None:
+    assert message(Slurm, time=time) == (
+        f"time: got {time}, many minutes for sbatch; write {meant} if that is meant, and in a YAML file put "
+        'quotes around a time: "12:00:00", since YAML makes it 43200'
+    )
+    assert Slurm(time=meant).minutes == int(time)
+
+
+def test_an_hour_less_a_second_in_yaml_is_too_short_to_be_told_from_minutes() -> None:
+    assert Slurm(time="3599").minutes == 3599
+
+
 def test_a_second_more_than_it_takes_to_save_is_enough() -> None:
     assert Slurm(time="2:01").minutes == 3
 

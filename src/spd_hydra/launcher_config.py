@@ -9,6 +9,7 @@ from spd_hydra.section import Problem, Section, kind_of, option, register
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"\d+[KMGT]?")
+_HOUR_OF_YAML = 3600  # what YAML makes of 1:00:00: as minutes 60 times what was meant
 
 
 @register("launcher", "local")
@@ -83,9 +84,12 @@ class Slurm(Background):
     account: str | None = option(None, "account that is charged")
     qos: str | None = option(None, "quality of service")
     constraint: str | None = option(None, "features that nodes must have, e.g. h100")
-    exclude: str | None = option(None, "nodes not to use, e.g. node[1-3]")
+    exclude: str | None = option(
+        None, "nodes not to use, e.g. node3; 'launcher.exclude=\"node[1-3]\"' with both pairs of quotes"
+    )
     setup: list[str] = option(
-        default_factory=list, help="shell lines before the job, e.g. [module load cuda]"
+        default_factory=list,
+        help='shell lines before the job, e.g. [module load cuda]; with = or ~ in quotes: ["A=1"]',
     )
     array_parallelism: int = option(256, "jobs of a sweep that may run at once", ge=1)
     max_requeues: int = option(
@@ -112,6 +116,14 @@ class Slurm(Background):
         if not _TIME.fullmatch(self.time) or _seconds(self.time) == 0:
             yield Problem(
                 "time", f"got {self.time}, must be minutes, mm:ss, hh:mm:ss, d-hh or d-hh:mm:ss, above 0"
+            )
+        elif self.time.isdecimal() and int(self.time) >= _HOUR_OF_YAML:
+            days, minutes = divmod(int(self.time), 1440)
+            meant = f"{days}-{minutes // 60:02}:{minutes % 60:02}"
+            yield Problem(
+                "time",
+                f"got {self.time}, many minutes for sbatch; write {meant} if that is meant, "
+                'and in a YAML file put quotes around a time: "12:00:00", since YAML makes it 43200',
             )
         elif _seconds(self.time) <= self.signal_seconds:
             yield Problem(
