@@ -138,9 +138,9 @@ def test_what_the_queue_has_forgotten_is_looked_up_in_the_accounts(
     command(tmp_path, "squeue", "echo '5_0   RUNNING  0'; echo '5_2  CANCELLED 15'")
     command(tmp_path, "sacct", "echo '5_1|CANCELLED by 1000|0:15'")
     assert slurm.states(["5_0", "5_1", "5_2"]) == {
-        "5_0": SchedulerState(name="RUNNING", exit_code="0"),
+        "5_0": SchedulerState(name="RUNNING", exit_code="0:0"),
         "5_1": SchedulerState(name="CANCELLED", exit_code="0:15"),
-        "5_2": SchedulerState(name="CANCELLED", exit_code="15"),
+        "5_2": SchedulerState(name="CANCELLED", exit_code="0:15"),
     }
     command(tmp_path, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
     assert set(slurm.states(["5_0", "5_1", "5_2"]) or {}) == {"5_0", "5_2"}
@@ -148,6 +148,17 @@ def test_what_the_queue_has_forgotten_is_looked_up_in_the_accounts(
     assert slurm.states(["5_0"]) == {}
     command(tmp_path, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     assert slurm.states(["5_0"]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "exit_code"), [("256", "1:0"), ("35072", "137:0"), ("9", "0:9"), ("137:0", "137:0"), ("", "")]
+)
+def test_how_a_job_ended_is_written_as_the_accounts_write_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, exit_code: str
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    command(tmp_path, "squeue", f"echo '5  FAILED  {said}'")
+    assert slurm.states(["5"]) == {"5": SchedulerState(name="FAILED", exit_code=exit_code)}
 
 
 def test_a_command_of_slurm_that_does_not_answer_is_not_waited_for(

@@ -149,7 +149,18 @@ def _from_squeue(ids: Sequence[str]) -> dict[str, SchedulerState] | None:
     if done.returncode:
         return {} if _GONE in done.stderr else None
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    return {row[0]: SchedulerState(name=row[1], exit_code=row[2] if len(row) > 2 else "") for row in rows}
+    return {
+        row[0]: SchedulerState(name=row[1], exit_code=_exit_code(row[2]) if len(row) > 2 else "")
+        for row in rows
+    }
+
+
+def _exit_code(text: str) -> str:
+    """As the accounts write it, `code:signal`; squeue gives the status that wait(2) returns: 256 is `1:0`."""
+    if not text.isdecimal():
+        return text
+    status = int(text)
+    return f"{status >> 8}:{status & 0x7F}"
 
 
 def _from_sacct(ids: Sequence[str]) -> dict[str, SchedulerState]:
