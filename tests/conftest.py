@@ -1,6 +1,8 @@
 """Small runs for the tests of what lies above the loss, and evaluations made by hand for what shows them."""
 
+import contextlib
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,11 @@ from spd_hydra.loss.base import Loss
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.trainer import Trainer
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would every process that a test starts.
+with contextlib.suppress(ValueError):  # not the main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Toy = Callable[..., RunConfig]
 Make = Callable[..., Trainer]

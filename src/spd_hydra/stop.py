@@ -161,17 +161,17 @@ def unheard() -> Iterator[None]:
 
     For writing down how a run ended: when one rank dies, a scheduler tells the others to end at once.
     """
-    held = {signal.SIGTERM, signal.SIGUSR2}
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    # Not by a mask: another thread, of which gloo has some, would take the signal.
+    held = (signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda number, frame: None) for number in held}
     try:
         yield
     finally:
-        while signal.sigtimedwait(held - before, 0) is not None:
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager
