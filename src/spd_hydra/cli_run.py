@@ -93,8 +93,9 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
     directory = _sweep_directory(plan)
     jobs = dict(enumerate(plan.jobs))
     if isinstance(launcher, Slurm) and launcher.dry_run:
-        print(start.dry_run(jobs, launcher, directory))
-        return ExitCode.ok
+        text, is_refused = start.dry_run(jobs, launcher, directory)
+        print(text)
+        return ExitCode.bad_config if is_refused else ExitCode.ok
     for job in plan.jobs:
         require_no_secrets(job.config)
     if isinstance(launcher, Slurm):

@@ -149,6 +149,27 @@ def test_as_many_threads_as_the_cluster_gave_cpus(
     assert given == [3]
 
 
+@pytest.mark.parametrize(
+    ("given", "device", "warned"), [("0", "auto", True), ("0", "cpu", False), (None, "auto", False)]
+)
+def test_gpus_that_were_given_and_are_not_seen_are_told(
+    toy: Toy,
+    tmp_path: Path,
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: str | None,
+    device: str,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("SLURM_JOB_GPUS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SLURM_JOB_GPUS", given)
+    made(toy(f"device={device}"), tmp_path / "0")()
+    assert ("SLURM gave this job GPUs, but torch sees none" in caplog.text) is warned
+
+
 def start(job: RunJob) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "spd_hydra.launcher.job"],

@@ -39,7 +39,7 @@ def test_a_dry_run_prints_the_script_that_is_submitted_and_submits_nothing(clust
 
 
 def test_a_dry_run_tells_when_the_cluster_would_refuse(cluster: Cluster) -> None:
-    assert "# REFUSED: " in cluster.spd_run("launcher.partition=nowhere", "launcher.dry_run=true")
+    assert "# REFUSED: " in cluster.spd_run("launcher.partition=nowhere", "launcher.dry_run=true", code=2)
 
 
 def test_what_the_cluster_refuses_is_told_and_leaves_nothing_behind(cluster: Cluster) -> None:

@@ -78,6 +78,7 @@ class RunJob:
         with command_line(self.command):
             _export_ranks()
             _use_given_cpus()
+            _warn_of_idle_gpus(self.config["device"])
             with self._further_ranks():
                 return begin_or_go_on(from_dict(self.config), self.run_dir, saved)
 
@@ -159,6 +160,15 @@ def _use_given_cpus() -> None:
     given = os.environ.get("SLURM_CPUS_PER_TASK")
     if given is not None:
         torch.set_num_threads(int(given))
+
+
+def _warn_of_idle_gpus(device: str) -> None:
+    """A cluster charges for GPUs also where torch was installed without CUDA."""
+    if device == "auto" and os.environ.get("SLURM_JOB_GPUS") and not torch.cuda.is_available():
+        logger.warning(
+            "SLURM gave this job GPUs, but torch sees none: computing on the CPU. Install a torch with CUDA, "
+            "make sure of it with device=cuda, or ask for no GPUs with launcher.gpus=0."
+        )
 
 
 def main() -> int:

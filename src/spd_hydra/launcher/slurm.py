@@ -14,6 +14,7 @@ from spd_hydra.launcher.job import RunJob
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.section import ConfigError
 
+REFUSED = "REFUSED"
 _SECONDS = 30.0  # that a command of SLURM may take
 _GONE = "Invalid job id"
 _FIELDS = "JobArrayID:40,State:20,exit_code:20"
@@ -123,7 +124,7 @@ def would_accept(script: str) -> str | None:
         except subprocess.TimeoutExpired:
             return "not checked: sbatch does not answer"
     text = _last_line(done.stderr or done.stdout).removeprefix("sbatch: ")
-    return f"accepted: {text}" if done.returncode == 0 else f"REFUSED: {text}"
+    return f"accepted: {text}" if done.returncode == 0 else f"{REFUSED}: {text}"
 
 
 def states(ids: Sequence[str]) -> dict[str, SchedulerState] | None:

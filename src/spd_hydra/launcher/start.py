@@ -174,8 +174,11 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
+def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> tuple[str, bool]:
     """The sbatch script that would be submitted, each job's overrides, and what the cluster says to it.
+
+    Returns:
+        All that as text, and whether the cluster would refuse it.
 
     Raises:
         ConfigError: a configuration holds a secret.
@@ -189,13 +192,11 @@ def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> str:
         for number, job in jobs.items()
     ]
     answer = slurm.would_accept(script)
-    return "\n".join(
-        [
-            *lines,
-            f"# {answer}" if answer else "# not checked: there is no sbatch here",
-            "# nothing was submitted",
-        ]
-    )
+    lines += [
+        f"# {answer}" if answer else "# not checked: there is no sbatch here",
+        "# nothing was submitted",
+    ]
+    return "\n".join(lines), answer is not None and answer.startswith(slurm.REFUSED)
 
 
 def submission_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
