@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_hydra.factored import Activation
 from spd_hydra.section import Section
 
 
@@ -26,7 +27,7 @@ class SiteActivation(NamedTuple):
     with the gradient to V attached.
     """
 
-    input: Tensor
+    input: Activation
     inner: Float[Tensor, "*positions C"]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape, kaiming_normal
+from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError, option, register
 
 
@@ -38,7 +39,7 @@ class _VectorMLP(nn.Module):
 
     def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
         return {
-            name: self.sites[name.replace(".", "/")](activation.input)
+            name: self.sites[name.replace(".", "/")](dense(activation.input))
             for name, activation in activations.items()
         }
 

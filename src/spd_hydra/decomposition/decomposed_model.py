@@ -21,14 +21,15 @@ from spd_hydra.decomposition.subcomponents import (
     inner_activation,
     weight_delta,
 )
+from spd_hydra.factored import Activation, Factored, Products, dense, selected, sharing, write
 
 
 class CleanPass(NamedTuple):
     """The target's output for a batch, and each site's input and own output on the way."""
 
     output: Tensor
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    inputs: dict[str, Activation]
+    outputs: dict[str, Activation]
 
 
 class DecomposedModel(nn.Module):
@@ -165,32 +166,32 @@ class DecomposedModel(nn.Module):
         # A lone masked site sees clean activations whatever the architecture.
         clean_sites = frozenset(masks) if len(masks) == 1 else self._roots
 
-        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name not in masks:
-                return cast(Tensor, layer(x))
+                return cast(Activation, layer(x))
             if reuse is not None and name in clean_sites:
                 h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
                 return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
             h = inner_activation(x, self.pieces(name).V, is_embedding(layer))
             return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: layer(x))
 
-        return self._run(batch, at_site)
+        return self._run(batch, at_site, None if reuse is None else reuse.products)
 
-    def _run(self, batch: Tensor, at_site: AtSite) -> Tensor:
-        # No context manager: torch.compile follows try/finally in one graph.
+    def _run(self, batch: Tensor, at_site: AtSite, products: Products | None = None) -> Tensor:
         self._switch.at_site = at_site
         try:
-            return cast(Tensor, self._patched[0](batch))
+            with sharing(products):
+                return cast(Tensor, self._patched[0](batch))
         finally:
             self._switch.at_site = None
 
     @torch.no_grad()
     def clean_pass(self, batch: Tensor) -> CleanPass:
         """The target's own forward pass, with the input and output of every site."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        inputs: dict[str, Activation] = {}
+        outputs: dict[str, Activation] = {}
 
-        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name in inputs:
                 raise ValueError(f"site {name!r} runs more than once per forward pass; leave it out")
             inputs[name], outputs[name] = x, layer(x)
@@ -228,9 +229,9 @@ class DecomposedModel(nn.Module):
         clean = self.clean_pass(batch)
         seen: dict[str, bool] = {}
 
-        def at_site(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-            seen[name] = bool(torch.equal(x, clean.inputs[name]))
-            own = clean.outputs[name]
+        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
+            seen[name] = bool(torch.equal(dense(x), dense(clean.inputs[name])))
+            own = dense(clean.outputs[name])
             noise = torch.randn(own.shape, generator=rng.generator(0, f"roots/{name}")).to(own)
             return own + noise * (1 + own.abs().amax())
 
@@ -240,30 +241,32 @@ class DecomposedModel(nn.Module):
 
 
 class Reuse(NamedTuple):
-    """What masked passes may take from the clean pass on the same batch."""
+    """What the masked passes of one batch share: the clean pass, and products of parameters."""
 
     clean: CleanPass
     activations: dict[str, SiteActivation]
+    products: Products
 
 
 def _masked_output(
-    U: Tensor, layer: nn.Module, site: SiteMask, h: Tensor, own_output: Callable[[], Tensor]
-) -> Tensor:
+    U: Tensor, layer: nn.Module, site: SiteMask, h: Tensor, own_output: Callable[[], Activation]
+) -> Activation:
     """Output of one masked site; `own_output` gives the layer's own output, if it is needed at all."""
     own = None if site.delta is None and site.route is None else own_output()
     bias = bias_vector(layer)
     if site.delta is None:
-        y = (h if site.mask is None else h * site.mask) @ U
+        y = write(h if site.mask is None else h * site.mask, U, layer)
         y = y if bias is None else y + bias
     else:
         assert own is not None, "a delta mask needs the layer's own output"
         delta = site.delta[..., None]
-        y = (h * ((1 if site.mask is None else site.mask) - delta)) @ U + delta * own
+        y = write(h * ((1 if site.mask is None else site.mask) - delta), U, layer)
+        y = y + (own.scaled(site.delta) if isinstance(own, Factored) else delta * own)
         y = y if bias is None else y + (1 - delta) * bias  # `own` brings its share of the bias
     if site.route is None:
         return y
     assert own is not None, "routing needs the layer's own output"
-    return torch.where(site.route[..., None], y, own)
+    return selected(site.route, y, own)
 
 
 def _key(site: str) -> str:

@@ -7,9 +7,11 @@ import copy
 from collections.abc import Callable
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-AtSite = Callable[[str, nn.Module, Tensor], Tensor]
+from spd_hydra.factored import Activation, keep_factors
+
+AtSite = Callable[[str, nn.Module, Activation], Activation]
 """Called in place of a site's layer with its name, the layer and the input; gives the output."""
 
 
@@ -25,9 +27,9 @@ class _SiteWrapper(nn.Module):
         super().__init__()
         self.name, self.layer, self.switch = name, layer, switch
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activation) -> Activation:
         if self.switch.at_site is None:
-            return cast(Tensor, self.layer(x))
+            return cast(Activation, self.layer(x))
         return self.switch.at_site(self.name, self.layer, x)
 
 
@@ -42,4 +44,5 @@ def patched_copy(target: nn.Module, sites: tuple[str, ...], switch: Switch) -> n
         if id(layer) in wrappers:
             parent, _, attribute = path.rpartition(".")
             setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
+    keep_factors(patched)
     return patched

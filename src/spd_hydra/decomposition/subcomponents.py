@@ -3,8 +3,10 @@
 from enum import Enum
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from spd_hydra.factored import Activation, dense
 
 
 class Init(Enum):
@@ -78,12 +80,12 @@ class TiedSubcomponents(nn.Module):
 
 
 def inner_activation(
-    x: Float[Tensor, "*positions d_in"] | Int[Tensor, "*positions"],
+    x: Activation,
     V: Float[Tensor, "d_in C"],
     embedding: bool,
 ) -> Float[Tensor, "*positions C"]:
-    """h = x V, or the rows of V at the given tokens."""
-    return nn.functional.embedding(x, V) if embedding else x @ V
+    """h = x V of vectors `[..., d_in]`, or the rows of V at the given tokens `[...]`."""
+    return nn.functional.embedding(dense(x), V) if embedding else x @ V
 
 
 def weight_delta(

@@ -106,7 +106,7 @@ class Objective:
         return LossInputs(
             model=self.model,
             batch=batch,
-            reuse=Reuse(clean, activations),
+            reuse=Reuse(clean, activations, products={}),
             ci=ci,
             draws=batch.new_zeros(()),
             divergence=self.losses.divergence,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_hydra.factored import KeepsFactors, WritingLinear
 from spd_hydra.model.base import KnownAnswer, Measurement
 from spd_hydra.model.tms import PROBE_MAGNITUDE, linear
 from spd_hydra.model.training import TrainableTarget, trained_parameters
@@ -23,7 +24,7 @@ class MLPLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp_in = linear(nn.Parameter(weight_in))
-        self.mlp_out = linear(nn.Parameter(weight_out))
+        self.mlp_out = linear(nn.Parameter(weight_out), WritingLinear)
 
     def forward(self, residual: Float[Tensor, "*positions d_embed"]) -> Float[Tensor, "*positions d_embed"]:
         """What the layer adds to the residual stream."""
@@ -31,7 +32,7 @@ class MLPLayer(nn.Module):
         return added
 
 
-class ResidMLPModel(nn.Module):
+class ResidMLPModel(KeepsFactors):
     """W_U (x W_E + Σ layers), with a fixed random embedding and its transpose as unembedding.
 
     Attributes:
@@ -53,10 +54,10 @@ class ResidMLPModel(nn.Module):
 
     def forward(self, x: Float[Tensor, "*positions n_features"]) -> Float[Tensor, "*positions n_features"]:
         """The unembedded residual stream after all layers."""
-        residual = x @ self.W_E
+        residual = self.written(x, self.W_E)
         for layer in self.layers:
             residual = residual + layer(residual)
-        return residual @ self.W_U
+        return nn.functional.linear(cast(Tensor, residual), self.W_E)
 
     def folded(self, x: Float[Tensor, "batch n_features"]) -> Float[Tensor, "batch n_features"]:
         """The same output with the embedding multiplied into the weights first.

@@ -48,10 +48,10 @@ class TMSModel(nn.Module):
         return torch.relu(self.unembed(x))
 
 
-def linear(weight: Float[nn.Parameter, "d_out d_in"]) -> nn.Linear:
+def linear(weight: Float[nn.Parameter, "d_out d_in"], kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """An `nn.Linear` without bias that holds this weight and drew nothing from torch's global generator."""
     d_out, d_in = weight.shape
-    layer = nn.Linear(d_in, d_out, bias=False, device="meta")
+    layer = kind(d_in, d_out, bias=False, device="meta")
     layer.weight = weight
     return layer
 
