@@ -1,5 +1,7 @@
 """Batches and random numbers of a step, from (seed, purpose, step) alone."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
@@ -37,16 +39,51 @@ class Sampler:
         self.rows, self.columns = rows, columns.to(rows.device)
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
-        self._draw = Kernel(self._draw_all) if fused else self._draw_all
+        self._draw = Kernel(self.draw_all) if fused else self.draw_all
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""
-        data_key = rng.key(self.seed, f"{self.purpose}/data", step).to(self.rows.device)
-        mask_key = rng.key(self.seed, f"{self.purpose}/masks", step).to(self.rows.device)
+        data_key, mask_key = (key.to(self.rows.device) for key in self.keys(step))
         return self._draw(data_key, mask_key)
 
-    def _draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
+        """The keys of a step's data and of its random numbers, on the CPU."""
+        return (
+            rng.key(self.seed, f"{self.purpose}/data", step),
+            rng.key(self.seed, f"{self.purpose}/masks", step),
+        )
+
+    def draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
+        """Batch and random numbers of these keys."""
         return self.batches(data_key, self.rows), rng.uniform(mask_key, self.positions, self.columns)
+
+
+class StackedSampler:
+    """Draws for several replicas at once, for each what its own sampler draws.
+
+    Args:
+        samplers: of the replicas; they differ in their seeds alone.
+        compile: as for `Sampler`.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler], *, compile: bool) -> None:
+        self._samplers = samplers
+        first = samplers[0]
+        self._device = first.rows.device
+        self._maps = first.batches.traceable
+        fused = compile and self._maps and can_compile(self._device.type)
+        draw = torch.vmap(first.draw_all)
+        self._draw = Kernel(draw) if fused else draw
+
+    def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "replicas *positions columns"]]:
+        """The batches of a step, `[replicas, batch, …]`, and their random numbers."""
+        if not self._maps:
+            drawn = [sampler(step) for sampler in self._samplers]
+            return torch.stack([batch for batch, _ in drawn]), torch.stack([draws for _, draws in drawn])
+        keys = [sampler.keys(step) for sampler in self._samplers]
+        data_keys, mask_keys = (torch.stack(own).to(self._device) for own in zip(*keys, strict=True))
+        found: tuple[Tensor, Tensor] = self._draw(data_keys, mask_keys)
+        return found
 
 
 def position_index(rows: Int32[Tensor, " batch"], shape: tuple[int, ...]) -> Int32[Tensor, "*positions"]:

@@ -1,5 +1,7 @@
 """Loss and gradients of one training step, as one compiled graph where possible."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -69,19 +71,101 @@ class Step:
         parameters = dict(zip(self._parameters, values, strict=True))
         loss: StepLoss = functional_call(self._module, parameters, (batch, draws, schedule))
         gradients = torch.autograd.grad(loss.total, values, allow_unused=True, materialize_grads=True)
-        gradients = tuple(distributed.global_sum(gradients))
+        gradients = tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
         terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
         l0 = [loss.l0[site] for site in self._objective.model.site_names]
         return loss.total.detach(), *terms, *l0, *gradients
 
 
+class StackedStep:
+    """Losses and gradients of several decompositions of one shape, in one step.
+
+    Whatever is their own has a leading replica axis: parameters, target, batch, draws. The objective is
+    mapped over it (`torch.vmap`), so that as many kernels are launched as for one of them; nothing is shared
+    between replicas, and what happens to one does not touch the others.
+
+    Args:
+        objectives: one for each replica; their parameters become views of `parameters`.
+        compile: trace and compile the step; otherwise run it as it is written.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], *, compile: bool) -> None:
+        self._objective = objectives[0]
+        self._module = _LossModule(self._objective)
+        modules = [dict(_LossModule(objective).named_parameters()) for objective in objectives]
+        own = [name for name, p in modules[0].items() if p.requires_grad]
+        self.parameters = {
+            name: nn.Parameter(torch.stack([m[name].detach() for m in modules])) for name in own
+        }
+        for replica, parameters in enumerate(modules):
+            for name in own:
+                parameters[name].data = self.parameters[name].data[replica]
+        targets = [_frozen_tensors(_LossModule(objective)) for objective in objectives]
+        self._frozen = {name: torch.stack([target[name] for target in targets]) for name in targets[0]}
+        self._kernel = Kernel(self._flat) if compile else None
+        self._schedule_keys: list[tuple[str, str]] = []
+
+    def __call__(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
+        """Losses, terms and L0, each `[replicas]`; every stacked parameter's `.grad` is set.
+
+        Args:
+            batch: `[replicas, batch, …]`.
+            draws: `[replicas, *positions, columns]`.
+            schedule: the same for all.
+        """
+        self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
+        scheduled = [schedule[term][name] for term, name in self._schedule_keys]
+        run = self._flat if self._kernel is None else self._kernel
+        found = run(batch, draws, *scheduled, *self.parameters.values(), *self._frozen.values())
+        terms, sites = list(self._objective.losses.active_terms()), self._objective.model.site_names
+        values = iter(found)
+        loss = StepLoss(
+            next(values), {name: next(values) for name in terms}, {site: next(values) for site in sites}
+        )
+        for parameter in self.parameters.values():
+            parameter.grad = next(values)
+        return loss
+
+    def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """The step as a function of tensors: totals, terms, L0 by site, gradients."""
+        given = iter(others)
+        schedule: ScheduledValues = {}
+        for term, name in self._schedule_keys:
+            schedule.setdefault(term, {})[name] = next(given)
+        parameters = {name: next(given).detach().requires_grad_() for name in self.parameters}
+        frozen = {name: next(given) for name in self._frozen}
+
+        def one(own: dict[str, Tensor], batch: Tensor, draws: Tensor) -> StepLoss:
+            loss: StepLoss = functional_call(self._module, own, (batch, draws, schedule))
+            return loss
+
+        loss = torch.vmap(one)(parameters | frozen, batch, draws)
+        # No replica's loss depends on another's parameters: the gradient of the sum is that of each.
+        gradients = torch.autograd.grad(
+            loss.total.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        return (
+            loss.total.detach(),
+            *loss.terms.values(),
+            *loss.l0.values(),
+            *(gradient.contiguous() for gradient in gradients),
+        )
+
+
 class _LossModule(nn.Module):
-    """The objective as a module, so that its parameters can be passed in as arguments."""
+    """The objective as a module, so that parameters, and the target, can be passed in as arguments."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.model = objective.model
+        self.patched = objective.model.patched  # shares the target's tensors, which are passed in for both
         self._objective = objective
 
     def forward(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
         return self._objective(batch, draws, schedule)
+
+
+def _frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are not trained, each once."""
+    parameters = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return parameters | dict(module.named_buffers())

@@ -94,16 +94,22 @@ class Trainer:
             while self.step < self.training.steps:
                 loss = self.train_step()
                 progress.update(self.step, lambda loss=loss: loss.summary())  # type: ignore[misc]
-                if self.is_due(self.training.log_every):
-                    self.log("train", self.numbers_of(loss))
-                if self.is_due(self.evaluation.every):
-                    result = self._evaluate()
-                if self.is_due(self.training.checkpoint_every):
-                    self.save()
+                result = self.record(loss)
                 if self.step < self.training.steps:
                     self.stop_if_asked()
         # A run that was stopped after its last checkpoint has logged this evaluation already.
         return result if result is not None else self.evaluate(self.step)
+
+    def record(self, loss: StepLoss) -> EvaluationResult | None:
+        """After a step: log, measure and save where that is due; what was measured, if it was."""
+        result = None
+        if self.is_due(self.training.log_every):
+            self.log("train", self.numbers_of(loss))
+        if self.is_due(self.evaluation.every):
+            result = self._evaluate()
+        if self.is_due(self.training.checkpoint_every):
+            self.save()
+        return result
 
     def set_state(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], *, step: int) -> None:
         """Go on from a step with these parameters and optimiser moments (none: a new optimiser)."""
@@ -132,18 +138,26 @@ class Trainer:
         if stopped is None:
             return
         if saving:
-            # On a GPU the loss of this step was perhaps not looked at.
-            if not all(bool(p.isfinite().all()) for p in self.components + self.ci_fn):
-                raise TrainingError(f"the weights are not finite after step {self.step}: they were not saved")
-            self.save()
+            self.save_whole()
             stopped.step = self.step
         raise stopped
+
+    def save_whole(self) -> None:
+        """Write a checkpoint at a step that was not meant to have one.
+
+        Raises:
+            TrainingError: what would be saved is not finite.
+        """
+        # On a GPU the loss of this step was perhaps not looked at.
+        if not all(bool(p.isfinite().all()) for p in self.components + self.ci_fn):
+            raise TrainingError(f"the weights are not finite after step {self.step}: they were not saved")
+        self.save()
 
     def train_step(self) -> StepLoss:
         """One step: draw, schedule, loss, gradients, update."""
         # A signal that is sent to all processes would end the C++ compiler, and with it the run.
         alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
-        with self._timed("compile" if self._is_to_be_compiled else "train"), alone:
+        with self.timed("compile" if self._is_to_be_compiled else "train"), alone:
             loss = self._train_step()
         self.timed_steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
@@ -159,10 +173,10 @@ class Trainer:
         loss = self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
         # Before this step is logged, measured or saved. Norms take as long as a third of a toy's step, and
         # reading the loss waits for the device, which is free on a CPU.
-        recorded = self._is_recorded(self.step + 1)
+        recorded = self.is_recorded(self.step + 1)
         self.gradient_norms = self._norms() if recorded else {}
         if recorded or batch.device.type == "cpu":
-            self._require_finite(loss)
+            self.require_finite(loss)
         self._clip(self.components, self.training.clip_components)
         self._clip(self.ci_fn, self.training.clip_ci_fn)
         self.optimizer.step()
@@ -223,7 +237,7 @@ class Trainer:
         """Whether something done every so many steps, and after the last, is due now."""
         return self.step % every == 0 or self.step == self.training.steps
 
-    def _is_recorded(self, step: int) -> bool:
+    def is_recorded(self, step: int) -> bool:
         """Whether this step is logged, measured or saved."""
         often = (self.training.log_every, self.training.checkpoint_every, self.evaluation.every)
         return step == self.training.steps or any(step % every == 0 for every in often)
@@ -240,7 +254,8 @@ class Trainer:
         if limit is not None:
             nn.utils.clip_grad_norm_(parameters, limit)
 
-    def _require_finite(self, loss: StepLoss) -> None:
+    def require_finite(self, loss: StepLoss) -> None:
+        """Raise TrainingError, with advice, if the loss or a gradient norm that was taken is not finite."""
         total = loss.total.item()
         if not math.isfinite(total):
             bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
@@ -263,7 +278,7 @@ class Trainer:
 
     def measure(self) -> EvaluationResult:
         """Evaluate the model as it is."""
-        with self._timed("eval"):
+        with self.timed("eval"):
             return self.evaluate(self.step)
 
     def _evaluate(self) -> EvaluationResult:
@@ -281,7 +296,8 @@ class Trainer:
         self.tracker.log(step, split, numbers)
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds of the block as spent on this."""
         started = time.perf_counter()
         try:
             yield

@@ -33,10 +33,11 @@ def test_the_fast_gradients_are_those_of_the_loss(spec: TrainableTarget) -> None
     torch.testing.assert_close(spec.gradients(module, batch), list(expected))
 
 
-def test_training_is_adamw_of_torch_with_the_schedule() -> None:
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_training_is_adamw_of_torch_with_the_schedule(n_layers: int) -> None:
     schedule = Schedule(kind=ScheduleKind.cosine, warmup_fraction=0.25)
     recipe = TargetTraining(steps=40, batch_size=16, lr=0.02, lr_schedule=schedule, weight_decay=0.1)
-    spec = ResidMLP(n_features=7, d_embed=20, d_mlp=5, training=recipe)
+    spec = ResidMLP(n_features=7, d_embed=20, d_mlp=5, n_layers=n_layers, training=recipe)
     batches = SparseFeatures(feature_probability=0.3).bind(spec)
     trained, expected = (spec.build(rng.generator(0, "t")) for _ in range(2))
     assert train(spec, trained, batches, rng.key(0, "t"))

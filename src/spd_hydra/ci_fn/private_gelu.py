@@ -117,6 +117,50 @@ def _(h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> t
     return torch.empty_like(w_in), torch.empty_like(b_in), torch.empty_like(w_out)
 
 
+def _with_replicas(tensor: Tensor, dim: int | None, replicas: int) -> Tensor:
+    """The replica axis in front, also where all replicas share a tensor."""
+    return tensor.expand(replicas, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+# Under vmap the replicas are further subcomponents of one call: `[replicas, *positions, C]` becomes
+# `[*positions, replicas · C]`.
+
+
+def _merged(
+    info: Any, in_dims: tuple[int | None, ...], positional: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+) -> list[Tensor]:
+    tensors = [
+        _with_replicas(tensor, dim, info.batch_size)
+        for tensor, dim in zip((*positional, *weights), in_dims, strict=True)
+    ]
+    n = len(positional)
+    merged = [tensor.movedim(0, -2).flatten(-2).contiguous() for tensor in tensors[:n]]
+    return merged + [tensor.flatten(0, 1).contiguous() for tensor in tensors[n:]]
+
+
+@_values_kernel.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    z, dz_dh = _values_kernel(*_merged(info, in_dims, (h,), (w_in, b_in, w_out)))
+    split = (info.batch_size, -1)
+    return (z.unflatten(-1, split).movedim(-2, 0), dz_dh.unflatten(-1, split).movedim(-2, 0)), (0, 0)
+
+
+@_weight_gradients_kernel.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    h: Tensor,
+    grad_z: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    gradients = _weight_gradients_kernel(*_merged(info, in_dims, (h, grad_z), (w_in, b_in, w_out)))
+    return tuple(gradient.unflatten(0, (info.batch_size, -1)) for gradient in gradients), (0, 0, 0)
+
+
 def _normal_cdf_pdf(x: Tensor) -> tuple[Tensor, Tensor]:
     """Distribution and density function of N(0, 1); absolute error of the former ≤ 3e-7 in float32.
 

@@ -94,6 +94,11 @@ class DecomposedModel(nn.Module):
         """Where the model's parameters are."""
         return next(self.subcomponents.parameters()).device
 
+    @property
+    def patched(self) -> nn.Module:
+        """The copy of the target on which masked passes run; it shares the target's tensors."""
+        return self._patched[0]
+
     def pieces(self, site: str) -> Subcomponents:
         """The subcomponents of a site: `.V`, `[d_in, C]`, and `.U`, `[C, d_out]`."""
         return cast(Subcomponents, self.subcomponents[_key(site)])
@@ -181,7 +186,7 @@ class DecomposedModel(nn.Module):
         self._switch.at_site = at_site
         try:
             with sharing(products):
-                return cast(Tensor, self._patched[0](batch))
+                return cast(Tensor, self.patched(batch))
         finally:
             self._switch.at_site = None
 

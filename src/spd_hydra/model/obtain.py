@@ -22,7 +22,7 @@ from spd_hydra.section import kind_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # part of the cache key: raise it when training changes its numbers
+_FORMAT = 2  # part of the cache key: raise it when training changes its numbers
 
 TargetProgress = Callable[[int, int, int], None]
 """Called with (number of the try from 0, steps done, steps)."""

@@ -136,7 +136,8 @@ class _AdamW:
     def step(self, gradients: list[Tensor], lr: float) -> None:
         adamw(
             list(self.parameters),
-            gradients,
+            # The fused kernel reads memory front to back, whatever the strides (seen with torch 2.13, CPU).
+            [gradient.contiguous() for gradient in gradients],
             self.means,
             self.squares,
             [],

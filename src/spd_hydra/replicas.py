@@ -1,0 +1,244 @@
+"""Several decompositions of one shape trained at once: each becomes what it would be alone.
+
+A step of a toy model is mostly the launching of small kernels. Replicas share those launches: their
+parameters, targets, data and random numbers lie along a leading axis.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spd_hydra.compiling import can_compile
+from spd_hydra.loss.objective import StepLoss
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.optimizer import adamw
+from spd_hydra.progress import Progress
+from spd_hydra.sampler import StackedSampler
+from spd_hydra.step import StackedStep
+from spd_hydra.stop import kept_from_children
+from spd_hydra.trainer import Trainer, TrainingError
+
+logger = logging.getLogger(__name__)
+
+
+class Group(Protocol):
+    """One or more trainers that take their steps together."""
+
+    trainers: Sequence[Trainer]
+
+    def begin(self) -> None:
+        """Make the states that the trainers were set to the ones that the next step changes."""
+
+    def train_step(self) -> list[StepLoss | TrainingError]:
+        """Take a step; for each trainer its loss, or why it cannot go on."""
+
+
+class Alone:
+    """A group of one."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainers = [trainer]
+
+    def begin(self) -> None:
+        """All ranks go on from the same state."""
+        self.trainers[0].take_from_rank_0()
+
+    def train_step(self) -> list[StepLoss | TrainingError]:
+        """A step, or the error that ends the training."""
+        try:
+            return [self.trainers[0].train_step()]
+        except TrainingError as error:
+            return [error]
+
+
+class Replicas:
+    """Trainers of the same configuration but for the seed, whose steps are one.
+
+    Each trainer's parameters and optimiser moments are views of the stacked ones, so that it evaluates, logs
+    and saves as if it were alone. One whose loss is no longer finite drops out; the others go on.
+
+    Args:
+        trainers: at the same step; their configurations differ in the seed alone.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer]) -> None:
+        self.trainers = trainers
+        first = trainers[0]
+        self.training = first.training
+        compile = self.training.compile and can_compile(first.model.device.type)
+        self._step = StackedStep([trainer.objective for trainer in trainers], compile=compile)
+        self._sampler = StackedSampler([trainer.sampler for trainer in trainers], compile=compile)
+        names = [name for name, p in first.model.named_parameters() if p.requires_grad]
+        stacked = [self._step.parameters[f"model.{name}"] for name in names]
+        own = dict(zip([id(first.model.get_parameter(name)) for name in names], stacked, strict=True))
+        self._parts = {
+            "components": [own[id(p)] for p in first.components],
+            "ci_fn": [own[id(p)] for p in first.ci_fn],
+        }
+        self._members = [
+            [trainer.model.get_parameter(name) for name in names] for trainer in trainers
+        ]  # by replica, in the order of `_stacked`
+        self._stacked = stacked
+        self._optimizer = adamw(self._parts.values(), lr=self.training.lr, weight_decay=0.0)
+        self._is_to_be_compiled = compile
+        self.failed: dict[int, TrainingError] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.trainers[0].step
+
+    def fit(self) -> list[Evaluation | TrainingError]:
+        """Train to the last step; for each trainer its last evaluation, or why it dropped out.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint of every trainer was saved.
+        """
+        if self.step == 0:
+            for trainer in self.trainers:
+                trainer.fit_weights()
+        self.begin()
+        results: list[Evaluation | None] = [None] * len(self.trainers)
+        first = self.trainers[0]
+        progress = Progress(self.training.steps, self.step)
+        with first.signals.stepping(), progress:
+            while self.step < self.training.steps and len(self.failed) < len(self.trainers):
+                losses = self.train_step()
+                progress.update(self.step, lambda losses=losses: _mean_summary(losses))  # type: ignore[misc]
+                for number, (trainer, loss) in enumerate(zip(self.trainers, losses, strict=True)):
+                    if isinstance(loss, StepLoss):
+                        results[number] = trainer.record(loss)
+                if self.step < self.training.steps:
+                    self._stop_if_asked()
+        return [
+            self.failed.get(number) or result or trainer.evaluate(self.step)
+            for number, (trainer, result) in enumerate(zip(self.trainers, results, strict=True))
+        ]
+
+    def begin(self) -> None:
+        """Take over the trainers' moments; their parameters are views of the stacked ones already."""
+        self.failed.clear()
+        self._optimizer.state.clear()
+        states: list[list[dict[str, Tensor]]] = [
+            [trainer.optimizer.state.get(p, {}) for p in own]
+            for trainer, own in zip(self.trainers, self._members, strict=True)
+        ]
+        if not all(state for replica in states for state in replica):
+            return
+        for index, parameter in enumerate(self._stacked):
+            parts = [replica[index] for replica in states]
+            moments = {what: torch.stack([p[what] for p in parts]) for what in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {"step": parts[0]["step"].clone(), **moments}
+        self._share_moments()
+
+    def train_step(self) -> list[StepLoss | TrainingError]:
+        """One step of all: draw, schedule, loss, gradients, update."""
+        first = self.trainers[0]
+        with kept_from_children(), first.timed("compile" if self._is_to_be_compiled else "train"):
+            losses = self._train_step()
+        for trainer in self.trainers:
+            trainer.timed_steps += not self._is_to_be_compiled
+            if trainer is not first:  # all of them waited for the same step
+                trainer.seconds |= {what: first.seconds[what] for what in ("compile", "train")}
+        self._is_to_be_compiled = False
+        return losses
+
+    def _train_step(self) -> list[StepLoss | TrainingError]:
+        if self._is_to_be_compiled:
+            logger.info("compiling the training step of %d replicas", len(self.trainers))
+        first, step = self.trainers[0], self.step
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.training.lr * self.training.lr_schedule.factor(step, self.training.steps)
+        batch, draws = self._sampler(step)
+        stacked = self._step(batch, draws, first.objective.scheduled(step / self.training.steps))
+        recorded = first.is_recorded(step + 1)
+        norms = self._norms() if recorded or self._clips else {}
+        losses = [self._one(stacked, number) for number in range(len(self.trainers))]
+        if recorded or batch.device.type == "cpu":
+            finite = stacked.total.isfinite().tolist()
+            for number, trainer in enumerate(self.trainers):
+                trainer.gradient_norms = (
+                    {part: norm[number] for part, norm in norms.items()} if recorded else {}
+                )
+                if (recorded or not finite[number]) and number not in self.failed:
+                    self._look_at(number, losses[number])
+        self._clip(norms)
+        self._optimizer.step()
+        if not self.trainers[0].optimizer.state:
+            self._share_moments()
+        for trainer in self.trainers:
+            trainer.step = step + 1
+            trainer.optimizer.param_groups[0]["lr"] = self._optimizer.param_groups[0]["lr"]
+        return [self.failed.get(number, loss) for number, loss in enumerate(losses)]
+
+    def _look_at(self, number: int, loss: StepLoss) -> None:
+        trainer = self.trainers[number]
+        try:
+            trainer.require_finite(loss)
+        except TrainingError as error:
+            self.failed[number] = error
+            logger.warning("replica %d drops out: %s", number, error)
+
+    def _stop_if_asked(self) -> None:
+        stopped = self.trainers[0].signals.agreed()
+        if stopped is None:
+            return
+        for number, trainer in enumerate(self.trainers):
+            if number not in self.failed:
+                trainer.save_whole()
+        stopped.step = self.step
+        raise stopped
+
+    @property
+    def _clips(self) -> bool:
+        return self.training.clip_components is not None or self.training.clip_ci_fn is not None
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Norms of the gradients of each replica, `[replicas]`, before any clipping."""
+        return {
+            part: torch.stack([_gradient(p).flatten(1).norm(dim=1) for p in own]).norm(dim=0)
+            for part, own in self._parts.items()
+        }
+
+    def _clip(self, norms: dict[str, Tensor]) -> None:
+        limits = {"components": self.training.clip_components, "ci_fn": self.training.clip_ci_fn}
+        for part, limit in limits.items():
+            if limit is None:
+                continue
+            factor = (limit / (norms[part] + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+            for parameter in self._parts[part]:
+                gradient = _gradient(parameter)
+                gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
+
+    def _share_moments(self) -> None:
+        """Let each trainer's moments be views of the stacked ones, which is what it saves."""
+        for number, (trainer, members) in enumerate(zip(self.trainers, self._members, strict=True)):
+            for parameter, stacked in zip(members, self._stacked, strict=True):
+                state = self._optimizer.state[stacked]
+                trainer.optimizer.state[parameter] = {
+                    "step": state["step"],
+                    "exp_avg": state["exp_avg"][number],
+                    "exp_avg_sq": state["exp_avg_sq"][number],
+                }
+
+    def _one(self, stacked: StepLoss, number: int) -> StepLoss:
+        """The loss of one replica."""
+        return StepLoss(
+            stacked.total[number],
+            {name: term[number] for name, term in stacked.terms.items()},
+            {site: value[number] for site, value in stacked.l0.items()},
+        )
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "a step sets the gradient of every parameter"
+    return parameter.grad
+
+
+def _mean_summary(losses: Sequence[StepLoss | TrainingError]) -> dict[str, float]:
+    """What is shown while training goes on: means over the replicas that are left."""
+    found = [loss.summary() for loss in losses if isinstance(loss, StepLoss)]
+    return {key: sum(own[key] for own in found) / len(found) for key in found[0]} if found else {}
