@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spd_hydra.checkpoint import load_newest
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.trainer import Trainer, TrainingError
 
@@ -18,6 +19,11 @@ Make = Callable[..., Trainer]
 State = dict[str, Tensor]
 STEPS = 6
 HALF = ("train.restarts.fraction=0.5",)
+
+
+def choose(trainer: Trainer, initial_state: Callable[[int], State]) -> None:
+    if error := begin_with_best(Alone(trainer), [initial_state])[0]:
+        raise error
 
 
 def states_of(trainer: Trainer) -> Callable[[int], State]:
@@ -50,7 +56,7 @@ def equal(one: State, other: State) -> bool:
 def test_the_initialisation_of_lowest_loss_goes_on(make: Make) -> None:
     trainer = make("train.restarts.number=3", *HALF)
     seen = measured(trainer, [3.0, 1.0, 2.0])
-    begin_with_best(trainer, states_of(trainer))
+    choose(trainer, states_of(trainer))
     assert trainer.step == STEPS // 2
     assert len(seen) == 3
     assert equal(trainer.model.trainable_state(), seen[1])
@@ -66,7 +72,7 @@ def test_it_ends_as_if_it_had_been_the_only_one(make: Make, chosen: int) -> None
     alone.fit()
     of_two = make("train.restarts.number=2", *HALF)
     measured(of_two, [float(number != chosen) for number in range(2)])
-    begin_with_best(of_two, states_of(of_two))
+    choose(of_two, states_of(of_two))
     of_two.fit()
     assert equal(alone.model.trainable_state(), of_two.model.trainable_state())
     assert [row["loss/total"] for row in rows(alone)] == [row["loss/total"] for row in rows(of_two)]
@@ -75,14 +81,14 @@ def test_it_ends_as_if_it_had_been_the_only_one(make: Make, chosen: int) -> None
 def test_one_initialisation_is_no_choice(make: Make) -> None:
     trainer = make()
     seen = measured(trainer, [])
-    begin_with_best(trainer, states_of(trainer))
+    choose(trainer, states_of(trainer))
     assert (trainer.step, seen, trainer.facts) == (0, [], {})
 
 
 def test_a_share_of_the_steps_too_small_for_one_still_gives_one(make: Make) -> None:
     trainer = make("train.restarts.number=2", "train.restarts.fraction=0.01")
     measured(trainer, [1.0, 2.0])
-    begin_with_best(trainer, states_of(trainer))
+    choose(trainer, states_of(trainer))
     assert trainer.step == 1
 
 
@@ -90,7 +96,7 @@ def test_all_losses_are_told_and_kept_in_the_checkpoint(make: Make, caplog: pyte
     trainer = make("train.restarts.number=3", *HALF)
     measured(trainer, [3.0, 1.0, 2.0])
     with caplog.at_level(logging.INFO):
-        begin_with_best(trainer, states_of(trainer))
+        choose(trainer, states_of(trainer))
     assert "losses of 3 initialisations after 3 steps: 3, 1, 2" in caplog.text
     trainer.save()
     checkpoint = load_newest(trainer.run.checkpoints)
@@ -116,7 +122,7 @@ def broken(trainer: Trainer, *numbers: int) -> Callable[[int], State]:
 def test_one_that_breaks_drops_out(make: Make, caplog: pytest.LogCaptureFixture, bad: int) -> None:
     trainer = make("train.restarts.number=2", *HALF)
     measured(trainer, [5.0])
-    begin_with_best(trainer, broken(trainer, bad))
+    choose(trainer, broken(trainer, bad))
     losses: list[float | None] = [5.0, 5.0]
     losses[bad] = None
     assert trainer.facts["restarts"] == {"steps": 3, "losses": losses, "chosen": 1 - bad}
@@ -127,4 +133,4 @@ def test_one_that_breaks_drops_out(make: Make, caplog: pytest.LogCaptureFixture,
 def test_if_all_break_the_run_fails(make: Make) -> None:
     trainer = make("train.restarts.number=2", *HALF)
     with pytest.raises(TrainingError, match="the loss is nan at step 0"):
-        begin_with_best(trainer, broken(trainer, 0, 1))
+        choose(trainer, broken(trainer, 0, 1))

@@ -28,6 +28,7 @@ def analyse(config: RunConfig) -> Outcome:
         config = load_config(path / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"run: {error}") from error
+    require_single(path, config)
     with RunDirectory.open(path) as directory:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
@@ -49,6 +50,19 @@ def analyse(config: RunConfig) -> Outcome:
             restarts=checkpoint.state["facts"].get("restarts"),
         )
         return Outcome(path, summary)
+
+
+def require_single(path: Path, config: RunConfig) -> None:
+    """Refuse the directory of several replicas where one run is meant.
+
+    Raises:
+        ConfigError: says where the runs are.
+    """
+    if config.train.replicas > 1:
+        raise ConfigError(
+            f"run: {path} holds {config.train.replicas} replicas, each of them a run: "
+            f"take {path / '0'} … {path / str(config.train.replicas - 1)}"
+        )
 
 
 def _times(checkpoint: Checkpoint, summary: dict[str, Any]) -> tuple[dict[str, float], float | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from spd_hydra.analyse import require_single
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
@@ -100,11 +101,13 @@ def load_run(path: str | Path) -> Run:
     """Open a run directory.
 
     Raises:
-        ConfigError: it is no run directory, or of a version that this one cannot read.
+        ConfigError: it is no run directory, of a version that this one cannot read, or of several replicas.
     """
     load_plugins()  # whose sections the configuration may name
     path = Path(path).expanduser()
-    return Run(path, load_config(path / "config.yaml"))
+    config = load_config(path / "config.yaml")
+    require_single(path, config)
+    return Run(path, config)
 
 
 def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
@@ -118,6 +121,11 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
         RunError: training failed.
     """
     config = config if isinstance(config, RunConfig) else compose(config)
+    if config.train.replicas > 1:
+        raise ConfigError(
+            f"train.replicas: got {config.train.replicas}, but decompose() returns one run; train them with "
+            "spd-run, then open each with load_run(...)"
+        )
     outcome = run(config)
     if outcome.run_dir is None:
         raise ConfigError(f"task: got {config.task.name}, which makes no run directory; use task=decompose")

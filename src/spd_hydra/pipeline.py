@@ -1,5 +1,6 @@
 """The way of a run from its target to its report, on every rank."""
 
+import dataclasses
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.rank_errors import RunError
 from spd_hydra.redaction import redact
+from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
@@ -44,38 +46,74 @@ def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) 
         RunError: training failed.
         Stopped: a signal asked for it.
     """
-    started = time.perf_counter()
+    if config.task is Task.train_target:
+        return _only_target(config, directory)
+    work = prepare(config, directory, signals, time.perf_counter())
+    try:
+        _restore(work.trainer, directory)
+        summary = work.conclude(_fit(work.trainer, work.parts))
+    except BaseException:
+        work.tracker.finish(None, 1)
+        raise
+    work.tracker.finish(summary, 0)
+    return Outcome(directory.path, summary)
+
+
+def _only_target(config: RunConfig, directory: RunDirectory) -> Outcome:
+    target = _target(config, directory, device_of(config))
+    summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
+    directory.write_summary(summary)
+    say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
+    return Outcome(directory.path, summary)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A decomposition with its target, and what it logs and leaves behind."""
+
+    parts: Parts
+    target: TrainedTarget
+    directory: RunDirectory
+    tracker: Logger
+    trainer: Trainer
+
+    def conclude(self, evaluation: Evaluation, *, replicas: int = 1) -> dict[str, Any]:
+        """Write figures, summary and report; of several replicas the verdict is told by their table."""
+        if self.directory.follows:
+            return {}
+        times = self.trainer.times()
+        summary, drawn = conclude(
+            self.directory,
+            self.parts,
+            self.target,
+            evaluation,
+            seconds=times["seconds"],
+            steps_per_second=steps_per_second(times),
+            restarts=self.trainer.facts.get("restarts"),
+            replicas=replicas,
+        )
+        self.tracker.log_figures(evaluation.step, drawn)
+        return summary
+
+
+def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, started: float) -> Work:
+    """Everything of a decomposition up to its first step: target, parts, logger, trainer.
+
+    Args:
+        config: of one decomposition.
+        directory: where it writes.
+        signals: say when to stop.
+        started: when the run began, by `time.perf_counter`.
+    """
     device = device_of(config)
     target = _target(config, directory, device)
-    if config.task is Task.train_target:
-        summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
-        directory.write_summary(summary)
-        say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
-        return Outcome(directory.path, summary)
     parts = assemble(config, target.module, device)
     tracker = (
         Logger()
         if directory.follows
         else config.logger.start(directory.path, config.name, redact(to_dict(config)))
     )
-    try:
-        summary = _train(config, parts, target, directory, tracker, signals, started)
-    except BaseException:
-        tracker.finish(None, 1)
-        raise
-    tracker.finish(summary, 0)
-    return Outcome(directory.path, summary)
 
-
-def _train(
-    config: RunConfig,
-    parts: Parts,
-    target: TrainedTarget,
-    directory: RunDirectory,
-    tracker: Logger,
-    signals: StopSignals,
-    started: float,
-) -> dict[str, Any]:
     def draw(evaluation: Evaluation) -> None:
         if directory.follows:
             return
@@ -95,25 +133,10 @@ def _train(
         signals=signals,
     )
     trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
-    _restore(trainer, directory, config)
-    evaluation = _fit(trainer, parts)
-    if directory.follows:
-        return {}
-    times = trainer.times()
-    summary, drawn = conclude(
-        directory,
-        parts,
-        target,
-        evaluation,
-        seconds=times["seconds"],
-        steps_per_second=steps_per_second(times),
-        restarts=trainer.facts.get("restarts"),
-    )
-    tracker.log_figures(evaluation.step, drawn)
-    return summary
+    return Work(parts, target, directory, tracker, trainer)
 
 
-def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> None:
+def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     """Go on from the newest whole checkpoint, if there is one; the others from the one that rank 0 found."""
     if directory.follows:
         name = distributed.of_rank_0()
@@ -130,8 +153,8 @@ def _restore(trainer: Trainer, directory: RunDirectory, config: RunConfig) -> No
 
 def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
     try:
-        if trainer.step == 0:
-            begin_with_best(trainer, parts.initial_state)
+        if trainer.step == 0 and (error := begin_with_best(Alone(trainer), [parts.initial_state])[0]):
+            raise error
         return trainer.fit()
     except TrainingError as error:
         raise RunError(str(error)) from error

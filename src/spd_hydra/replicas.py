@@ -5,7 +5,7 @@ parameters, targets, data and random numbers lie along a leading axis.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 class Group(Protocol):
     """One or more trainers that take their steps together."""
 
-    trainers: Sequence[Trainer]
+    @property
+    def trainers(self) -> Sequence[Trainer]:
+        """The trainers, all at the same step."""
 
     def begin(self) -> None:
         """Make the states that the trainers were set to the ones that the next step changes."""
@@ -65,7 +67,7 @@ class Replicas:
     """
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
-        self.trainers = trainers
+        self.trainers = list(trainers)
         first = trainers[0]
         self.training = first.training
         compile = self.training.compile and can_compile(first.model.device.type)
@@ -85,6 +87,7 @@ class Replicas:
         self._optimizer = adamw(self._parts.values(), lr=self.training.lr, weight_decay=0.0)
         self._is_to_be_compiled = compile
         self.failed: dict[int, TrainingError] = {}
+        self._left_out: dict[int, TrainingError] = {}
 
     @property
     def step(self) -> int:
@@ -107,7 +110,7 @@ class Replicas:
         with first.signals.stepping(), progress:
             while self.step < self.training.steps and len(self.failed) < len(self.trainers):
                 losses = self.train_step()
-                progress.update(self.step, lambda losses=losses: _mean_summary(losses))  # type: ignore[misc]
+                progress.update(self.step, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
                 for number, (trainer, loss) in enumerate(zip(self.trainers, losses, strict=True)):
                     if isinstance(loss, StepLoss):
                         results[number] = trainer.record(loss)
@@ -118,9 +121,13 @@ class Replicas:
             for number, (trainer, result) in enumerate(zip(self.trainers, results, strict=True))
         ]
 
+    def leave_out(self, errors: Mapping[int, TrainingError]) -> None:
+        """Go on without these trainers, by number."""
+        self._left_out = dict(errors)
+
     def begin(self) -> None:
         """Take over the trainers' moments; their parameters are views of the stacked ones already."""
-        self.failed.clear()
+        self.failed = dict(self._left_out)
         self._optimizer.state.clear()
         states: list[list[dict[str, Tensor]]] = [
             [trainer.optimizer.state.get(p, {}) for p in own]
@@ -238,7 +245,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _mean_summary(losses: Sequence[StepLoss | TrainingError]) -> dict[str, float]:
+def mean_summary(losses: Sequence[StepLoss | TrainingError]) -> dict[str, float]:
     """What is shown while training goes on: means over the replicas that are left."""
     found = [loss.summary() for loss in losses if isinstance(loss, StepLoss)]
     return {key: sum(own[key] for own in found) / len(found) for key in found[0]} if found else {}

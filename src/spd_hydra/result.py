@@ -39,8 +39,11 @@ def conclude(
     seconds: Mapping[str, float],
     steps_per_second: float | None,
     restarts: Mapping[str, Any] | None,
+    replicas: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Draw the figures, write summary and report, print the verdict.
+
+    Of several replicas that shared their steps, and so these seconds, the verdict is not printed.
 
     Returns:
         The summary, and the files of the figures by name.
@@ -53,6 +56,7 @@ def conclude(
         seconds=seconds,
         steps_per_second=steps_per_second,
         restarts=restarts,
+        replicas=replicas,
     )
     history = directory.read_metrics()
     drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
@@ -68,5 +72,6 @@ def conclude(
             environment=directory.read_environment(),
             warnings=() if target.certified else ("The target is not certified.",),
         )
-    say(report.verdict_table(summary, path))
+    if replicas == 1:
+        say(report.verdict_table(summary, path))
     return summary, {figure.name: figure.path for figure in drawn}

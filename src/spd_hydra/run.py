@@ -19,6 +19,7 @@ from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.pipeline import check, decompose
 from spd_hydra.rank_errors import RunError as RunError
+from spd_hydra.replica_runs import decompose_replicas
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.section import ConfigError
@@ -116,9 +117,13 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
         def work() -> Outcome:
             directory.write_environment(describe_environment(device_of(config).type))
             distributed.of_rank_0(told)
-            return decompose(config, directory, signals)
+            return (decompose_replicas if _has_replicas(config) else decompose)(config, directory, signals)
 
         return _recorded(directory, work)
+
+
+def _has_replicas(config: RunConfig) -> bool:
+    return config.train.replicas > 1 and config.task is Task.decompose
 
 
 def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
@@ -183,6 +188,11 @@ def _require_rows(config: RunConfig) -> None:
     for key, rows in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
         if rows < ranks:
             raise ConfigError(f"{key}.batch_size: got {rows}, must be ≥ {ranks}, the number of ranks")
+    if ranks > 1 and config.train.replicas > 1:
+        raise ConfigError(
+            f"train.replicas: got {config.train.replicas} with {ranks} ranks; replicas share one process. "
+            "Give each GPU a job of its own: a sweep over seeds, with launcher.gpus=1"
+        )
 
 
 @contextlib.contextmanager

@@ -17,8 +17,12 @@ def summarise(
     seconds: Mapping[str, float],
     steps_per_second: float | None,
     restarts: Mapping[str, Any] | None,
+    replicas: int = 1,
 ) -> dict[str, Any]:
-    """The summary of a run: verdict with all checks and thresholds, sparsity, losses, target, times."""
+    """The summary of a run: verdict with all checks and thresholds, sparsity, losses, target, times.
+
+    `replicas` is the number of runs that shared their steps: the times are those of all together.
+    """
 
     def by_site(group: str) -> dict[str, float]:
         prefix = f"{group}/"
@@ -62,4 +66,5 @@ def summarise(
         "seconds": dict(seconds),
         "steps_per_second": steps_per_second,
         "restarts": None if restarts is None else dict(restarts),
+        "replicas": replicas,
     }

@@ -1,10 +1,11 @@
 """How a decomposition is trained and when it is measured."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from spd_hydra.loss.objective import Precision
 from spd_hydra.schedule import Schedule, ScheduleKind
-from spd_hydra.section import Section, option
+from spd_hydra.section import Problem, Section, option
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,6 +44,9 @@ class Training(Section):
         default_factory=FaithfulnessWarmup, help="fit the weights before training"
     )
     restarts: Restarts = option(default_factory=Restarts, help="choose among several initialisations")
+    replicas: int = option(
+        1, "decompositions trained at once in one process, of the seeds seed, seed + 1, ...", ge=1
+    )
     clip_components: float | None = option(
         None, "largest gradient norm of V and U together; null: no limit", gt=0
     )
@@ -52,6 +56,15 @@ class Training(Section):
     log_every: int = option(100, "steps between rows of the metrics log", ge=1)
     checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", ge=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", ge=1)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.replicas > 1 and self.keep_checkpoints < 2:
+            yield Problem(
+                "keep_checkpoints",
+                f"got {self.keep_checkpoints}, must be ≥ 2 with train.replicas={self.replicas}: killed while "
+                "they save, they go on from a step that all of them have",
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,0 +1,152 @@
+"""Replicas of one configuration as runs: a directory for each inside the one of all, and the table of them.
+
+<directory>/              config.yaml, status.json, summary.json, sweep.csv, sweep.html of all replicas
+<directory>/<n>/          replica n: the run of seed + n, as if it had been alone
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from spd_hydra import report
+from spd_hydra.build import device_of
+from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
+from spd_hydra.config import RunConfig, to_yaml
+from spd_hydra.distributed import say
+from spd_hydra.environment import describe_environment
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.pipeline import Work, prepare
+from spd_hydra.rank_errors import RunError
+from spd_hydra.replicas import Replicas
+from spd_hydra.restarts import begin_with_best
+from spd_hydra.result import Outcome
+from spd_hydra.run_dir import RunDirectory, Status
+from spd_hydra.stop import Stopped, StopSignals
+from spd_hydra.trainer import TrainingError
+
+
+def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
+    """Train `train.replicas` decompositions at once and leave the result of each in a directory of its own.
+
+    Raises:
+        RunError: a replica failed; the others have their results.
+        Stopped: a signal asked for it.
+    """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        directories = [
+            stack.enter_context(_open(config, directory, number)) for number in range(config.train.replicas)
+        ]
+        all_work: list[Work] = []
+        try:
+            for number, own in enumerate(directories):
+                all_work.append(prepare(_single(config, number), own, signals, started))
+                own.write_status(Status.running, step=0)
+            results = _train(all_work)
+            summaries = [
+                _conclude(work, result, config.train.replicas)
+                for work, result in zip(all_work, results, strict=True)
+            ]
+        except BaseException as error:
+            _record_end(directories, all_work, error)
+            raise
+    return _outcome(config, directory, summaries, results)
+
+
+def _single(config: RunConfig, number: int) -> RunConfig:
+    """The configuration of one replica: a run that could be alone."""
+    train = dataclasses.replace(config.train, replicas=1)
+    return dataclasses.replace(config, seed=config.seed + number, train=train)
+
+
+def _open(config: RunConfig, directory: RunDirectory, number: int) -> RunDirectory:
+    path = directory.path / str(number)
+    own = RunDirectory.open(path) if (path / "config.yaml").is_file() else RunDirectory.at(path)
+    own.write_config(to_yaml(_single(config, number)))
+    own.write_environment(describe_environment(device_of(config).type))
+    return own
+
+
+def _train(all_work: Sequence[Work]) -> list[Evaluation | TrainingError]:
+    trainers = [work.trainer for work in all_work]
+    for trainer, checkpoint in zip(trainers, _common_checkpoints(all_work), strict=True):
+        if checkpoint is None:
+            trainer.run.truncate_metrics(0)
+        else:
+            trainer.restore(checkpoint)
+    group = Replicas(trainers)
+    if trainers[0].step:
+        say(f"going on from step {trainers[0].step}")
+        return group.fit()
+    errors = begin_with_best(group, [work.parts.initial_state for work in all_work])
+    group.leave_out({number: error for number, error in enumerate(errors) if error is not None})
+    return group.fit()
+
+
+def _common_checkpoints(all_work: Sequence[Work]) -> list[Checkpoint] | list[None]:
+    """Of each replica the checkpoint of the newest step that all of them have."""
+    newest = [load_newest(work.directory.checkpoints) for work in all_work]
+    found = [checkpoint for checkpoint in newest if checkpoint is not None]
+    if len(found) < len(newest):
+        return [None] * len(newest)
+    step = min(checkpoint.step for checkpoint in found)
+    return [c if c.step == step else load_checkpoint(c.path.with_name(f"step_{step}")) for c in found]
+
+
+def _conclude(work: Work, result: Evaluation | TrainingError, replicas: int) -> dict[str, Any] | None:
+    """The summary of a replica; None if it failed, which its status then says."""
+    if isinstance(result, TrainingError):
+        work.directory.write_status(Status.failed, work.trainer.step, error=f"TrainingError: {result}")
+        work.tracker.finish(None, 1)
+        return None
+    summary = work.conclude(result, replicas=replicas)
+    work.directory.write_status(Status.done, step=result.step)
+    work.tracker.finish(summary, 0)
+    return summary
+
+
+def _record_end(directories: Sequence[RunDirectory], all_work: Sequence[Work], error: BaseException) -> None:
+    """All of them ended with the same error, or were stopped."""
+    stopped = isinstance(error, KeyboardInterrupt)
+    step = error.step if isinstance(error, Stopped) and error.step is not None else None
+    for number, own in enumerate(directories):
+        if (own.read_status() or {}).get("status") in {Status.done.value, Status.failed.value}:
+            continue
+        done = all_work[number].trainer.step if number < len(all_work) else 0
+        status = Status.stopped if stopped else Status.failed
+        text = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+        own.write_status(status, step=done if step is None else step, error=text)
+    for work in all_work:
+        work.tracker.finish(None, 1)
+
+
+def _outcome(
+    config: RunConfig,
+    directory: RunDirectory,
+    summaries: Sequence[dict[str, Any] | None],
+    results: Sequence[Evaluation | TrainingError],
+) -> Outcome:
+    rows = report.sweep_rows(directory.path)
+    _, page = report.write_sweep(directory.path, rows)
+    say("\n".join([report.sweep_table(rows), f"  {page}"]))
+    failed = [(number, result) for number, result in enumerate(results) if isinstance(result, TrainingError)]
+    if failed:
+        number, first = failed[0]
+        raise RunError(f"{len(failed)} of {len(results)} replicas failed; replica {number}: {first}")
+    found = [summary for summary in summaries if summary is not None]
+    judged = [summary["solved"] for summary in found if summary["solved"] is not None]
+    objectives = [summary["objective"] for summary in found if summary["objective"] is not None]
+    summary = {
+        "experiment": config.name,
+        "seed": config.seed,
+        "replicas": len(found),
+        "steps": found[0]["steps"],
+        "solved": all(judged) if judged else None,
+        "solved_replicas": sum(judged),
+        "objective": sum(objectives) / len(objectives) if objectives else None,
+        "seconds": found[0]["seconds"],
+    }
+    directory.write_summary(summary)
+    return Outcome(directory.path, summary)

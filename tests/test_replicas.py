@@ -1,0 +1,272 @@
+"""Replicas: each becomes what it would be alone, whatever happens to the others."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spd_hydra.api import decompose, load_run
+from spd_hydra.checkpoint import load_newest
+from spd_hydra.config import RunConfig, load_config
+from spd_hydra.loss.objective import StepLoss
+from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.replicas import Replicas
+from spd_hydra.restarts import begin_with_best
+from spd_hydra.run import RunError, run
+from spd_hydra.sampler import StackedSampler
+from spd_hydra.section import ConfigError
+from spd_hydra.trainer import Trainer, TrainingError
+
+Toy = Callable[..., RunConfig]
+Make = Callable[..., Trainer]
+CASES = {
+    "tied": [],
+    "untied, subsets": ["decomposition=tms_5-2-untied", "loss.stochastic_recon_subset.coeff=1"],
+    "paper": ["experiment=paper/tms_5-2", "train.faithfulness_warmup.steps=0"],
+    "annealed, clipped": [
+        "loss.importance_minimality.p_end=0.5",
+        "train.clip_components=0.01",
+        "train.clip_ci_fn=0.02",
+    ],
+    "identity, shared_mlp": ["experiment=tms_5-2-id", "ci_fn=shared_mlp", "ci_fn.hidden=[8]"],
+    "frequency, vector_mlp": ["ci_fn=vector_mlp", "loss.importance_minimality.beta=0.5"],
+    "residual": [
+        "experiment=resid_mlp1",
+        "model.d_embed=20",
+        "decomposition.sites.mlp_in.C=7",
+        "decomposition.sites.mlp_out.C=6",
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
+    monkeypatch.setattr("spd_hydra.result.draw_all", lambda *arguments: [])
+
+
+def together(make: Make, *words: str, seeds: range = range(3)) -> tuple[list[Trainer], Replicas]:
+    trainers = [make(*words, f"seed={seed}") for seed in seeds]
+    return trainers, Replicas(trainers)
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.trainable_state().items()}
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss/total"] for row in trainer.run.read_metrics() if row["split"] == "train"]
+
+
+def assert_close(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert own.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES.keys())
+def test_each_becomes_what_it_would_be_alone(make: Make, words: list[str]) -> None:
+    trainers, replicas = together(make, *words)
+    results = replicas.fit()
+    for seed, (trainer, result) in enumerate(zip(trainers, results, strict=True)):
+        alone = make(*words, f"seed={seed}")
+        alone.fit()
+        assert isinstance(result, Evaluation)
+        assert_close(weights(trainer), weights(alone))
+        assert losses(trainer) == pytest.approx(losses(alone), rel=1e-4)
+        moments = trainer.state()[1], alone.state()[1]
+        assert moments[0].keys() == moments[1].keys()
+        for name, value in moments[1].items():
+            torch.testing.assert_close(moments[0][name], value, rtol=1e-3, atol=1e-6)
+        row, wanted = trainer.run.read_metrics()[-1], alone.run.read_metrics()[-1]
+        assert row.keys() == wanted.keys()
+    assert losses(trainers[0]) != losses(trainers[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["tied"], ["residual"]], ids=["tied", "residual"])
+def test_compiled_replicas_become_what_they_would_be_alone(make: Make, words: list[str]) -> None:
+    words = [*CASES[words[0]], "train.compile=true"]
+    trainers, replicas = together(make, *words, seeds=range(2))
+    replicas.fit()
+    for seed, trainer in enumerate(trainers):
+        alone = make(*words, f"seed={seed}")
+        alone.fit()
+        assert_close(weights(trainer), weights(alone))
+
+
+def test_each_draws_what_it_would_draw_alone(make: Make) -> None:
+    trainers = [make(f"seed={seed}") for seed in (3, 8)]
+    batch, draws = StackedSampler([trainer.sampler for trainer in trainers], compile=False)(5)
+    for number, trainer in enumerate(trainers):
+        own_batch, own_draws = trainer.sampler(5)
+        assert torch.equal(batch[number], own_batch)
+        assert torch.equal(draws[number], own_draws)
+
+
+def break_at(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(iter(trainer.components)).fill_(torch.nan)
+
+
+def test_one_that_breaks_drops_out_and_the_others_never_know(make: Make) -> None:
+    whole, replicas = together(make)
+    replicas.fit()
+    trainers, replicas = together(make)
+    break_at(trainers[1])
+    results = replicas.fit()
+    assert isinstance(results[1], TrainingError)
+    assert "the loss is nan at step 0" in str(results[1])
+    assert losses(trainers[1]) == []
+    assert load_newest(trainers[1].run.checkpoints) is None
+    for number in (0, 2):
+        assert losses(trainers[number]) == losses(whole[number])
+        assert all(
+            torch.equal(value, weights(whole[number])[n]) for n, value in weights(trainers[number]).items()
+        )
+
+
+def test_when_all_break_no_further_step_is_taken(make: Make) -> None:
+    trainers, replicas = together(make)
+    for trainer in trainers:
+        break_at(trainer)
+    assert all(isinstance(result, TrainingError) for result in replicas.fit())
+    assert replicas.step == 1
+
+
+def test_each_chooses_among_its_own_initialisations(make: Make) -> None:
+    words = ("train.restarts.number=2", "train.restarts.fraction=0.5")
+    trainers, replicas = together(make, *words, seeds=range(2))
+    first = [weights(trainer) for trainer in trainers]
+
+    def initial(number_of_trainer: int) -> Callable[[int], dict[str, Tensor]]:
+        return lambda number: {k: v * (1 + number / 10) for k, v in first[number_of_trainer].items()}
+
+    measured = [iter([2.0, 1.0]), iter([1.0, 2.0])]
+    for trainer, own in zip(trainers, measured, strict=True):
+        trainer.evaluate = lambda step, own=own: Evaluation(  # type: ignore[misc]
+            step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": next(own)}, sites={}
+        )
+    assert begin_with_best(replicas, [initial(0), initial(1)]) == [None, None]
+    assert [trainer.facts["restarts"]["chosen"] for trainer in trainers] == [1, 0]
+    for chosen, trainer in zip([1, 0], trainers, strict=True):
+        trainer.evaluate = lambda step: Evaluation(
+            step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": 0.0}, sites={}
+        )
+        assert trainer.step == 3, chosen
+    replicas.fit()
+    for seed, (chosen, trainer) in enumerate(zip([1, 0], trainers, strict=True)):
+        alone = make(f"seed={seed}")
+        alone.set_state({k: v * (1 + chosen / 10) for k, v in first[seed].items()}, {}, step=0)
+        alone.fit()
+        assert_close(weights(trainer), weights(alone))
+
+
+# ---- runs ----------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_every_replica_leaves_a_run_that_opens_alone(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run(toy("train.replicas=2", "seed=5"))
+    assert outcome.run_dir is not None
+    assert "job  setting" in capsys.readouterr().out
+    for number in range(2):
+        opened = load_run(outcome.run_dir / str(number))
+        assert (opened.config.seed, opened.config.train.replicas) == (5 + number, 1)
+        assert opened.status["status"] == "done"
+        assert opened.steps == [10, 20]
+        assert (opened.summary["seed"], opened.summary["replicas"]) == (5 + number, 2)
+        alone = decompose(dataclasses.replace(opened.config, out_dir=str(outcome.run_dir.parent / "alone")))
+        assert_close(opened.model.trainable_state(), alone.model.trainable_state())
+        assert opened.summary["losses"] == pytest.approx(alone.summary["losses"], rel=1e-3)
+        assert opened.summary["target"]["seed"] == alone.summary["target"]["seed"]
+    assert outcome.summary["replicas"] == 2
+    assert outcome.summary["objective"] == pytest.approx(
+        sum(read(outcome.run_dir / str(n) / "summary.json")["objective"] for n in range(2)) / 2
+    )
+    assert (outcome.run_dir / "sweep.csv").exists()
+    with pytest.raises(ConfigError, match=r"holds 2 replicas, each of them a run: take .*/0 … .*/1"):
+        load_run(outcome.run_dir)
+    with pytest.raises(ConfigError, match=r"holds 2 replicas"):
+        run(dataclasses.replace(toy("task=analyse", f"run={outcome.run_dir}")))
+
+
+class Killed(BaseException):
+    """Ends a run as a signal that cannot be heard does."""
+
+
+@pytest.mark.parametrize("moment", [(13, 0), (10, 1), (20, 1)])
+def test_replicas_that_are_killed_and_resumed_end_with_the_same_bits(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, moment: tuple[int, int]
+) -> None:
+    """Killed before replica n records a step: at steps with a checkpoint, between the checkpoints of two."""
+    whole = run(toy("train.replicas=2")).run_dir
+    record = Trainer.record
+
+    def killed(self: Trainer, loss: StepLoss) -> Evaluation | None:
+        if (self.step, int(self.run.path.name)) == moment:
+            raise Killed
+        return record(self, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record", killed)
+        config = toy("train.replicas=2")
+        with pytest.raises(Killed):
+            run(config)
+    assert whole is not None
+    broken = max(whole.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert broken != whole
+    resumed = dataclasses.replace(load_config(broken / "config.yaml"), resume=str(broken))
+    assert run(resumed, saved=load_config(broken / "config.yaml")).run_dir == broken
+    for number in ("0", "1"):
+        own, wanted = (load_newest(path / number / "checkpoints") for path in (broken, whole))
+        assert own is not None
+        assert wanted is not None
+        assert own.step == wanted.step == 20
+        for group in ("model", "optimizer"):
+            assert own.tensors[group].keys() == wanted.tensors[group].keys()
+            assert all(
+                torch.equal(value, wanted.tensors[group][k]) for k, value in own.tensors[group].items()
+            )
+        rows = [
+            [row for row in load_run(path / number).metrics if row["split"] == "train"]
+            for path in (broken, whole)
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_a_replica_that_fails_says_so_and_the_others_have_their_results(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = Replicas.fit
+
+    def broken(self: Replicas) -> list[Evaluation | TrainingError]:
+        break_at(self.trainers[1])
+        return fit(self)
+
+    monkeypatch.setattr(Replicas, "fit", broken)
+    config = toy("train.replicas=2", "train.faithfulness_warmup.steps=0")
+    with pytest.raises(RunError, match="1 of 2 replicas failed; replica 1: the loss is nan at step 0"):
+        run(config)
+    (directory,) = (Path(config.out_dir) / config.name).iterdir()
+    assert read(directory / "status.json")["status"] == "failed"
+    assert [read(directory / n / "status.json")["status"] for n in ("0", "1")] == ["done", "failed"]
+    assert load_run(directory / "0").summary["steps"] == 20
+
+
+def test_what_replicas_cannot_do_is_refused(toy: Toy) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train.keep_checkpoints: got 1, must be ≥ 2 with train.replicas=2"
+    ):
+        toy("train.replicas=2", "train.keep_checkpoints=1")
+    with pytest.raises(ConfigError, match=r"train.replicas: got 2, but decompose\(\) returns one run"):
+        decompose(toy("train.replicas=2"))
