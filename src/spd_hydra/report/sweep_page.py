@@ -54,7 +54,18 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
     )
     names = dict.fromkeys(name for row in rows for name in row.numbers)
     fixed = ["job", "id", "state", "experiment", "seed"]
-    header = [*fixed, *overrides, "solved", "strict", "certified", *names, "exit", "error", "report"]
+    header = [
+        *fixed,
+        *overrides,
+        "solved",
+        "strict",
+        "certified",
+        *names,
+        "finding",
+        "exit",
+        "error",
+        "report",
+    ]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -63,6 +74,6 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         values += [row.overrides.get(key) for key in overrides]
         values += [row.solved, row.strict, row.certified]
         values += [row.numbers.get(name) for name in names]
-        values += [row.exit, row.error, row.report]
+        values += [row.finding, row.exit, row.error, row.report]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
