@@ -1,6 +1,7 @@
 """What a run leaves behind at its end: summary, figures, report, verdict."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 from spd_hydra import report
 from spd_hydra.build import Parts
 from spd_hydra.distributed import say
-from spd_hydra.figure.base import draw_all
+from spd_hydra.figure.base import History, draw_all
 from spd_hydra.metric.diagnosis import diagnose
 from spd_hydra.metric.evaluation import Evaluation
-from spd_hydra.metric.finding import Settings
+from spd_hydra.metric.finding import Finding, Settings
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import target_facts
 from spd_hydra.summary import summarise
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ def conclude(
         parts.config,
         evaluation,
         target_facts(target),
-        diagnosis=diagnose(evaluation, history, settings_of(parts, target)),
+        diagnosis=_diagnosed(parts, target, evaluation, history),
         cosine_decides=parts.known is not None and parts.known.cosine_decides,
         seconds=seconds,
         steps_per_second=steps_per_second,
@@ -75,6 +78,17 @@ def conclude(
         )
     say(report.verdict_table(summary, path))
     return summary, {figure.name: figure.path for figure in drawn}
+
+
+def _diagnosed(
+    parts: Parts, target: TrainedTarget, evaluation: Evaluation, history: History
+) -> list[Finding]:
+    """What is wrong, if anything; advice is never a reason to lose a run."""
+    try:
+        return diagnose(evaluation, history, settings_of(parts, target))
+    except Exception:
+        log.warning("no diagnosis could be made; the run goes on without it", exc_info=True)
+        return []
 
 
 def settings_of(parts: Parts, target: TrainedTarget) -> Settings:

@@ -10,6 +10,7 @@ from spd_hydra.metric.site_findings import shared, split, too_high, too_low, wor
 
 MOST_FINDINGS = 6
 UNDECIDED = 1.0  # per feature; 0.4 in local minima at the end of training, 1.4 after a twentieth of it
+SCARCELY_ANY = 0.5  # of the ideal L0: where so little is left, more steps would only take more away
 MOST = 0.5  # a share: more than half of the features is no accident of one initialisation
 
 
@@ -122,7 +123,8 @@ def _undertrained(
     """L0 still falls, or most features have causal importances that are neither on nor off."""
     signs = []
     fall = symptoms.fall_of_l0(history)
-    if fall is not None:
+    ideal = sum(value for name, value in evaluation.metrics.items() if name.startswith("l0_ideal/"))
+    if fall is not None and fall.last > SCARCELY_ANY * ideal:
         signs.append(
             f"L0 still falls: {fall.first:.3g} at step {fall.first_step:,}, {fall.last:.3g} at step "
             f"{fall.last_step:,}, {fall.share:.0%} per quarter of training"

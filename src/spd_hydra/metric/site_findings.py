@@ -14,6 +14,7 @@ SEVERAL = 2.0
 # Solved runs have an L0 of 0.7 to 1.4 times the ideal one: weak inputs fall below the threshold of g, and
 # interference lies above it.
 FAR_ABOVE_IDEAL = 2.0
+FACTOR, LARGE_FACTOR = 2, 10  # of a change; the large one where a factor of two would change little
 COEFF = "loss.importance_minimality.coeff"
 
 
@@ -45,29 +46,28 @@ def worst(
 def too_high(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features that nothing is important for, or a dense site that needs too few subcomponents."""
     g, coeff = _probe(evaluation, check), settings.importance_coeff
-    if check.name == "identity":
-        seen = identity_symptoms(g)
-        strength, missing = len(seen.unserved) / len(g), len(seen.unserved)
-        symptom = (
-            f"{listed(seen.unserved, 'feature')} {'has' if missing == 1 else 'have'} no subcomponent with g "
-            f"near 1 (largest {seen.largest:.2f})"
-        )
-    else:
-        missing = check.expected - needed(g, check.expected)
-        strength, symptom = missing / check.expected, _dense_symptom(evaluation, check)
+    seen = identity_symptoms(g) if check.name == "identity" else None
+    missing = len(seen.unserved) if seen else check.expected - needed(g, check.expected)
     if missing <= 0 or coeff == 0:
         return None
-    divisor = 2
-    if g.max() <= TOLERANCE:  # a factor of two changes nothing where nothing is left
-        divisor, symptom = 10, f"no subcomponent is needed by any feature (largest g {g.max():.2f})"
-    advice = f"the coefficient is too high: try {COEFF}={coeff / divisor:g} (now {coeff:g})"
-    return _case(strength, check, symptom, advice)
+    if seen:
+        symptom = (
+            f"{listed(seen.unserved, 'feature')} {'has' if missing == 1 else 'have'} no subcomponent with "
+            f"g ≥ {1 - TOLERANCE:g} (largest {seen.largest:.3g})"
+        )
+    else:
+        symptom = _dense_symptom(evaluation, check)
+    factor = FACTOR
+    if g.max() <= TOLERANCE:
+        factor, symptom = LARGE_FACTOR, f"no subcomponent is needed by any feature (largest g {g.max():.2f})"
+    advice = f"the coefficient is too high: try {COEFF}={coeff / factor:g} (now {coeff:g})"
+    return _case(missing / check.expected, check, symptom, advice)
 
 
 def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features with several subcomponents each, an L0 far above the ideal one, a dense site with too many."""
     g, coeff = _probe(evaluation, check), settings.importance_coeff
-    signs = []
+    signs, factor = [], FACTOR
     if check.name == "identity":
         seen = identity_symptoms(g)
         l0, ideal = (evaluation.metrics.get(f"{name}/{check.site}") for name in ("l0", "l0_ideal"))
@@ -76,13 +76,14 @@ def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Cas
             signs.append(f"{seen.per_feature:.2g} subcomponents with g > {TOLERANCE:g} per feature, not 1")
         if l0 is not None and ideal and l0 >= FAR_ABOVE_IDEAL * ideal:
             signs.append(f"L0 {l0:.3g}, ideally {ideal:.3g}")
+            factor = LARGE_FACTOR if l0 >= FAR_ABOVE_IDEAL**2 * ideal else FACTOR
     else:
         surplus = needed(g, check.expected) - check.expected
         strength = min(surplus / check.expected, 1.0)
         signs += [_dense_symptom(evaluation, check)] if surplus > 0 else []
     if not signs:
         return None
-    wanted = f"{COEFF}={2 * coeff if coeff else 1e-3:g} (now {coeff:g})"
+    wanted = f"{COEFF}={factor * coeff if coeff else 1e-3:g} (now {coeff:g})"
     return _case(strength, check, "; ".join(signs), f"the coefficient is too low: try {wanted}")
 
 

@@ -53,27 +53,17 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         key for row in rows for key in row.overrides if key not in {"seed", "experiment"}
     )
     names = dict.fromkeys(name for row in rows for name in row.numbers)
-    fixed = ["job", "id", "state", "experiment", "seed"]
-    header = [
-        *fixed,
-        *overrides,
-        "solved",
-        "strict",
-        "certified",
-        *names,
-        "finding",
-        "exit",
-        "error",
-        "report",
-    ]
+    fixed, judged = ["job", "id", "state", "experiment", "seed"], ["solved", "strict", "certified"]
+    ended = ["finding", "exit", "error", "report"]
+    header = [*fixed, *overrides, *judged, *names, *ended]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
         values: list[Any] = [getattr(row, name) for name in fixed]
         values += [row.overrides.get(key) for key in overrides]
-        values += [row.solved, row.strict, row.certified]
+        values += [getattr(row, name) for name in judged]
         values += [row.numbers.get(name) for name in names]
-        values += [row.finding, row.exit, row.error, row.report]
+        values += [getattr(row, name) for name in ended]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()
