@@ -67,6 +67,7 @@ def summarise(
         },
         "alive": {site: int(number) for site, number in by_site("alive").items()},
         "l0": by_site("l0"),
+        "l0_ideal": by_site("l0_ideal"),
         "losses": by_site("loss"),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),

@@ -95,6 +95,12 @@ def test_a_feature_that_is_split_is_named() -> None:
     assert "train.restarts.number=8" in finding.advice
 
 
+def test_a_split_that_is_not_settled_asks_for_more_steps() -> None:
+    finding = only(evaluation(changed((2, 6, 0.4))))
+    assert finding.symptom == "embed: feature 2 is split over subcomponents 2 and 6 (g 1.00 and 0.40)"
+    assert finding.advice == "try train.steps=12000 (now 6000)"
+
+
 def test_features_that_no_subcomponent_is_important_for_ask_for_half_the_coefficient() -> None:
     finding = only(evaluation(changed((0, 0, 0.5), (1, 1, 0.6), (4, 4, 0.4))))
     assert finding == Finding(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from spd_hydra.metric import symptoms
 from spd_hydra.metric.evaluation import Evaluation, SiteCheck
-from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts
+from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps
 from spd_hydra.metric.known_answer import LEAST_MMCS, TOLERANCE
 from spd_hydra.metric.site_findings import shared, split, too_high, too_low, worst
 
@@ -140,8 +140,7 @@ def _undertrained(
         return []
     # Undecided causal importances are those of the first tenth of a training, a falling L0 those of its end.
     factor = 4 if undecided >= UNDECIDED else 2
-    advice = f"try train.steps={factor * settings.steps} (now {settings.steps})"
-    return [Finding(symptom="; ".join(signs), advice=advice)]
+    return [Finding(symptom="; ".join(signs), advice=more_steps(settings, factor))]
 
 
 def _no_direction(evaluation: Evaluation, settings: Settings) -> Finding | None:
@@ -167,5 +166,5 @@ def _near_miss(evaluation: Evaluation, checks: Sequence[SiteCheck], settings: Se
     where = ", ".join(f"{check.site} {check.error}" for check in checks) or "none"
     return Finding(
         symptom=f"no single cause stands out (wrong entries: {where}{size})",
-        advice=f"try train.steps={2 * settings.steps} (now {settings.steps}); then {more_restarts(settings)}",
+        advice=f"{more_steps(settings, 2)}; then {more_restarts(settings)}",
     )

@@ -44,6 +44,11 @@ def more_restarts(settings: Settings) -> str:
     return f"a local minimum: try train.restarts.number={number} (now {settings.restarts})"
 
 
+def more_steps(settings: Settings, factor: int) -> str:
+    """The advice against a training that ended too early."""
+    return f"try train.steps={factor * settings.steps} (now {settings.steps})"
+
+
 def listed(items: Sequence[object], noun: str = "", most: int = 4) -> str:
     """`features 1 and 3`, `features 0, 1, 2, 3 and 7 more`, `embed and unembed`."""
     shown = [str(item) for item in items[:most]]

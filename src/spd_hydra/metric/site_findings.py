@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spd_hydra.metric.evaluation import Evaluation, FloatArray, SiteCheck
-from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, values
+from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps, values
 from spd_hydra.metric.known_answer import TOLERANCE
 from spd_hydra.metric.symptoms import identity_symptoms, needed
 
@@ -108,7 +108,10 @@ def split(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case 
     more = f", and {len(found) - 1} more such" if len(found) > 1 else ""
     over = listed(first.subcomponents, "subcomponent")
     symptom = f"feature {first.feature} is split over {over} ({values(first.g)}){more}"
-    return _case(len(found) / check.expected, check, symptom, more_restarts(settings))
+    # A second one that is near 1 stays; one on its way down needs time.
+    is_settled = any(sorted(one.g)[-2] >= 1 - TOLERANCE for one in found)
+    advice = more_restarts(settings) if is_settled else more_steps(settings, FACTOR)
+    return _case(len(found) / check.expected, check, symptom, advice)
 
 
 def _dense_symptom(evaluation: Evaluation, check: SiteCheck) -> str:

@@ -47,7 +47,7 @@ def write_report(
     Raises:
         OSError: the file cannot be written; an older report is then still there.
     """
-    pictures, missing = _pictures(figures)
+    pictures, missing = embedded(figures)
     facts, blocks = _environment(environment)
     page = render(
         "report_template.html",
@@ -201,7 +201,7 @@ def _interval(lower: Any, upper: Any) -> str:
     return f"≤ {upper:g}" if has_upper else NOTHING
 
 
-def _pictures(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
+def embedded(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
     """Figures as data, their text as large as the page's, and warnings about missing ones."""
     pictures: list[dict[str, Any]] = []
     missing = []

@@ -255,6 +255,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
         sites = {site: value for site, value in (summary.get(key) or {}).items() if site != "total"}
         found[key] = sum(sites.values()) if sites else None
         found |= {f"{key}.{site}": value for site, value in sites.items()}
+    found |= {f"l0_ideal.{site}": value for site, value in (summary.get("l0_ideal") or {}).items()}
     for check in summary.get("checks") or []:
         name = f"error_{check['tolerance']:g}"
         found[name] = found.get(name, 0) + check["error"]
