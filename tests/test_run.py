@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from spd_hydra.build import assemble, device_of, untrained_target
+from spd_hydra.build import assemble, device_of, preflight, untrained_target
 from spd_hydra.composition import Composer, compose
 from spd_hydra.config import Device, RunConfig, Task, load_config
-from spd_hydra.result import Outcome
+from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import read_target
 from spd_hydra.section import ConfigError
@@ -95,6 +96,38 @@ def test_the_summary_has_the_promised_keys(finished: Path) -> None:
     assert set(summary["alive"]) == {"embed", "unembed"}
     assert set(summary["l0"]) == {"embed", "unembed", "total"}
     assert all(value is None or math.isfinite(value) for value in summary["losses"].values())
+    assert summary["contributions"] == {}
+    (finding,) = summary["diagnosis"]  # its target is hardly trained
+    assert set(finding) == {"symptom", "advice", "site"}
+    assert "max_tries=" in finding["advice"]
+
+
+def test_a_diagnosis_that_fails_loses_no_run(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("spd_hydra.result.diagnose", broken)
+    with caplog.at_level(logging.WARNING):
+        assert run(toy()).summary["diagnosis"] == []
+    assert "no diagnosis could be made" in caplog.text
+
+
+@pytest.mark.parametrize(("layers", "tied"), [("tms_5-2", True), ("resid_mlp2", False)])
+def test_advice_knows_the_keys_of_every_site(toy: Toy, layers: str, tied: bool) -> None:
+    config = compose([f"experiment={layers}"])
+    parts = preflight(config)
+    target = TrainedTarget(
+        module=parts.model.target, seed=0, tries=1, loss=0.0, measurements=[], certified=True, cached=True,
+        seconds=0.0,
+    )  # fmt: skip
+    settings = settings_of(parts, target)
+    assert set(settings.sites) == set(parts.model.site_names)
+    for name, C in settings.sites.values():
+        assert config.decomposition.sites[name].C == C
+    assert bool(settings.tied) is tied
+    assert settings.importance_coeff == config.loss.importance_minimality.coeff
 
 
 def test_the_summary_repeats_the_last_evaluation(finished: Path) -> None:

@@ -1,19 +1,26 @@
 """What a run leaves behind at its end: summary, figures, report, verdict."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from spd_hydra import report
 from spd_hydra.build import Parts
 from spd_hydra.distributed import say
-from spd_hydra.figure.base import draw_all
+from spd_hydra.figure.base import History, draw_all
+from spd_hydra.metric.diagnosis import diagnose
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.finding import Finding, Settings
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.model.training import TrainableTarget
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import target_facts
 from spd_hydra.summary import summarise
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +55,18 @@ def conclude(
     Returns:
         The summary, and the files of the figures by name.
     """
+    history = directory.read_metrics()
     summary = summarise(
         parts.config,
         evaluation,
         target_facts(target),
+        diagnosis=_diagnosed(parts, target, evaluation, history),
         cosine_decides=parts.known is not None and parts.known.cosine_decides,
         seconds=seconds,
         steps_per_second=steps_per_second,
         restarts=restarts,
         replicas=replicas,
     )
-    history = directory.read_metrics()
     drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
     directory.write_summary(summary)
     with directory.writing("report.html") as path:
@@ -75,3 +83,36 @@ def conclude(
     if replicas == 1:
         say(report.verdict_table(summary, path))
     return summary, {figure.name: figure.path for figure in drawn}
+
+
+def _diagnosed(
+    parts: Parts, target: TrainedTarget, evaluation: Evaluation, history: History
+) -> list[Finding]:
+    """What is wrong, if anything; advice is never a reason to lose a run."""
+    try:
+        return diagnose(evaluation, history, settings_of(parts, target))
+    except Exception:
+        log.warning("no diagnosis could be made; the run goes on without it", exc_info=True)
+        return []
+
+
+def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
+    """What the run was given, as far as a diagnosis refers to it."""
+    config = parts.config
+    patterns, model = config.decomposition.sites, config.model
+    names = {
+        site: next(name for name, one in patterns.items() if fnmatchcase(site, one.pattern))
+        for site in parts.model.site_names
+    }
+    return Settings(
+        steps=config.train.steps,
+        restarts=config.train.restarts.number,
+        importance_coeff=config.loss.importance_minimality.coeff,
+        lr=config.train.lr,
+        clip_ci_fn=config.train.clip_ci_fn,
+        sites={site: (name, patterns[name].C) for site, name in names.items()},
+        tied=config.decomposition.tied,
+        certified=target.certified,
+        measurements=target.measurements,
+        max_tries=model.training.max_tries if isinstance(model, TrainableTarget) else None,
+    )

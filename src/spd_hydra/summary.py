@@ -1,10 +1,12 @@
 """summary.json: the result of a run in one place."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spd_hydra.config import RunConfig
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.finding import Finding
 from spd_hydra.metric.known_answer import LARGEST_ML2R_ERROR, LEAST_MMCS, STRICT_TOLERANCE, TOLERANCE
 
 
@@ -13,15 +15,17 @@ def summarise(
     evaluation: Evaluation,
     target: Mapping[str, Any],
     *,
+    diagnosis: Sequence[Finding],
     cosine_decides: bool,
     seconds: Mapping[str, float],
     steps_per_second: float | None,
     restarts: Mapping[str, Any] | None,
     replicas: int = 1,
 ) -> dict[str, Any]:
-    """The summary of a run: verdict with all checks and thresholds, sparsity, losses, target, times.
+    """The summary of a run: verdict with its checks, diagnosis, sparsity, losses, target, times.
 
-    `replicas` is the number of runs that shared their steps: the times are those of all together.
+    `diagnosis` is empty where the known answer was found. `replicas` is the number of runs that shared their
+    steps: the times are those of all together.
     """
 
     def by_site(group: str) -> dict[str, float]:
@@ -46,6 +50,7 @@ def summarise(
             }
             for check in evaluation.checks
         ],
+        "diagnosis": [dataclasses.asdict(finding) for finding in diagnosis],
         "thresholds": {
             "tolerance": TOLERANCE,
             "strict_tolerance": STRICT_TOLERANCE,
@@ -58,8 +63,13 @@ def summarise(
         "mmcs": evaluation.mmcs,
         "ml2r": evaluation.ml2r,
         "ml2r_plain": evaluation.ml2r_plain,
+        "contributions": {
+            layer: {"r2": r2, "slope": evaluation.metrics[f"recovery/neuron_slope/{layer}"]}
+            for layer, r2 in by_site("recovery/neuron_r2").items()
+        },
         "alive": {site: int(number) for site, number in by_site("alive").items()},
         "l0": by_site("l0"),
+        "l0_ideal": by_site("l0_ideal"),
         "losses": by_site("loss"),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),

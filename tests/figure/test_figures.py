@@ -17,7 +17,6 @@ from spd_hydra.figure.causal_importance import draw as draw_causal_importance
 from spd_hydra.figure.columns import columns_of, wrong_entries
 from spd_hydra.figure.curves import series, thinned
 from spd_hydra.figure.losses import draw as draw_losses
-from spd_hydra.figure.neuron_contributions import agreement
 from spd_hydra.figure.neuron_contributions import draw as draw_contributions
 from spd_hydra.figure.sparsity import draw as draw_sparsity
 from spd_hydra.figure.tms_polygon import draw as draw_polygon
@@ -309,19 +308,6 @@ def test_wrong_entries_count_as_the_check_does(
 ) -> None:
     check = SiteCheck(name=name, site="a", tolerance=0.1, error=error, expected=expected)
     assert int(wrong_entries(check, np.array(importances)).sum()) == error
-
-
-def test_agreement_of_a_shrunk_copy_is_known_by_hand() -> None:
-    x = np.array([[0.0, 1.0], [2.0, 3.0]])
-    r_squared, slope = agreement(x, 0.5 * x)
-    assert slope == pytest.approx(0.5)
-    assert r_squared == pytest.approx(1 - (0.25 + 1 + 2.25) / 1.25)
-
-
-def test_agreement_with_itself_is_perfect_and_with_a_constant_undefined() -> None:
-    x = np.arange(6.0).reshape(2, 3)
-    assert agreement(x, x) == pytest.approx((1.0, 1.0))
-    assert np.isnan(agreement(x, np.zeros_like(x))).all()
 
 
 def test_density_bins_hold_every_subcomponent() -> None:

@@ -7,7 +7,8 @@ import torch
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.metric.contributions import neuron_contributions
+from spd_hydra.metric.contributions import agreement, agreement_metrics, neuron_contributions
+from spd_hydra.metric.evaluation import NeuronContributions
 from spd_hydra.model.resid_mlp import ResidMLP
 from spd_hydra.model.tms import TMS
 
@@ -90,3 +91,31 @@ def test_other_targets_have_none() -> None:
         seed=0,
     )
     assert neuron_contributions(model) == []
+
+
+def layer(target: np.ndarray, subcomponents: np.ndarray, name: str = "layers.0") -> NeuronContributions:
+    return NeuronContributions(layer=name, target=target, subcomponents=subcomponents)
+
+
+def test_agreement_of_a_shrunk_copy_is_known_by_hand() -> None:
+    x = np.array([[0.0, 1.0], [2.0, 3.0]])
+    r_squared, slope = agreement(layer(x, 0.5 * x))
+    assert slope == pytest.approx(0.5)
+    assert r_squared == pytest.approx(1 - (0.25 + 1 + 2.25) / 1.25)
+
+
+def test_agreement_with_itself_is_perfect_and_with_a_constant_undefined() -> None:
+    x = np.arange(6.0).reshape(2, 3)
+    assert agreement(layer(x, x)) == pytest.approx((1.0, 1.0))
+    assert np.isnan(agreement(layer(x, np.zeros_like(x)))).all()
+
+
+def test_every_layer_has_two_metrics() -> None:
+    x = np.array([[0.0, 1.0], [2.0, 3.0]])
+    assert agreement_metrics([layer(x, x), layer(x, 0.5 * x, "layers.1")]) == pytest.approx(
+        {
+            "recovery/neuron_r2/layers.0": 1.0, "recovery/neuron_slope/layers.0": 1.0,
+            "recovery/neuron_r2/layers.1": 1 - 3.5 / 1.25, "recovery/neuron_slope/layers.1": 0.5,
+        }
+    )  # fmt: skip
+    assert agreement_metrics([]) == {}

@@ -86,6 +86,15 @@ def test_an_unsolved_run_says_why(
     assert "MMCS 0.9120 is below 0.99" in text
 
 
+def test_the_diagnosis_and_the_neurons_are_in_the_report(parts: dict[str, Any], tmp_path: Path) -> None:
+    assert "what to change" not in _written(parts, tmp_path).text
+    parts["summary"]["diagnosis"] = [{"symptom": "<b>L0</b> still falls", "advice": "try x=1", "site": None}]
+    parts["summary"]["contributions"] = {"layers.0": {"r2": 0.98, "slope": 0.97}}
+    text = _written(parts, tmp_path).text
+    assert text.index("what to change") < text.index("<b>L0</b> still falls; try x=1") < text.index("Checks")
+    assert "Neurons, layers.0R² 0.9800to y = x, target against subcomponents; slope 0.9700" in text
+
+
 @pytest.mark.parametrize("where", ["config_text", "warnings", "environment", "summary", "caption", "history"])
 def test_hostile_strings_stay_text(parts: dict[str, Any], tmp_path: Path, where: str) -> None:
     hostile = "</style></pre><script>alert('x')</script><img src=x onerror=\"alert(1)\">"

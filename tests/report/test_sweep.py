@@ -151,6 +151,21 @@ def test_the_page_shows_groups_jobs_and_errors_and_loads_nothing(sweep: Path) ->
     assert page.count("<tr><td data-value") == 6
 
 
+def test_the_first_finding_of_an_unsolved_job_is_on_the_page_and_in_the_csv(
+    tmp_path: Path, synthetic: Any, summaries: Any
+) -> None:
+    for job, solved in enumerate([True, False]):
+        summary = summaries.summary_of(synthetic.tms(solved=solved), seed=job)
+        found = [{"symptom": f"<b>{word}</b>", "advice": "try a=1", "site": None} for word in ("one", "two")]
+        summary["diagnosis"] = [] if solved else found
+        _job(tmp_path, job, [f"seed={job}"], {"status": "done"}, summary)
+    table, page = write_sweep(tmp_path, sweep_rows(tmp_path))
+    assert '<td>1</td><td class="text wrap">&lt;b&gt;one&lt;/b&gt;; try a=1</td>' in page.read_text()
+    assert "two" not in page.read_text()
+    with table.open(newline="") as file:
+        assert [row["finding"] for row in csv.DictReader(file)] == ["", "<b>one</b>; try a=1"]
+
+
 def test_hostile_overrides_stay_text(tmp_path: Path) -> None:
     _job(tmp_path, 0, ["a=<script>alert(1)</script>"], {"status": "failed", "error": "<script>"})
     _job(tmp_path, 1, ["a=b"])

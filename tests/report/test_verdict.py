@@ -60,6 +60,37 @@ def test_every_reason_against_is_named(synthetic: Any, summaries: Any) -> None:
     ]
 
 
+def test_what_was_found_and_what_to_change_stands_below_the_reasons(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms(solved=False))
+    summary["diagnosis"] = [
+        {"symptom": "embed: features 1 and 2 share subcomponent 7", "advice": "try a=1", "site": "embed"},
+        {"symptom": "L0 still falls", "advice": "try train.steps=" + "9" * 90, "site": None},
+    ]
+    assert verdict_lines(summary)[-2:] == [
+        "embed: features 1 and 2 share subcomponent 7; try a=1",
+        "L0 still falls; try train.steps=" + "9" * 90,
+    ]
+    table = verdict_table(summary, colour=False)
+    first = table.index("  → embed: features 1 and 2 share subcomponent 7; try a=1")
+    assert (
+        table.index("wrong size")
+        < first
+        < table.index("  → L0 still falls; try")
+        < table.index("error at 0.1")
+    )
+
+
+def test_neuron_contributions_are_among_the_facts(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms())
+    assert "neurons" not in verdict_table(summary, colour=False)
+    summary["contributions"] = {
+        "layers.0": {"r2": 0.98, "slope": 0.97},
+        "layers.1": {"r2": None, "slope": None},
+    }
+    facts = verdict_table(summary, colour=False)
+    assert "  neurons  layers.0: R² 0.9800, slope 0.9700, layers.1: R² –, slope –" in facts
+
+
 def test_cosines_are_no_reason_where_they_do_not_decide(synthetic: Any, summaries: Any) -> None:
     summary = summaries.summary_of(synthetic.tms(solved=False))
     summary["thresholds"]["cosine_decides"] = False

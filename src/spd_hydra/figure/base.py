@@ -96,7 +96,7 @@ def draw_all(
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
-                png = None if picture is None else _png(picture)
+                png = None if picture is None else as_png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
             continue
@@ -112,7 +112,8 @@ def draw_all(
     return drawn
 
 
-def _png(picture: "Figure") -> bytes:
+def as_png(picture: "Figure") -> bytes:
+    """The picture as the bytes of a PNG file, the same for the same picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(picture)

@@ -6,6 +6,7 @@ import numpy as np
 
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.style import INK, WIDTH, colour_of, new_figure, panels, plain
+from spd_hydra.metric.contributions import agreement
 from spd_hydra.metric.evaluation import Evaluation, NeuronContributions
 
 if TYPE_CHECKING:
@@ -36,21 +37,8 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     return picture
 
 
-def agreement(target: np.ndarray, subcomponents: np.ndarray) -> tuple[float, float]:
-    """R² of the line y = x and slope of the least-squares line, subcomponents over target.
-
-    R² = 1 − Σ(y − x)² / Σ(y − mean y)²; NaN where one side is constant.
-    """
-    x, y = target.ravel().astype(float), subcomponents.ravel().astype(float)
-    x_spread, y_spread = float(((x - x.mean()) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
-    if x_spread == 0 or y_spread == 0:
-        return float("nan"), float("nan")
-    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / x_spread
-    return 1 - float(((y - x) ** 2).sum()) / y_spread, slope
-
-
 def _draw_layer(axes: "Axes", layer: NeuronContributions, colour: str) -> None:
-    r_squared, slope = agreement(layer.target, layer.subcomponents)
+    r_squared, slope = agreement(layer)
     both = np.concatenate([layer.target.ravel(), layer.subcomponents.ravel()])
     margin = 0.04 * (float(np.ptp(both)) or 1.0)
     limits = (float(both.min()) - margin, float(both.max()) + margin)

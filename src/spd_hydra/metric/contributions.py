@@ -1,10 +1,45 @@
 """Neuron contributions: how each neuron of a residual MLP serves each feature."""
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.metric.evaluation import NeuronContributions
+
+
+class Agreement(NamedTuple):
+    """How well the decomposition's contributions are the target's: 1 and 1 where they are."""
+
+    r_squared: float
+    slope: float
+
+
+def agreement(layer: NeuronContributions) -> Agreement:
+    """R² of the line y = x and slope of the least-squares line, subcomponents (y) over target (x).
+
+    R² = 1 - Σ(y - x)² / Σ(y - mean y)²; slope = Σ(x - mean x)(y - mean y) / Σ(x - mean x)². Over all features
+    and neurons of a layer; NaN where one side is constant. Ranges: ≤ 1 and any. Paper, §3.2.
+    """
+    x, y = layer.target.ravel().astype(float), layer.subcomponents.ravel().astype(float)
+    x_spread, y_spread = float(((x - x.mean()) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    if x_spread == 0 or y_spread == 0:
+        return Agreement(math.nan, math.nan)
+    slope = float(((x - x.mean()) * (y - y.mean())).sum()) / x_spread
+    return Agreement(1 - float(((y - x) ** 2).sum()) / y_spread, slope)
+
+
+def agreement_metrics(layers: Sequence[NeuronContributions]) -> dict[str, float]:
+    """`recovery/neuron_r2/<layer>` and `recovery/neuron_slope/<layer>` of every layer."""
+    metrics: dict[str, float] = {}
+    for layer in layers:
+        found = agreement(layer)
+        metrics[f"recovery/neuron_r2/{layer.layer}"] = found.r_squared
+        metrics[f"recovery/neuron_slope/{layer.layer}"] = found.slope
+    return metrics
 
 
 @torch.no_grad()

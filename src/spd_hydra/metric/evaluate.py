@@ -8,7 +8,7 @@ from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.base import Statistics
 from spd_hydra.loss.objective import Objective, over_ranks
 from spd_hydra.metric.activity import Activity
-from spd_hydra.metric.contributions import neuron_contributions
+from spd_hydra.metric.contributions import agreement_metrics, neuron_contributions
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 from spd_hydra.metric.known_answer import STRICT_TOLERANCE, TOLERANCE, Verdict, compare
 from spd_hydra.model.base import KnownAnswer
@@ -59,7 +59,8 @@ def evaluate(
     activity, totals = activity.over_ranks(), over_ranks(totals)
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
-    metrics = _metrics(objective, losses, activity, verdict)
+    contributions = neuron_contributions(model)
+    metrics = _metrics(objective, losses, activity, verdict) | agreement_metrics(contributions)
     return Evaluation(
         step=step,
         n_positions=activity.positions,
@@ -67,7 +68,7 @@ def evaluate(
         metrics=metrics | {f"l0_ideal/{site}": value for site, value in ideal_l0.items()},
         sites={site: _site(model, site, activity, verdict, known) for site in model.site_names},
         checks=verdict.checks if verdict else [],
-        contributions=neuron_contributions(model),
+        contributions=contributions,
         mmcs=verdict.recovery.mmcs if verdict else None,
         ml2r=verdict.recovery.ml2r if verdict else None,
         ml2r_plain=verdict.recovery.ml2r_plain if verdict else None,

@@ -13,7 +13,7 @@ from spd_hydra.figure.base import Drawn, History
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.report.html import render
 from spd_hydra.report.numbers import NOTHING, duration, number
-from spd_hydra.report.verdict import headline, reasons, restart_losses, site_rows, tolerances
+from spd_hydra.report.verdict import findings, fit, headline, reasons, restart_losses, site_rows, tolerances
 
 _STATE: dict[Any, str] = {True: "solved", False: "unsolved"}
 CSS_PIXELS = 96 / 160  # figures have 160 dots per inch, a page has 96
@@ -47,7 +47,7 @@ def write_report(
     Raises:
         OSError: the file cannot be written; an older report is then still there.
     """
-    pictures, missing = _pictures(figures)
+    pictures, missing = embedded(figures)
     facts, blocks = _environment(environment)
     page = render(
         "report_template.html",
@@ -55,6 +55,7 @@ def write_report(
         state=_STATE.get(summary.get("solved"), "unknown"),
         headline=headline(summary),
         reasons=reasons(summary),
+        findings=findings(summary),
         tolerances=tolerances(summary),
         sites=site_rows(summary),
         key_numbers=_key_numbers(summary, evaluation),
@@ -101,7 +102,7 @@ def metric_rows(history: History) -> list[dict[str, Any]]:
 def _cost(name: str) -> Any:
     """What to minimise to find the best value of a quantity; None where neither way is better."""
     last = name.rpartition("/")[2]
-    if last.startswith("ml2r"):
+    if last.startswith("ml2r") or "/neuron_" in name:
         return lambda value: abs(value - 1)
     if last.startswith("mmcs") or "recovered" in name:
         return lambda value: -value
@@ -146,11 +147,17 @@ def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dic
             number((summary.get("losses") or {}).get("total")),
             f"after {number(summary.get('steps'))} steps",
         ),
+        *((f"Neurons, {layer}", *_fit(one)) for layer, one in (summary.get("contributions") or {}).items()),
         ("Start", *_start(summary.get("restarts"))),
         ("Time", duration(seconds.get("total")), _parts(seconds)),
         ("Speed", number(summary.get("steps_per_second")), "steps per second"),
     ]
     return [{"name": name, "value": value, "note": note} for name, value, note in cards if value != NOTHING]
+
+
+def _fit(contribution: Mapping[str, Any]) -> tuple[str, str]:
+    value, _, slope = fit(contribution).partition(", ")
+    return value, f"to y = x, target against subcomponents; {slope}"
 
 
 def _start(restarts: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -194,7 +201,7 @@ def _interval(lower: Any, upper: Any) -> str:
     return f"≤ {upper:g}" if has_upper else NOTHING
 
 
-def _pictures(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
+def embedded(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
     """Figures as data, their text as large as the page's, and warnings about missing ones."""
     pictures: list[dict[str, Any]] = []
     missing = []

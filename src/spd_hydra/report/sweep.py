@@ -10,6 +10,7 @@ from typing import Any
 
 from spd_hydra.redaction import redact, redact_command
 from spd_hydra.report.numbers import NOTHING, clipped, mean_and_spread, number, text_table
+from spd_hydra.report.verdict import findings
 
 WIDTH = 100
 NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
@@ -30,6 +31,7 @@ class SweepRow:
         step, steps, loss: how far it is, of how many steps, and the loss of the newest row of its metrics.
         exit: how it ended according to the scheduler, where that is not well.
         traceback: of an error that nobody foresaw.
+        finding: the likeliest reason why it is not solved, and what to change.
     """
 
     job: int
@@ -49,6 +51,7 @@ class SweepRow:
     loss: float | None = None
     exit: str | None = None
     traceback: str | None = None
+    finding: str | None = None
 
     @property
     def objective(self) -> float:
@@ -232,6 +235,7 @@ def _row(
         solved=summary.get("solved"),
         strict=summary.get("strict"),
         certified=target.get("certified"),
+        finding=next(iter(findings(summary)), None),
         numbers=_numbers(summary),
     )
 
@@ -251,6 +255,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
         sites = {site: value for site, value in (summary.get(key) or {}).items() if site != "total"}
         found[key] = sum(sites.values()) if sites else None
         found |= {f"{key}.{site}": value for site, value in sites.items()}
+    found |= {f"l0_ideal.{site}": value for site, value in (summary.get("l0_ideal") or {}).items()}
     for check in summary.get("checks") or []:
         name = f"error_{check['tolerance']:g}"
         found[name] = found.get(name, 0) + check["error"]

@@ -9,6 +9,7 @@ from typing import Any
 from spd_hydra import atomic
 from spd_hydra.report.html import render
 from spd_hydra.report.sweep import QUANTITIES, SweepRow, sweep_groups, varying_keys
+from spd_hydra.report.sweep_pictures import heatmaps, range_picture
 
 HEADINGS = {"mmcs": "MMCS", "ml2r": "ML2R", "l0": "L0", "steps_per_second": "steps/s"}
 
@@ -17,7 +18,7 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
     """Write sweep.csv and sweep.html, one row per job, replacing older ones, and return their paths.
 
     The page groups jobs that differ only in the seed: mean ± standard deviation, and the solved fraction
-    with its 95 % interval (Wilson).
+    with its 95 % interval (Wilson). Where jobs differ in one number it shows a picture of what that does.
 
     Raises:
         OSError: the directory cannot be written.
@@ -35,6 +36,8 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
         headings=HEADINGS,
         rows=rows,
         groups=sweep_groups(rows),
+        picture=range_picture(sweep_dir, rows),
+        heatmaps=heatmaps(sweep_dir, rows),
     )
     atomic.replace(page, content)
     return table, page
@@ -53,16 +56,17 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         key for row in rows for key in row.overrides if key not in {"seed", "experiment"}
     )
     names = dict.fromkeys(name for row in rows for name in row.numbers)
-    fixed = ["job", "id", "state", "experiment", "seed"]
-    header = [*fixed, *overrides, "solved", "strict", "certified", *names, "exit", "error", "report"]
+    fixed, judged = ["job", "id", "state", "experiment", "seed"], ["solved", "strict", "certified"]
+    ended = ["finding", "exit", "error", "report"]
+    header = [*fixed, *overrides, *judged, *names, *ended]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
         values: list[Any] = [getattr(row, name) for name in fixed]
         values += [row.overrides.get(key) for key in overrides]
-        values += [row.solved, row.strict, row.certified]
+        values += [getattr(row, name) for name in judged]
         values += [row.numbers.get(name) for name in names]
-        values += [row.exit, row.error, row.report]
+        values += [getattr(row, name) for name in ended]
         writer.writerow(["" if value is None else value for value in values])
     return text.getvalue()

@@ -58,9 +58,14 @@ def reasons(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def findings(summary: Mapping[str, Any]) -> list[str]:
+    """What was found to be wrong and what to change, a line each, the likeliest cause first."""
+    return [f"{one['symptom']}; {one['advice']}" for one in summary.get("diagnosis") or []]
+
+
 def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The verdict in words: the headline, then one line for each reason against it."""
-    return [headline(summary), *reasons(summary)]
+    """The verdict in words: the headline, a line for each reason against it, a line for each finding."""
+    return [headline(summary), *reasons(summary), *findings(summary)]
 
 
 def known_answer(check: Mapping[str, Any]) -> str:
@@ -114,6 +119,8 @@ def verdict_table(
     lines = ["", clipped(f"{name}, seed {seed}, {number(steps)} steps", WIDTH), first]
     for reason in reasons(summary):
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  · ", subsequent_indent="    ")
+    for finding in findings(summary):
+        lines += textwrap.wrap(finding, WIDTH, initial_indent="  → ", subsequent_indent="    ")
     lines += ["", *_site_table(summary), "", *_facts(summary)]
     if report is not None:
         lines += ["", f"  report  {report}"]
@@ -156,6 +163,8 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         topics.append(
             ("MMCS", [f"{number(summary['mmcs'])}{wanted}", f"ML2R {number(summary.get('ml2r'))}{size}"])
         )
+    if contributions := summary.get("contributions"):
+        topics.append(("neurons", [f"{layer}: {fit(one)}" for layer, one in contributions.items()]))
     if restarts := summary.get("restarts"):
         chosen = f"initialisation {restarts['chosen'] + 1} of {len(restarts['losses'])}"
         topics.append(("start", [chosen, *restart_losses(restarts)]))
@@ -174,6 +183,11 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
     for name, parts in topics:
         lines += _joined(parts, f"  {name.ljust(label)}  ", " " * (label + 4))
     return lines
+
+
+def fit(contribution: Mapping[str, Any]) -> str:
+    """How a layer's neuron contributions agree with the target's: `R² 0.9812, slope 0.9703`."""
+    return f"R² {number(contribution['r2'])}, slope {number(contribution['slope'])}"
 
 
 def restart_losses(restarts: Mapping[str, Any]) -> list[str]:
