@@ -15,7 +15,21 @@ TINY = {
     "tms_5-2-id@32": ["loss.faithfulness.coeff=0.5"],
     "tms_40-10@16": ["decomposition.sites.embed.C=12", "decomposition.sites.unembed.C=12"],
     "resid_mlp1@16": ["model.d_embed=30", "model.n_features=8", "model.d_mlp=5", "ci_fn.hidden=3", DENSE],
+    "resid_mlp2@16": [
+        "model.d_embed=30",
+        "model.n_features=8",
+        "ci_fn=shared_mlp",
+        "ci_fn.hidden=[7,5]",
+        DENSE,
+    ],
+    "resid_mlp2@24": [
+        "model.d_embed=20",
+        "ci_fn=vector_mlp",
+        "loss.stochastic_recon_subset.coeff=0.5",
+        DENSE,
+    ],
     "resid_mlp3@16": ["model.d_embed=30", "model.n_features=8", "loss.importance_minimality.beta=0.5", DENSE],
+    "tms_40-10-id@16": ["loss.stochastic_recon_subset.coeff=1.5"],
 }
 
 
@@ -81,8 +95,8 @@ def test_the_plain_step_draws_sparse_features_and_as_many_sources_as_its_losses_
 
 
 def test_a_setting_that_the_plain_step_does_not_know_is_named() -> None:
-    config = Case.read("tms_5-2@16").config(["ci_fn=shared_mlp"])
-    with pytest.raises(ValueError, match="tms_5-2: the plain step needs ci_fn=mlp"):
+    config = Case.read("tms_5-2@16").config(["loss.ci_masked_recon.coeff=1"])
+    with pytest.raises(ValueError, match="tms_5-2: the plain step needs stochastic masks"):
         make("plain", config)
 
 
