@@ -90,7 +90,7 @@ def bound(work: Work, rates: Rates) -> Bound:
 
 
 def work_of(config: RunConfig, variant: Variant, sample: Sample) -> Work:
-    """What a step of this configuration has to do; takes one uncompiled step to count its matrix products."""
+    """What a step of this configuration has to do; the variant, which must not be compiled, takes one."""
     model = parts_of(config, compiled=False).model
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Work(
@@ -113,11 +113,8 @@ def activations(model: DecomposedModel, positions: int) -> int:
 
     Private MLPs have C × hidden units, one that a site's subcomponents share the sum of its widths.
     """
-    return (
-        _PASSES
-        * positions
-        * sum(_hidden_units(module) for module in model.ci_fn.get_submodule("sites").children())
-    )
+    units = sum(_hidden_units(site) for site in model.ci_fn.get_submodule("sites").children())
+    return _PASSES * positions * units
 
 
 def _hidden_units(site: torch.nn.Module) -> int:

@@ -50,6 +50,7 @@ class Timed:
         experiment: name of the preset.
         seed: of the run.
         compiler: warm or cold.
+        overrides: what it was given, experiment and seed first.
         wall: seconds of the whole process.
         summary: content of summary.json.
         first_step: of the first evaluation that satisfies the known answer, None if none does.
@@ -60,6 +61,7 @@ class Timed:
     experiment: str
     seed: int
     compiler: str
+    overrides: list[str]
     wall: float
     summary: Mapping[str, Any]
     first_step: int | None
@@ -117,6 +119,7 @@ def read_timed(folder: Path) -> Timed | None:
         experiment=own["experiment"],
         seed=own["seed"],
         compiler=own["compiler"],
+        overrides=own["overrides"],
         wall=own["seconds"],
         summary=summary,
         first_step=step,
@@ -179,15 +182,18 @@ def time_run(out: Path, experiment: str, seed: int, compiler: str, overrides: Se
     """Do one run, unless it is there already.
 
     Raises:
-        RuntimeError: it failed; its output is in the file that the message names.
+        RuntimeError: it failed, or what is there was given other overrides.
     """
     folder = out / experiment / compiler / str(seed)
+    words = [f"experiment={experiment}", f"seed={seed}", *overrides]
     done = read_timed(folder)
     if done is not None:
+        if done.overrides != words:
+            given = f"{folder} was given {' '.join(done.overrides)}, now it is {' '.join(words)}"
+            raise RuntimeError(f"{given}; take another folder with --out")
         return done
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     folder.mkdir(parents=True)
-    words = [f"experiment={experiment}", f"seed={seed}", *overrides]
     with tempfile.TemporaryDirectory() as empty:
         cache = Path(empty) / "compiler"
         if compiler == "warm":

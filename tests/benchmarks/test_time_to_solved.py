@@ -3,7 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.time_to_solved import TITLE, first_solved_step, read_all, seconds_until, section
+from benchmarks.time_to_solved import (
+    TITLE,
+    first_solved_step,
+    read_all,
+    seconds_until,
+    section,
+    time_run,
+)
 
 SUMMARY: dict[str, Any] = {
     "solved": True, "steps": 3000,
@@ -64,7 +71,8 @@ def _leave(out: Path, seed: int, wall: float, summary: dict[str, Any], rows: lis
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = {"experiment": "tms_5-2-id", "seed": seed, "compiler": "warm", "seconds": wall}
+    told = {"experiment": "tms_5-2-id", "seed": seed, "compiler": "warm", "seconds": wall,
+            "overrides": ["experiment=tms_5-2-id", f"seed={seed}"]}  # fmt: skip
     (folder / "wall.json").write_text(json.dumps(told))
 
 
@@ -83,3 +91,18 @@ def test_the_table_has_medians_over_finished_runs_and_says_how_many_never_got_th
         "49.5 s (39.0 s to 60.0 s), 1 never", "2,500 (2,000 to 3,000)", "4.0 s (4.0 s to 4.0 s)",
         "2.0 s (2.0 s to 2.0 s)", "30.0 s (30.0 s to 30.0 s)", "3.0 s (3.0 s to 3.0 s)",
     ]  # fmt: skip
+
+
+def test_a_finished_run_is_not_repeated_and_one_with_other_overrides_is_refused(tmp_path: Path) -> None:
+    _leave(tmp_path, 4, 50.0, SUMMARY, [_row(2000, 0, 0)])
+    assert time_run(tmp_path, "tms_5-2-id", 4, "warm", []).wall == 50.0
+    with pytest.raises(RuntimeError, match=r"seed=4 train\.steps=9; take another"):
+        time_run(tmp_path, "tms_5-2-id", 4, "warm", ["train.steps=9"])
+
+
+@pytest.mark.slow
+def test_a_run_of_spd_run_is_timed_as_a_whole(tmp_path: Path) -> None:
+    run = time_run(tmp_path, "tms_5-2", 1, "cold", ["debug=smoke"])
+    assert run.wall > run.summary["seconds"]["total"] > 0
+    assert (run.first_step, run.after) == (None, None)  # nothing is found in 20 steps
+    assert read_all(tmp_path) == [run]
