@@ -1,6 +1,7 @@
 """Milliseconds per training step, beside a plain implementation of the same step.
 
     python -m benchmarks.step_time --threads 1 --write docs/performance.md
+    python -m benchmarks.step_time --device cuda --memory all
 
 Data, loss, gradients and AdamW's update count. The three ways take turns in one process and start from the
 same weights; losses and gradients are compared first, with those of the plain implementation in float64.
