@@ -135,9 +135,9 @@ def complaints(result: dict[str, Any]) -> list[str]:
                         f"{case['case']}: {name} and {REFERENCE}: {what} differ by {most:.1e} in {worst}, "
                         f"more than {TOLERANCE:g}"
                     )
-    compiled = can_compile(result["environment"].get("device", "cpu"))
     for memory in result["memory"]:
         largest = memory["bytes"]["compiled"]["largest"]
+        compiled = can_compile(result["environment"].get("device", "cpu"))
         if compiled and 0 < memory["hidden_bytes"] <= largest:
             found.append(
                 f"{memory['case']}: compiled makes a tensor as large as [batch, C, hidden]: {largest} bytes"
