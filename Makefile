@@ -50,7 +50,7 @@ format: $(INSTALLED_DEV) ## rewrite the sources as ruff wants them
 recovery: $(INSTALLED) ## train every toy over its seeds and write the table of known answers found
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
-bench: $(INSTALLED) ## milliseconds per training step beside a plain implementation
+bench: $(INSTALLED) ## milliseconds per training step, beside a plain one and the least the machine allows
 	$(BIN)/python -m benchmarks.step_time $(ARGS)
 
 constraints: $(INSTALLED_DEV) ## write the installed versions to constraints.txt

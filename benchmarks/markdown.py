@@ -1,5 +1,6 @@
-"""The two shapes of text that generated pages are made of."""
+"""What generated pages are made of: tables, lists, and sections that one of several programs writes."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -12,3 +13,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def bullets(items: Sequence[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {item}" for item in items)
+
+
+def section(page: str, title: str) -> str:
+    """The section under `## title` with its heading, to the next one; empty if the page has none."""
+    found = re.search(rf"^\#\# {re.escape(title)}\n.*?(?=^\#\# |\Z)", page, re.MULTILINE | re.DOTALL)
+    return found.group() if found else ""
+
+
+def with_section(page: str, title: str, text: str) -> str:
+    """The page with this text, its heading included, as its last section, in place of one of that title."""
+    rest = page.replace(section(page, title), "") if section(page, title) else page
+    return "\n\n".join(part for part in (rest.strip(), text.strip()) if part) + "\n"

@@ -1,12 +1,13 @@
 """The training step as one would write it down from the formulas: the yardstick of `step_time.py`.
 
-Uncompiled PyTorch throughout: weight deltas formed, causal-importance MLPs as einsums over a
+Uncompiled PyTorch throughout: weight deltas formed, private causal-importance MLPs as einsums over a
 `[batch, C, hidden]` tensor, one whole forward pass per reconstruction term, nothing shared between
 them. It takes the initial weights of a `DecomposedModel` and imports none of its arithmetic, so that
 equal losses and gradients say something about both.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -16,19 +17,31 @@ from torch import Tensor, nn
 
 from spd_hydra.build import Parts
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
+from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.sigmoid import Sigmoid
+from spd_hydra.ci_fn.vector_mlp import VectorMLPCausalImportance
 from spd_hydra.data.sparse_features import SparseFeatures
+from spd_hydra.decomposition.masks import MaskSource
+from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.divergence import Divergence
+from spd_hydra.loss.recon import Recon
 
 LEAK = 0.01
-RECON_TERMS = ("stochastic_recon", "stochastic_recon_layerwise")
+ROUTINGS = (Routing.all, Routing.layerwise, Routing.uniform_k)
+CI_FNS = (MLPCausalImportance, SharedMLPCausalImportance, VectorMLPCausalImportance)
 
-Masks = dict[str, tuple[Float[Tensor, "batch C"], Float[Tensor, "batch 1"]]]
-"""By site: the mask on the subcomponents and the mask on the weight delta."""
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """How one site is masked: m on its subcomponents, δ on its weight delta, and the rows where it is."""
+
+    m: Float[Tensor, "batch C"]
+    delta: Float[Tensor, "batch 1"]
+    rows: Tensor | None = None
 
 
 class PlainStep:
-    """One training step of the settings `delta`: plain losses, `backward`, AdamW.
+    """One training step: plain losses, `backward`, AdamW.
 
     Args:
         parts: what the project would train; its weights are copied, its configuration is read.
@@ -51,12 +64,13 @@ class PlainStep:
             for name, p in model.named_parameters()
             if p.requires_grad
         }
-        self.dtype = dtype
+        self.dtype, self.device = dtype, model.device
         self.target = copy.deepcopy(model.target).to(dtype)
         self.sites = {name: _Site(self.target.get_submodule(name)) for name in self.site_names}
         for name, site in self.sites.items():
             parent, _, attribute = name.rpartition(".")
             setattr(self.target.get_submodule(parent), attribute, site)
+        self.ci_kind = type(parts.config.ci_fn)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=parts.config.train.lr, weight_decay=0.0
         )
@@ -74,10 +88,10 @@ class PlainStep:
         """A batch and uniform random numbers, as `losses` takes them, by torch's own generator."""
         data = cast(SparseFeatures, self.config.data)
         shape = (self.batch_size, self.n_features)
-        values = data.low + (data.high - data.low) * torch.rand(shape)
-        active = torch.rand(shape) < data.feature_probability
-        width = len(self._recon_terms()) * sum(self._V(name).shape[1] + 1 for name in self.site_names)
-        return values * active, torch.rand(self.batch_size, width)
+        values = data.low + (data.high - data.low) * torch.rand(shape, device=self.device)
+        active = torch.rand(shape, device=self.device) < data.feature_probability
+        width = sum(sum(self._widths(term)) for term in self._recon_terms().values())
+        return values * active, torch.rand(self.batch_size, width, device=self.device)
 
     def losses(
         self, batch: Float[Tensor, "batch n"], draws: Float[Tensor, "batch columns"]
@@ -86,7 +100,8 @@ class PlainStep:
 
         Args:
             batch: input of the target.
-            draws: U(0, 1); per recon term and site C sources, then one for the weight delta.
+            draws: U(0, 1); per recon term those of the routing, then per site C sources and one for the
+                weight delta.
         """
         with torch.no_grad():
             clean = self._run(batch, {})
@@ -97,26 +112,46 @@ class PlainStep:
         if self.config.loss.faithfulness.coeff > 0:
             terms["faithfulness"] = self._faithfulness()
         terms["importance_minimality"] = self._importance_minimality(z)
-        for name, draws_of_term in zip(
-            self._recon_terms(), draws.chunk(len(self._recon_terms()), dim=1), strict=True
-        ):
-            masks = self._masks(lower, draws_of_term)
-            passes = [masks] if name == "stochastic_recon" else [{site: masks[site]} for site in masks]
-            outputs = [self._run(batch, masked) for masked in passes]
+        recon = self._recon_terms()
+        widths = [sum(self._widths(term)) for term in recon.values()]
+        for (name, term), own in zip(recon.items(), torch.split(draws, widths, dim=1), strict=True):
+            outputs = [self._run(batch, masks) for masks in self._passes(term, lower, own)]
             terms[name] = torch.stack([((output - clean) ** 2).mean() for output in outputs]).mean()
         active = self.config.loss.active_terms()
         terms["total"] = torch.stack([active[name].coeff * value for name, value in terms.items()]).sum()
         return terms
 
-    def _recon_terms(self) -> list[str]:
-        return [name for name in self.config.loss.active_terms() if name in RECON_TERMS]
+    def _recon_terms(self) -> dict[str, Recon]:
+        terms = self.config.loss.active_terms().items()
+        return {name: term for name, term in terms if isinstance(term, Recon)}
 
-    def _run(self, batch: Tensor, masks: Masks) -> Tensor:
+    def _widths(self, term: Recon) -> list[int]:
+        routing = len(self.site_names) + 1 if term.routing is Routing.uniform_k else 0
+        return [routing, *(self._V(name).shape[1] + 1 for name in self.site_names)]
+
+    def _passes(self, term: Recon, lower: dict[str, Tensor], draws: Tensor) -> list[dict[str, Mask]]:
+        """The masks of every forward pass of a term, by site; a site that is absent keeps its own layer."""
+        routing, *sources = torch.split(draws, self._widths(term), dim=1)
+        masks = {
+            name: Mask(lower[name] + (1 - lower[name]) * own[:, :-1], own[:, -1:])
+            for name, own in zip(self.site_names, sources, strict=True)
+        }
+        if term.routing is Routing.layerwise:
+            return [{name: mask} for name, mask in masks.items()]
+        if term.routing is Routing.uniform_k:
+            n_sites = len(self.site_names)
+            k = 1 + (routing[:, -1:] * n_sites).floor()
+            rank = routing[:, :-1].argsort(dim=1).argsort(dim=1)  # a random permutation of the sites
+            chosen = torch.split(rank < k, 1, dim=1)
+            pairs = zip(masks.items(), chosen, strict=True)
+            return [{name: dataclasses.replace(mask, rows=rows) for (name, mask), rows in pairs}]
+        return [masks]
+
+    def _run(self, batch: Tensor, masks: dict[str, Mask]) -> Tensor:
         for name, site in self.sites.items():
             site.masked = None
             if name in masks:
-                mask, delta_mask = masks[name]
-                site.masked = (self._V(name), self._U(name), self._delta(name), mask, delta_mask)
+                site.masked = (self._V(name), self._U(name), self._delta(name), masks[name])
         return cast(Tensor, self.target(batch))
 
     def _V(self, name: str) -> Tensor:
@@ -133,21 +168,16 @@ class PlainStep:
         return cast(Tensor, self.sites[name].layer.weight) - (self._V(name) @ self._U(name)).T
 
     def _pre_sigmoid(self, name: str, x: Tensor) -> Float[Tensor, "batch C"]:
-        prefix = f"ci_fn.sites.{name.replace('.', '/')}"
-        w_in, b_in, w_out, b_out = (
-            self.parameters[f"{prefix}.{p}"] for p in ("w_in", "b_in", "w_out", "b_out")
-        )
-        h = torch.einsum("bi,ic->bc", x, self._V(name))
-        hidden = nn.functional.gelu(torch.einsum("bc,ch->bch", h, w_in) + b_in)
-        return torch.einsum("bch,ch->bc", hidden, w_out) + b_out
-
-    def _masks(self, lower: dict[str, Tensor], draws: Tensor) -> Masks:
-        widths = [self._V(name).shape[1] + 1 for name in self.site_names]
-        masks: Masks = {}
-        for name, own in zip(self.site_names, torch.split(draws, widths, dim=1), strict=True):
-            g, source, delta_mask = lower[name], own[:, :-1], own[:, -1:]
-            masks[name] = (g + (1 - g) * source, delta_mask)
-        return masks
+        prefix = f"ci_fn.sites.{name.replace('.', '/')}."
+        own = {key.removeprefix(prefix): p for key, p in self.parameters.items() if key.startswith(prefix)}
+        if self.ci_kind is SharedMLPCausalImportance:
+            return _mlp(own, x)
+        if self.ci_kind is VectorMLPCausalImportance:
+            before = torch.einsum("bi,ich->bch", x, own["w_in"])
+        else:
+            before = torch.einsum("bc,ch->bch", torch.einsum("bi,ic->bc", x, self._V(name)), own["w_in"])
+        hidden = nn.functional.gelu(before + own["b_in"])
+        return torch.einsum("bch,ch->bc", hidden, own["w_out"]) + own["b_out"]
 
     def _faithfulness(self) -> Tensor:
         deltas = [self._delta(name) for name in self.site_names]
@@ -155,7 +185,7 @@ class PlainStep:
 
     def _importance_minimality(self, z: dict[str, Tensor]) -> Tensor:
         term = self.config.loss.importance_minimality
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for value in z.values():
             upper = torch.where(value > 1, 1 + LEAK * (value - 1), value.clamp(0, 1))
             f = ((upper + term.eps) ** term.p_start).mean(dim=0)
@@ -169,18 +199,28 @@ class _Site(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.masked: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self.masked: tuple[Tensor, Tensor, Tensor, Mask] | None = None
         self.seen = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.masked is None:
             self.seen = x
             return cast(Tensor, self.layer(x))
-        V, U, delta, mask, delta_mask = self.masked
-        y = torch.einsum("bc,co->bo", torch.einsum("bi,ic->bc", x, V) * mask, U)
-        y = y + delta_mask * torch.einsum("bi,oi->bo", x, delta)
+        V, U, delta, mask = self.masked
+        y = torch.einsum("bc,co->bo", torch.einsum("bi,ic->bc", x, V) * mask.m, U)
+        y = y + mask.delta * torch.einsum("bi,oi->bo", x, delta)
         bias = getattr(self.layer, "bias", None)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if mask.rows is None else torch.where(mask.rows, y, self.layer(x))
+
+
+def _mlp(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Linear layers with GELU between them; the parameters are numbered as in `nn.Sequential`."""
+    numbers = sorted({int(key.partition(".")[0]) for key in parameters})
+    for number in numbers:
+        x = torch.einsum("bi,oi->bo", x, parameters[f"{number}.weight"]) + parameters[f"{number}.bias"]
+        x = x if number == numbers[-1] else nn.functional.gelu(x)
+    return x
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -201,21 +241,28 @@ class _LowerLeaky(torch.autograd.Function):
 
 def _require_known(parts: Parts) -> None:
     config, term = parts.config, parts.config.loss.importance_minimality
-    known = {"faithfulness", "importance_minimality", *RECON_TERMS}
+    active = config.loss.active_terms()
+    recon = {name: own for name, own in active.items() if isinstance(own, Recon)}
+    known = {"faithfulness", "importance_minimality", *recon}
     needs: list[tuple[str, Callable[[], bool]]] = [
-        ("ci_fn=mlp", lambda: isinstance(config.ci_fn, MLPCausalImportance)),
+        ("ci_fn=mlp, shared_mlp or vector_mlp", lambda: type(config.ci_fn) in CI_FNS),
         ("data=sparse_features", lambda: isinstance(config.data, SparseFeatures)),
         ("decomposition.sigmoid=leaky_hard", lambda: config.decomposition.sigmoid is Sigmoid.leaky_hard),
         ("decomposition.use_delta=true", lambda: config.decomposition.use_delta),
         ("loss.divergence=mse", lambda: config.loss.divergence is Divergence.mse),
         ("a positive loss.importance_minimality.coeff", lambda: term.coeff > 0),
         ("a constant exponent of importance_minimality", lambda: term.p_start == term.p_end),
-        (f"no loss terms but {', '.join(sorted(known))}", lambda: set(config.loss.active_terms()) <= known),
+        ("no loss terms but faithfulness, importance_minimality and recon", lambda: active.keys() <= known),
+        ("at least one recon term", lambda: bool(recon)),
         (
-            "at least one stochastic recon term",
-            lambda: bool(set(config.loss.active_terms()) & set(RECON_TERMS)),
+            "stochastic masks in all recon terms",
+            lambda: all(own.masks is MaskSource.stochastic for own in recon.values()),
         ),
-        ("n_samples=1", lambda: all(getattr(config.loss, name).n_samples == 1 for name in RECON_TERMS)),
+        (
+            "routing all, layerwise or uniform_k in all recon terms",
+            lambda: all(own.routing in ROUTINGS for own in recon.values()),
+        ),
+        ("n_samples=1", lambda: all(own.n_samples == 1 for own in recon.values())),
     ]
     for text in _unmet(needs):
         raise ValueError(f"{config.name}: the plain step needs {text}")

@@ -11,7 +11,7 @@ from benchmarks.plain_step import PlainStep
 from torch import Tensor
 
 from spd_hydra import rng
-from spd_hydra.build import Parts, assemble, untrained_target
+from spd_hydra.build import Parts, assemble, device_of, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.logger.base import Logger
@@ -51,10 +51,10 @@ class Case:
     def __str__(self) -> str:
         return self.experiment if self.batch_size is None else f"{self.experiment}@{self.batch_size}"
 
-    def config(self, overrides: Sequence[str] = ()) -> RunConfig:
-        """The preset, on the CPU."""
+    def config(self, overrides: Sequence[str] = (), device: str = "cpu") -> RunConfig:
+        """The preset, on a device: cpu, cuda or auto."""
         size = [] if self.batch_size is None else [f"train.batch_size={self.batch_size}"]
-        return compose([f"experiment={self.experiment}", "device=cpu", *size, *overrides])
+        return compose([f"experiment={self.experiment}", f"device={device}", *size, *overrides])
 
 
 class Variant:
@@ -64,10 +64,12 @@ class Variant:
         step: draws data and random numbers, or takes the given ones; computes losses and gradients, which
             it leaves in the parameters; updates. Returns every term and `total`.
         parameters: what is trained, by name.
+        device: where the step is taken.
     """
 
-    def __init__(self, step: "_Step", parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, step: "_Step", parameters: Mapping[str, Tensor], device: torch.device) -> None:
         self.step = step
+        self.device = device
         self._parameters = parameters
 
     def losses_and_gradients(self, sample: Sample) -> tuple[Numbers, dict[str, Tensor]]:
@@ -84,12 +86,13 @@ class _Step(Protocol):
 def parts_of(config: RunConfig, *, compiled: bool) -> Parts:
     """The decomposition of an untrained target, whose step costs what that of a trained one does."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
-    parts = assemble(config, untrained_target(config), torch.device("cpu"))
+    parts = assemble(config, untrained_target(config), device_of(config))
     generator = rng.generator(config.seed, "benchmark")
     with torch.no_grad():
         for parameter in parts.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(_SHIFT * torch.randn(parameter.shape, generator=generator))
+                shift = _SHIFT * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(shift.to(parameter.device))
     return parts
 
 
@@ -98,7 +101,7 @@ def make(name: str, config: RunConfig) -> Variant:
     parts = parts_of(config, compiled=name == "compiled")
     if name in ("plain", REFERENCE):
         plain = PlainStep(parts, torch.float64 if name == REFERENCE else torch.float32)
-        return Variant(plain.step, plain.parameters)
+        return Variant(plain.step, plain.parameters, parts.model.device)
     sampler = parts.train_sampler()
     trainer = Trainer(
         parts.objective,
@@ -116,7 +119,13 @@ def make(name: str, config: RunConfig) -> Variant:
         loss = trainer.train_step()
         return {**loss.terms, "total": loss.total.detach()}
 
-    return Variant(step, {name: p for name, p in parts.model.named_parameters() if p.requires_grad})
+    parameters = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
+    return Variant(step, parameters, parts.model.device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was given; a CPU always has."""
+    torch.get_device_module(device).synchronize()
 
 
 def example(config: RunConfig) -> Sample:

@@ -1,11 +1,13 @@
 """Memory of one training step: what is allocated in it, and how large a process that does nothing else grows.
 
-    python -m benchmarks.step_memory compiled tms_40-10@4096 2
+    python -m benchmarks.step_memory compiled tms_40-10@4096 2 cpu
 
-prints the numbers of one variant (and 2 threads) as JSON; `step_time.py` calls it once per variant.
+prints the numbers of one variant (with 2 threads, on the CPU) as JSON; `step_time.py` calls it once per
+variant. On a GPU all numbers are those of the GPU's memory, the process's what torch reserved there.
 """
 
 import dataclasses
+import itertools
 import json
 import resource
 import subprocess
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.step_cases import Case, Variant, make
+from benchmarks.step_cases import Case, Variant, make, wait_for
 
 from spd_hydra.build import untrained_target
 from spd_hydra.config import RunConfig
@@ -43,30 +45,52 @@ class Memory:
 
 def measure(variant: Variant) -> Memory:
     """Take a few steps, then one under the eyes of torch's memory profiler."""
-    before = _peak()
+    before = _peak(variant.device)
     for _ in range(_STEPS):
         variant.step()
-    process = _peak()
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as watched:
-        variant.step()
-    assert watched.profiler is not None, "the profiler ran"
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    allocated = now = 0
-    for size in sizes:
-        now += size
-        allocated = max(allocated, now)
+    process = _peak(variant.device)
+    sizes = _sizes_in_a_step(variant)
+    if variant.device.type == "cuda":
+        allocated = _allocated_on_gpu(variant)
+    else:
+        allocated = max(itertools.accumulate(sizes), default=0)
     return Memory(process=process, before=before, allocated=allocated, largest=max(sizes, default=0))
 
 
-def measure_in_fresh_process(name: str, case: Case, threads: int, overrides: Sequence[str]) -> Memory:
+def _sizes_in_a_step(variant: Variant) -> list[int]:
+    """Bytes of every tensor made (positive) and freed (negative) on the step's device, in order."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as watched:
+        variant.step()
+        wait_for(variant.device)
+    assert watched.profiler is not None, "the profiler ran"
+    events = [
+        event
+        for event in watched.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type().name.lower() == variant.device.type
+    ]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def _allocated_on_gpu(variant: Variant) -> int:
+    wait_for(variant.device)
+    torch.cuda.reset_peak_memory_stats(variant.device)
+    before = torch.cuda.memory_allocated(variant.device)
+    variant.step()
+    wait_for(variant.device)
+    return torch.cuda.max_memory_allocated(variant.device) - before
+
+
+def measure_in_fresh_process(
+    name: str, case: Case, threads: int, device: str, overrides: Sequence[str]
+) -> Memory:
     """The memory of one variant.
 
     Raises:
         RuntimeError: the process failed.
     """
-    words = [sys.executable, "-m", "benchmarks.step_memory", name, str(case), str(threads), *overrides]
+    words = [sys.executable, "-m", "benchmarks.step_memory", name, str(case), str(threads)]
+    words += [device, *overrides]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[1:])} ended with {done.returncode}:\n{done.stderr}")
@@ -74,13 +98,18 @@ def measure_in_fresh_process(name: str, case: Case, threads: int, overrides: Seq
 
 
 def hidden_bytes(config: RunConfig) -> int:
-    """Size of the `[batch, C, hidden]` tensor of a plain causal-importance MLP, at the widest site."""
+    """Size of the `[batch, C, hidden]` tensor of plain private MLPs, at the widest site; else 0."""
+    hidden = getattr(config.ci_fn, "hidden", None)
+    if not isinstance(hidden, int):
+        return 0
     widest = max(find_sites(untrained_target(config), config.decomposition.sites).values())
-    return 4 * config.train.batch_size * widest * int(getattr(config.ci_fn, "hidden", 1))
+    return 4 * config.train.batch_size * widest * hidden
 
 
-def _peak() -> int:
+def _peak(device: torch.device) -> int:
     """Most memory that this process has held; getrusage would count that of its parent at the fork, too."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
@@ -91,9 +120,9 @@ def _peak() -> int:
 
 def main() -> None:
     """Measure the variant that the command line names."""
-    name, case, threads, *overrides = sys.argv[1:]
+    name, case, threads, device, *overrides = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    variant = make(name, Case.read(case).config(overrides))
+    variant = make(name, Case.read(case).config(overrides, device))
     print(json.dumps(dataclasses.asdict(measure(variant))))
 
 

@@ -1,9 +1,11 @@
 """Milliseconds per training step, beside a plain implementation of the same step.
 
     python -m benchmarks.step_time --threads 1 --write docs/performance.md
+    python -m benchmarks.step_time --device cuda --memory all
 
 Data, loss, gradients and AdamW's update count. The three ways take turns in one process and start from the
 same weights; losses and gradients are compared first, with those of the plain implementation in float64.
+The machine itself is measured too, for the least time that a step can take (`roofline.py`).
 Exit code 1: they differ by more than 1e-5.
 """
 
@@ -20,27 +22,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import step_page
-from benchmarks.step_cases import REFERENCE, TOLERANCE, VARIANTS, Case, Variant, differences, example, make
+from benchmarks import markdown, roofline, step_page
+from benchmarks.step_cases import (
+    REFERENCE,
+    TOLERANCE,
+    VARIANTS,
+    Case,
+    Variant,
+    differences,
+    example,
+    make,
+    wait_for,
+)
 from benchmarks.step_memory import hidden_bytes, measure_in_fresh_process
+from benchmarks.time_to_solved import TITLE as SOLVED_TITLE
 
+from spd_hydra.build import device_of
 from spd_hydra.compiling import can_compile
 from spd_hydra.environment import describe_environment
 
-CASES = "tms_5-2@4096,tms_5-2,tms_40-10@4096,tms_40-10,resid_mlp1@2048,resid_mlp1"
+CASES = (
+    "tms_5-2@4096,tms_5-2,tms_5-2-id,tms_40-10@4096,tms_40-10,tms_40-10-id,"
+    "resid_mlp1@2048,resid_mlp1,resid_mlp2,resid_mlp3"
+)
 _ROUND_SECONDS = 0.2  # of one variant, before the next one's turn
 _FEWEST_ROUNDS = 3
 
 
-def time_case(case: Case, seconds: float, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def time_case(
+    case: Case, seconds: float, overrides: Sequence[str] = (), device: str = "cpu"
+) -> dict[str, Any]:
     """Compare the variants' numbers, then their times.
 
     Args:
         case: the preset.
         seconds: how long to measure, all variants together, compilation not included.
         overrides: of the configuration.
+        device: cpu, cuda or auto.
     """
-    config = case.config(overrides)
+    config = case.config(overrides, device)
     sample = example(config)
     variants = {name: make(name, config) for name in VARIANTS}
     agreement = {}
@@ -50,7 +70,9 @@ def time_case(case: Case, seconds: float, overrides: Sequence[str] = ()) -> dict
         agreement[name] = {
             "losses": losses, "gradients": gradients, "first_step_seconds": time.perf_counter() - started
         }  # fmt: skip
+    work = {name: roofline.work_of(config, variants[name], sample) for name in ("eager", "plain")}
     times = take_turns(variants, seconds)
+    shape = roofline.largest_shape(config)
     return {
         "case": str(case),
         "batch_size": config.train.batch_size,
@@ -60,6 +82,8 @@ def time_case(case: Case, seconds: float, overrides: Sequence[str] = ()) -> dict
             name: {"best": min(own), "median": statistics.median(own), "rounds": len(own)}
             for name, own in times.items()
         },
+        "work": {name: dataclasses.asdict(own) for name, own in work.items()},
+        "shape": {"m_k_n": shape, "matmul": roofline.matmul_rate(variants["plain"].device, *shape)},
     }
 
 
@@ -70,23 +94,27 @@ def take_turns(variants: dict[str, Variant], seconds: float) -> dict[str, list[f
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found[VARIANTS[0]]) < _FEWEST_ROUNDS:
         for name, variant in variants.items():
-            started = time.perf_counter()
-            for _ in range(steps[name]):
-                variant.step()
-            found[name].append(1000 * (time.perf_counter() - started) / steps[name])
+            found[name].append(1000 * _seconds(variant, steps[name]) / steps[name])
     return found
 
 
 def _steps_per_round(variant: Variant) -> int:
     variant.step()  # its sampler may have to be compiled
+    return max(1, round(_ROUND_SECONDS / _seconds(variant, 1)))
+
+
+def _seconds(variant: Variant, steps: int) -> float:
+    wait_for(variant.device)
     started = time.perf_counter()
-    variant.step()
-    return max(1, round(_ROUND_SECONDS / (time.perf_counter() - started)))
+    for _ in range(steps):
+        variant.step()
+    wait_for(variant.device)
+    return time.perf_counter() - started
 
 
-def memory_of(case: Case, threads: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def memory_of(case: Case, threads: int, overrides: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
     """Memory of each variant in a process of its own, beside the tensor that none of them need keep."""
-    found = {name: measure_in_fresh_process(name, case, threads, overrides) for name in VARIANTS}
+    found = {name: measure_in_fresh_process(name, case, threads, device, overrides) for name in VARIANTS}
     return {
         "case": str(case),
         "hidden_bytes": hidden_bytes(case.config(overrides)),
@@ -109,7 +137,8 @@ def complaints(result: dict[str, Any]) -> list[str]:
                     )
     for memory in result["memory"]:
         largest = memory["bytes"]["compiled"]["largest"]
-        if can_compile("cpu") and largest >= memory["hidden_bytes"]:
+        compiled = can_compile(result["environment"].get("device", "cpu"))
+        if compiled and 0 < memory["hidden_bytes"] <= largest:
             found.append(
                 f"{memory['case']}: compiled makes a tensor as large as [batch, C, hidden]: {largest} bytes"
             )
@@ -125,32 +154,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. ci_fn.hidden=32")
     parser.add_argument("--experiments", default=CASES, metavar="NAME[@BATCH],…")
-    parser.add_argument("--memory", default="tms_40-10@4096", metavar="NAME[@BATCH],…")
+    parser.add_argument(
+        "--memory", default="tms_40-10@4096,resid_mlp1,resid_mlp2", metavar="NAME[@BATCH],…|all"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=15.0, help="per experiment")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--write", type=Path, help="write a page to this file, e.g. docs/performance.md")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
+    memory = arguments.experiments if arguments.memory == "all" else arguments.memory
+    device = device_of(Case("tms_5-2").config(device=arguments.device))
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.step_time", *sys.argv[1:]]),
-        "environment": describe_environment(),
+        "environment": describe_environment(device.type),
+        "rates": dataclasses.asdict(roofline.measure_rates(device)),
         "cases": [],
         "memory": [],
     }
-    print(step_page.machine(result["environment"]), flush=True)
-    for text in filter(None, arguments.experiments.split(",")):
-        result["cases"].append(time_case(Case.read(text), arguments.seconds, arguments.overrides))
+    print(step_page.machine(result), step_page.rates_line(result), sep="\n", flush=True)
+    for case in _cases(arguments.experiments):
+        result["cases"].append(time_case(case, arguments.seconds, arguments.overrides, device.type))
         print(step_page.case_line(result["cases"][-1]), flush=True)
-    for text in filter(None, arguments.memory.split(",")):
-        result["memory"].append(memory_of(Case.read(text), arguments.threads, arguments.overrides))
+    for case in _cases(memory):
+        result["memory"].append(memory_of(case, arguments.threads, arguments.overrides, device.type))
     result["complaints"] = complaints(result)
     print(step_page.tables(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.write:
-        arguments.write.write_text(step_page.page(result))
+        before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
+        kept = markdown.section(before, SOLVED_TITLE)  # of time_to_solved.py
+        text = markdown.with_section(step_page.page(result), SOLVED_TITLE, kept)
+        arguments.write.write_text(text, encoding="utf-8")
     return 1 if result["complaints"] else 0
+
+
+def _cases(text: str) -> list[Case]:
+    return [Case.read(name) for name in text.split(",") if name]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import step_page
+from benchmarks import markdown, step_page
 from benchmarks.step_cases import TOLERANCE, Case, Sample, Variant, differences, example, make
 from benchmarks.step_memory import hidden_bytes, measure
 from benchmarks.step_time import complaints, time_case
@@ -15,7 +15,21 @@ TINY = {
     "tms_5-2-id@32": ["loss.faithfulness.coeff=0.5"],
     "tms_40-10@16": ["decomposition.sites.embed.C=12", "decomposition.sites.unembed.C=12"],
     "resid_mlp1@16": ["model.d_embed=30", "model.n_features=8", "model.d_mlp=5", "ci_fn.hidden=3", DENSE],
+    "resid_mlp2@16": [
+        "model.d_embed=30",
+        "model.n_features=8",
+        "ci_fn=shared_mlp",
+        "ci_fn.hidden=[7,5]",
+        DENSE,
+    ],
+    "resid_mlp2@24": [
+        "model.d_embed=20",
+        "ci_fn=vector_mlp",
+        "loss.stochastic_recon_subset.coeff=0.5",
+        DENSE,
+    ],
     "resid_mlp3@16": ["model.d_embed=30", "model.n_features=8", "loss.importance_minimality.beta=0.5", DENSE],
+    "tms_40-10-id@16": ["loss.stochastic_recon_subset.coeff=1.5"],
 }
 
 
@@ -81,8 +95,8 @@ def test_the_plain_step_draws_sparse_features_and_as_many_sources_as_its_losses_
 
 
 def test_a_setting_that_the_plain_step_does_not_know_is_named() -> None:
-    config = Case.read("tms_5-2@16").config(["ci_fn=shared_mlp"])
-    with pytest.raises(ValueError, match="tms_5-2: the plain step needs ci_fn=mlp"):
+    config = Case.read("tms_5-2@16").config(["loss.ci_masked_recon.coeff=1"])
+    with pytest.raises(ValueError, match="tms_5-2: the plain step needs stochastic masks"):
         make("plain", config)
 
 
@@ -99,16 +113,40 @@ def _result(loss: float, largest: int) -> dict[str, Any]:
     memory = {"process": 2**30, "before": 2**29, "allocated": 2**20, "largest": largest}
     return {
         "command": "the command",
+        "rates": {"matmul": 1e10, "activations": 1e9, "copy_memory": 1e10, "copy_cache": 2**20 * 1e4,
+                  "copied": 2**28},
         "environment": {"cpu": "a processor", "cpu_count": 2, "threads": 1, "torch": "2", "python": "3"},
         "cases": [{
             "case": "tms_5-2@64", "batch_size": 64, "C": {"embed": 20, "unembed": 20},
             "agreement": {"eager": {"losses": {"total": loss}, "gradients": {"V": 2e-7}}},
+            "work": {"eager": {"matmul_flops": 3_000_000, "activations": 500_000, "bytes": 2**20},
+                     "plain": {"matmul_flops": 5_000_000, "activations": 500_000, "bytes": 2**20}},
+            "shape": {"m_k_n": (64, 5, 20), "matmul": 2e9},
             "ms": {name: {"best": ms, "median": 2 * ms, "rounds": 3}
                    for name, ms in {"compiled": 2.0, "eager": 9.0, "plain": 7.0}.items()},
         }],
         "memory": [{"case": "tms_5-2@64", "hidden_bytes": 2**19,
                     "bytes": dict.fromkeys(("compiled", "eager", "plain"), memory)}],
     }  # fmt: skip
+
+
+def test_a_page_keeps_the_section_that_another_program_wrote_and_replaces_its_own() -> None:
+    page = "# Page\n\nText.\n\n## One\n\nold\n\n## Two\n\nrest\n"
+    assert markdown.section(page, "One") == "## One\n\nold\n\n"
+    assert markdown.section(page, "Three") == ""
+    replaced = markdown.with_section(page, "One", "## One\n\nnew\n")
+    assert replaced == "# Page\n\nText.\n\n## Two\n\nrest\n\n## One\n\nnew\n"
+    assert markdown.with_section(replaced, "One", "## One\n\nnew\n") == replaced
+    assert markdown.with_section("# Page\n", "One", "") == "# Page\n"
+
+
+def test_private_mlps_alone_have_a_hidden_tensor_to_look_for() -> None:
+    assert hidden_bytes(Case.read("resid_mlp1@8").config(["ci_fn=shared_mlp"])) == 0
+    result = _result(loss=0.0, largest=2**18)
+    result["memory"][0]["hidden_bytes"] = 0
+    result["complaints"] = complaints(result)
+    assert result["complaints"] == []
+    assert "| tms_5-2 | compiled | 1.0 | 100 % | 0.2 | – | 1024.0 | 512.0 |" in step_page.page(result)
 
 
 def test_the_page_shows_times_ratios_and_differences() -> None:
@@ -118,6 +156,10 @@ def test_the_page_shows_times_ratios_and_differences() -> None:
     row = "| tms_5-2 | 64 | 20 | 2.00 (4.00) | 9.00 (18.00) | 7.00 (14.00) | 4.5 | 3.5 | 3.0e-07 | 2.0e-07 |"
     assert row in text
     assert "| tms_5-2 | compiled | 1.0 | 100 % | 0.2 | 0.5 | 1024.0 | 512.0 |" in text
+    # 3 MFLOP at 10 GFLOP/s: 0.3 ms; half a million activations at 1 billion/s: 0.5 ms; 1 MiB: 0.1 ms.
+    bound = "| tms_5-2 | 64 | 0.003 | 0.005 | 0.50 | 1.0 | 0.30 | 0.50 | 0.10 | 0.80 | 2.00 | 2.5 | 2.0 |"
+    assert bound in text
+    assert "10.0 GFLOP/s in square float32 matrix products, 1.00 billion activations/s" in text
     assert "`the command`" in text
     assert "wrong" not in text
 
