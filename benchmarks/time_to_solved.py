@@ -96,7 +96,7 @@ def seconds_until(step: int, wall: float, summary: Mapping[str, Any]) -> float:
     The report at the end, a second or two, is not taken off.
     """
     restarts = summary["restarts"]
-    before = restarts["steps"] * (len(restarts["losses"]) - 1) if restarts else 0
+    before = restarts["steps_of_others"] if restarts else 0
     done = (before + step) / (before + summary["steps"])
     seconds = summary["seconds"]
     return wall - float((1 - done) * (seconds["train"] + seconds["eval"]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from spd_hydra.checkpoint import load_newest
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replicas import Alone
-from spd_hydra.restarts import begin_with_best
+from spd_hydra.restarts import begin_with_best, rounds
 from spd_hydra.trainer import Trainer, TrainingError
 
 Make = Callable[..., Trainer]
@@ -54,15 +54,53 @@ def equal(one: State, other: State) -> bool:
 
 
 def test_the_initialisation_of_lowest_loss_goes_on(make: Make) -> None:
-    trainer = make("train.restarts.number=3", *HALF)
-    seen = measured(trainer, [3.0, 1.0, 2.0])
+    trainer = make("train.restarts.number=2", *HALF)
+    seen = measured(trainer, [2.0, 1.0])
     choose(trainer, states_of(trainer))
     assert trainer.step == STEPS // 2
-    assert len(seen) == 3
+    assert len(seen) == 2
     assert equal(trainer.model.trainable_state(), seen[1])
     assert not equal(seen[0], seen[1])
     assert [row["step"] for row in rows(trainer)] == [1, 2, 3]
     assert [(row["step"], row["loss/total"]) for row in rows(trainer, "eval")] == [(3, 1.0)]
+
+
+def test_the_worse_half_ends_at_each_comparison(make: Make) -> None:
+    """Of 5, 3 get twice the steps, and 2 of them four times as many: the last comparison decides."""
+    trainer = make("train.restarts.number=5", "train.restarts.fraction=0.17")
+    assert rounds(trainer.training) == [(5, 1), (3, 2), (2, 4)]
+    seen = measured(trainer, [5.0, 3.0, 9.0, 1.0, 2.0, 7.0, 6.0, 8.0, 1.0, 0.5])
+    alone = make()
+    alone.set_state(states_of(alone)(3), {}, step=0)
+    choose(trainer, states_of(trainer))
+    # Left after the first: 3 (loss 1), 4 (2), 1 (3), measured in that order as 7, 6, 8; then 4 and 3.
+    assert trainer.facts["restarts"] == {
+        "chosen": 3,
+        "rounds": [
+            {"steps": 1, "losses": [5.0, 3.0, 9.0, 1.0, 2.0]},
+            {"steps": 2, "losses": [None, 8.0, None, 7.0, 6.0]},
+            {"steps": 4, "losses": [None, None, None, 0.5, 1.0]},
+        ],
+        "steps_of_others": 5 + 3 + 2 * 2 - 4,
+    }
+    assert len(seen) == 10
+    assert [row["step"] for row in rows(trainer)] == [1, 2, 3, 4]
+    alone.fit_weights()
+    while alone.step < 4:
+        alone.train_step()
+    assert equal(trainer.model.trainable_state(), alone.model.trainable_state())
+
+
+def test_a_comparison_at_the_end_leaves_a_whole_run(make: Make) -> None:
+    trainer = make("train.restarts.number=3", *HALF)
+    assert rounds(trainer.training) == [(3, 3), (2, 6)]
+    measured(trainer, [3.0, 1.0, 2.0, 4.0, 3.0])
+    choose(trainer, states_of(trainer))
+    assert trainer.facts["restarts"]["chosen"] == 2
+    newest = load_newest(trainer.run.checkpoints)
+    assert newest is not None
+    assert newest.step == STEPS
+    assert trainer.fit().step == STEPS
 
 
 @pytest.mark.parametrize("chosen", [0, 1])
@@ -94,16 +132,20 @@ def test_a_share_of_the_steps_too_small_for_one_still_gives_one(make: Make) -> N
 
 def test_all_losses_are_told_and_kept_in_the_checkpoint(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make("train.restarts.number=3", *HALF)
-    measured(trainer, [3.0, 1.0, 2.0])
+    measured(trainer, [3.0, 1.0, 2.0, 0.25, 0.5])
     with caplog.at_level(logging.INFO):
         choose(trainer, states_of(trainer))
     assert "losses of 3 initialisations after 3 steps: 3, 1, 2" in caplog.text
-    trainer.save()
+    assert "losses of 2 initialisations after 6 steps: 0.25, 0.5" in caplog.text
     checkpoint = load_newest(trainer.run.checkpoints)
     assert checkpoint is not None
     resumed = make("train.restarts.number=3", *HALF)
     resumed.restore(checkpoint)
-    assert resumed.facts["restarts"] == {"steps": 3, "losses": [3.0, 1.0, 2.0], "chosen": 1}
+    assert resumed.facts["restarts"] == {
+        "chosen": 1,
+        "rounds": [{"steps": 3, "losses": [3.0, 1.0, 2.0]}, {"steps": 6, "losses": [None, 0.25, 0.5]}],
+        "steps_of_others": 3 * 3 + 2 * 3 - 6,
+    }
 
 
 def broken(trainer: Trainer, *numbers: int) -> Callable[[int], State]:
@@ -125,7 +167,8 @@ def test_one_that_breaks_drops_out(make: Make, caplog: pytest.LogCaptureFixture,
     choose(trainer, broken(trainer, bad))
     losses: list[float | None] = [5.0, 5.0]
     losses[bad] = None
-    assert trainer.facts["restarts"] == {"steps": 3, "losses": losses, "chosen": 1 - bad}
+    assert trainer.facts["restarts"]["rounds"] == [{"steps": 3, "losses": losses}]
+    assert trainer.facts["restarts"]["chosen"] == 1 - bad
     assert f"initialisation {bad + 1} drops out: the loss is nan at step 0" in caplog.text
     assert trainer.fit().step == STEPS
 

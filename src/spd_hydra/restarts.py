@@ -1,9 +1,14 @@
-"""Several initialisations of one decomposition, of which the one with the lowest loss goes on."""
+"""Several initialisations of one decomposition, of which the one with the lowest loss goes on.
+
+By successive halving: all get the first share of the steps; the better half of them gets as many again, and
+so on with twice the steps and half the number, until one is left. So one that is clearly worse ends early,
+and the last ones are compared when their losses tell most.
+"""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,12 +17,13 @@ from spd_hydra.loss.objective import StepLoss
 from spd_hydra.progress import Progress, format_number
 from spd_hydra.replicas import Group, mean_summary
 from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer_config import Training
 
 logger = logging.getLogger(__name__)
 
 
 class Beginning(NamedTuple):
-    """An initialisation after its first steps.
+    """An initialisation after some steps.
 
     Its parameters and optimiser state, its rows of metrics, and what was measured then.
     """
@@ -40,9 +46,9 @@ InitialState = Callable[[int], dict[str, Tensor]]
 def begin_with_best(group: Group, initial_states: Sequence[InitialState]) -> list[TrainingError | None]:
     """Give each initialisation its first steps and leave each trainer at the one of lowest training loss.
 
-    Does nothing if the configuration asks for one initialisation. The first steps count as steps of the run;
-    the rows of metrics of the chosen one are logged once it is chosen. An initialisation whose loss stops
-    being finite drops out.
+    Does nothing if the configuration asks for one initialisation. These steps count as steps of the run; the
+    rows of metrics of the chosen one are logged once it is chosen. An initialisation whose loss stops being
+    finite drops out.
 
     Args:
         group: its trainers at step 0.
@@ -55,74 +61,123 @@ def begin_with_best(group: Group, initial_states: Sequence[InitialState]) -> lis
         Stopped: a signal asked for it; nothing was saved.
     """
     first = group.trainers[0]
-    restarts = first.training.restarts
-    if restarts.number == 1:
+    plan = rounds(first.training)
+    if not plan:
         return [None] * len(group.trainers)
-    steps = max(1, int(restarts.fraction * first.training.steps))
-    choices = [_Choice(trainer) for trainer in group.trainers]
-    progress = Progress(steps * restarts.number, what="initialisations, step", disable=first.run.follows)
+    choices = [_Choice(trainer, own) for trainer, own in zip(group.trainers, initial_states, strict=True)]
+    done, all_steps, before = 0, total_steps(plan), 0
+    progress = Progress(all_steps, what="initialisations, step", disable=first.run.follows)
     with first.signals.stepping(), progress:
-        for number in range(restarts.number):
-            for trainer, initial_state in zip(group.trainers, initial_states, strict=True):
-                trainer.set_state(initial_state(number), {}, step=0)
-                trainer.fit_weights()
-            group.begin()
-            for choice, beginning in zip(
-                choices, _first_steps(group, steps, progress, done=number * steps), strict=True
-            ):
-                choice.add(beginning)
-    return [choice.settle(steps) for choice in choices]
+        for number, steps in plan:
+            for place in range(number):
+                for choice in choices:
+                    choice.take_up(place)
+                group.begin()
+                ends = _take_steps(group, steps, progress, done=done - before)
+                for choice, end in zip(choices, ends, strict=True):
+                    choice.put_down(place, end)
+                done += steps - before
+            for choice in choices:
+                choice.compare(steps)
+            before = steps
+    return [choice.settle(before) for choice in choices]
+
+
+def rounds(training: Training) -> list[tuple[int, int]]:
+    """How many initialisations are trained up to which step, by round; none if there is no choice."""
+    number, share = training.restarts.number, training.restarts.fraction
+    found: list[tuple[int, int]] = []
+    while number > 1 and (not found or found[-1][1] < training.steps):
+        found.append((number, min(max(1, int(share * training.steps)), training.steps)))
+        number, share = math.ceil(number / 2), 2 * share
+    return found
+
+
+def total_steps(plan: Sequence[tuple[int, int]]) -> int:
+    """Steps of all rounds and initialisations together."""
+    ends = [0, *(steps for _, steps in plan)]
+    return sum(number * (end - start) for (number, end), start in zip(plan, ends, strict=False))
 
 
 class _Choice:
-    """The initialisations of one trainer so far: the best of them, and the losses of all."""
+    """The initialisations of one trainer: how far each has come, and which are left, best first."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._best: Beginning | None = None
-        self._losses: list[float | None] = []
-        self._error: TrainingError | None = None
+    def __init__(self, trainer: Trainer, initial_state: InitialState) -> None:
+        self._trainer, self._initial_state = trainer, initial_state
+        number = trainer.training.restarts.number
+        self._left = list(range(number))
+        self._ends: list[Beginning | TrainingError | None] = [None] * number
+        self._rounds: list[dict[str, Any]] = []
 
-    def add(self, beginning: "Beginning | TrainingError") -> None:
-        if isinstance(beginning, TrainingError):
-            self._error = beginning
-            self._losses.append(None)
-            logger.warning("initialisation %d drops out: %s", len(self._losses), beginning)
-            return
-        self._losses.append(beginning.loss)
-        if self._best is None or _rank(beginning) < _rank(self._best):
-            self._best = beginning
+    def take_up(self, place: int) -> None:
+        """Set the trainer to where the initialisation at this place has come."""
+        number = self._left[place]
+        end = self._ends[number]
+        if isinstance(end, Beginning):
+            self._trainer.set_state(end.parameters, end.optimizer, step=self._rounds[-1]["steps"])
+        else:  # one that broke is not left while there are others; a group takes the same steps for all
+            self._trainer.set_state(self._initial_state(number), {}, step=0)
+            self._trainer.fit_weights()
+            self._trainer.step = self._rounds[-1]["steps"] if self._rounds else 0
+
+    def put_down(self, place: int, end: "Beginning | TrainingError") -> None:
+        """Keep what became of it."""
+        number = self._left[place]
+        before = self._ends[number]
+        if isinstance(end, TrainingError):
+            logger.warning("initialisation %d drops out: %s", number + 1, end)
+        elif isinstance(before, Beginning):
+            end = end._replace(rows=[*before.rows, *end.rows])
+        self._ends[number] = before if isinstance(before, TrainingError) else end
+
+    def compare(self, steps: int) -> None:
+        """Write down the losses, and leave out the worse half."""
+        losses = [self._loss(number) if number in self._left else None for number in range(len(self._ends))]
+        self._rounds.append({"steps": steps, "losses": losses})
+        self._left.sort(key=lambda number: math.inf if losses[number] is None else losses[number] or 0.0)
+        del self._left[math.ceil(len(self._left) / 2) :]
+
+    def _loss(self, number: int) -> float | None:
+        end = self._ends[number]
+        return end.loss if isinstance(end, Beginning) and math.isfinite(end.loss) else None
 
     def settle(self, steps: int) -> TrainingError | None:
         """Leave the trainer at the best; the error of the last initialisation if none is left."""
-        best, trainer = self._best, self._trainer
-        if best is None:
-            return self._error
+        chosen, trainer = self._left[0], self._trainer
+        best = self._ends[chosen]
+        if not isinstance(best, Beginning):
+            return next(end for end in reversed(self._ends) if isinstance(end, TrainingError))
         trainer.set_state(best.parameters, best.optimizer, step=steps)
         for step, numbers in best.rows:
             trainer.log("train", numbers, step)
         trainer.log("eval", best.measured)
-        chosen = self._losses.index(best.loss)
-        trainer.facts["restarts"] = {"steps": steps, "losses": self._losses, "chosen": chosen}
-        texts = ["not finite" if loss is None else format_number(loss) for loss in self._losses]
-        logger.info("losses of %d initialisations after %d steps: %s", len(texts), steps, ", ".join(texts))
+        others = total_steps(rounds(trainer.training)) - steps
+        trainer.facts["restarts"] = {"chosen": chosen, "rounds": self._rounds, "steps_of_others": others}
+        for one in self._rounds:
+            texts = [format_number(loss) for loss in one["losses"] if loss is not None]
+            text = "losses of %d initialisations after %d steps: %s"
+            logger.info(text, len(texts), one["steps"], ", ".join(texts))
+        if steps == trainer.training.steps:  # nothing is left to train, and so to save, for others
+            trainer.save()
         return None
 
 
-def _first_steps(
+def _take_steps(
     group: Group, steps: int, progress: Progress, *, done: int
 ) -> list["Beginning | TrainingError"]:
+    """Train all up to this step; `done` is what the progress adds to the step."""
     trainers = group.trainers
     rows: list[list[tuple[int, dict[str, float]]]] = [[] for _ in trainers]
     losses: list[StepLoss | TrainingError] = []
-    for step in range(1, steps + 1):
+    while trainers[0].step < steps:
         losses = group.train_step()
         if all(isinstance(loss, TrainingError) for loss in losses):
             return [loss for loss in losses if isinstance(loss, TrainingError)]
+        step = trainers[0].step
         progress.update(done + step, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
         for own, trainer, loss in zip(rows, trainers, losses, strict=True):
             if isinstance(loss, StepLoss) and trainer.is_due(trainer.training.log_every):
-                own.append((trainer.step, trainer.numbers_of(loss)))
+                own.append((step, trainer.numbers_of(loss)))
         trainers[0].stop_if_asked(saving=False)
     return [
         loss if isinstance(loss, TrainingError) else _beginning(trainer, own)
@@ -134,10 +189,6 @@ def _beginning(trainer: Trainer, rows: list[tuple[int, dict[str, float]]]) -> Be
     measured = distributed.of_rank_0(trainer.measure().metrics)  # what decides is the same on every rank
     parameters, optimizer = trainer.state()
     return Beginning(_cloned(parameters), _cloned(optimizer), rows, measured)
-
-
-def _rank(beginning: Beginning) -> float:
-    return beginning.loss if math.isfinite(beginning.loss) else math.inf
 
 
 def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

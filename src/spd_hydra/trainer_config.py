@@ -23,11 +23,14 @@ class Restarts(Section):
 
     A decomposition can start in a basin whose best loss is above that of the solution: two features that
     share a subcomponent, say. The choice is by the training loss on held-out batches, which needs no known
-    answer.
+    answer. It is made by successive halving: after the first share of the steps the worse half ends, after
+    twice as many steps the worse half of the rest, and so on.
     """
 
     number: int = option(1, "initialisations to choose from; 1: no choice", ge=1)
-    fraction: float = option(0.2, "share of train.steps that each of them gets before the choice", gt=0, le=1)
+    fraction: float = option(
+        0.2, "share of train.steps that each of them gets before the first comparison", gt=0, le=1
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

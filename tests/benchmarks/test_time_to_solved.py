@@ -57,7 +57,7 @@ def test_what_came_after_an_evaluation_is_taken_off_the_time_of_the_process() ->
     assert seconds_until(3000, 50.0, SUMMARY) == 50.0
     assert seconds_until(1000, 50.0, SUMMARY) == pytest.approx(50 - 33 * 2 / 3)
     # Four initialisations of 500 steps: 1500 steps besides the 3000, of which 2500 are done at step 1000.
-    restarts = {"steps": 500, "losses": [1.0, 2.0, None, 3.0], "chosen": 0}
+    restarts = {"rounds": [], "chosen": 0, "steps_of_others": 1500}
     assert seconds_until(1000, 50.0, {**SUMMARY, "restarts": restarts}) == pytest.approx(
         50 - 33 * 2000 / 4500
     )

@@ -119,10 +119,16 @@ def test_the_table_has_every_number_of_the_summary(synthetic: Any, summaries: An
 def test_the_losses_of_all_initialisations_are_told(synthetic: Any, summaries: Any) -> None:
     summary = summaries.summary_of(synthetic.tms())
     assert "initialisation" not in verdict_table(summary, colour=False)
-    summary["restarts"] = {"steps": 1200, "losses": [0.0016, None, 0.0015], "chosen": 2}
-    table = verdict_table(summary, colour=False)
-    assert "start   initialisation 3 of 3, losses after 1,200 steps: 0.0016" in table
-    assert "not finite" in table
+    rounds = [
+        {"steps": 1200, "losses": [0.0016, None, 0.0015]},
+        {"steps": 2400, "losses": [0.0014, None, 0.0013]},
+    ]
+    summary["restarts"] = {"chosen": 2, "rounds": rounds, "steps_of_others": 3600}
+    table = " ".join(verdict_table(summary, colour=False).split())
+    assert (
+        "start initialisation 3 of 3, losses after 1,200 steps: 0.0016, not finite, 0.0015, "
+        "losses after 2,400 steps: 0.0014, 0.0013 "
+    ) in table
 
 
 def test_the_table_fits_into_100_columns(synthetic: Any, summaries: Any) -> None:

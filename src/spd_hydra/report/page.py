@@ -13,7 +13,16 @@ from spd_hydra.figure.base import Drawn, History
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.report.html import render
 from spd_hydra.report.numbers import NOTHING, duration, number
-from spd_hydra.report.verdict import findings, fit, headline, reasons, restart_losses, site_rows, tolerances
+from spd_hydra.report.verdict import (
+    findings,
+    fit,
+    headline,
+    initialisation,
+    reasons,
+    restart_losses,
+    site_rows,
+    tolerances,
+)
 
 _STATE: dict[Any, str] = {True: "solved", False: "unsolved"}
 CSS_PIXELS = 96 / 160  # figures have 160 dots per inch, a page has 96
@@ -163,8 +172,7 @@ def _fit(contribution: Mapping[str, Any]) -> tuple[str, str]:
 def _start(restarts: Mapping[str, Any] | None) -> tuple[str, str]:
     if not restarts:
         return NOTHING, ""
-    chosen = f"{restarts['chosen'] + 1} of {len(restarts['losses'])}"
-    return chosen, f"initialisations; {', '.join(restart_losses(restarts))}"
+    return initialisation(restarts), f"initialisations; {', '.join(restart_losses(restarts))}"
 
 
 def _parts(seconds: Mapping[str, Any]) -> str:

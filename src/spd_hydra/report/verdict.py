@@ -166,8 +166,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
     if contributions := summary.get("contributions"):
         topics.append(("neurons", [f"{layer}: {fit(one)}" for layer, one in contributions.items()]))
     if restarts := summary.get("restarts"):
-        chosen = f"initialisation {restarts['chosen'] + 1} of {len(restarts['losses'])}"
-        topics.append(("start", [chosen, *restart_losses(restarts)]))
+        topics.append(("start", [f"initialisation {initialisation(restarts)}", *restart_losses(restarts)]))
     if losses:
         topics.append(("losses", [f"{name} {number(value)}" for name, value in losses.items()]))
     if target:
@@ -191,9 +190,20 @@ def fit(contribution: Mapping[str, Any]) -> str:
 
 
 def restart_losses(restarts: Mapping[str, Any]) -> list[str]:
-    """What each initialisation's training loss was when one was chosen."""
-    texts = ["not finite" if loss is None else number(loss) for loss in restarts["losses"]]
-    return [f"losses after {number(restarts['steps'])} steps: {texts[0]}", *texts[1:]]
+    """What the training losses of the initialisations were, round after round."""
+    found = []
+    for index, one in enumerate(restarts["rounds"]):
+        losses = one["losses"]
+        texts = [number(loss) for loss in losses if loss is not None]
+        if index == 0:
+            texts = ["not finite" if loss is None else number(loss) for loss in losses]
+        found += [f"losses after {number(one['steps'])} steps: {texts[0]}", *texts[1:]]
+    return found
+
+
+def initialisation(restarts: Mapping[str, Any]) -> str:
+    """Which initialisation went on: `4 of 16`."""
+    return f"{restarts['chosen'] + 1} of {len(restarts['rounds'][0]['losses'])}"
 
 
 def _joined(parts: list[str], first: str, following: str) -> list[str]:
