@@ -102,17 +102,8 @@ def make(name: str, config: RunConfig) -> Variant:
     if name in ("plain", REFERENCE):
         plain = PlainStep(parts, torch.float64 if name == REFERENCE else torch.float32)
         return Variant(plain.step, plain.parameters, parts.model.device)
-    sampler = parts.train_sampler()
-    trainer = Trainer(
-        parts.objective,
-        training=parts.config.train,
-        evaluation=parts.config.eval,
-        sampler=sampler,
-        evaluate=_no_evaluation,
-        on_figures=lambda evaluation: None,
-        run=RunDirectory(Path()),  # never written to: a step by itself neither logs nor saves
-        tracker=Logger(),
-    )
+    trainer = _trainer(parts)
+    sampler = trainer.sampler
 
     def step(sample: Sample | None = None) -> dict[str, Tensor]:
         trainer.sampler = sampler if sample is None else cast(Sampler, lambda step: sample)
@@ -121,6 +112,24 @@ def make(name: str, config: RunConfig) -> Variant:
 
     parameters = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
     return Variant(step, parameters, parts.model.device)
+
+
+def trainer_of(config: RunConfig) -> Trainer:
+    """A trainer for steps alone: it neither evaluates, logs nor saves."""
+    return _trainer(parts_of(config, compiled=config.train.compile))
+
+
+def _trainer(parts: Parts) -> Trainer:
+    return Trainer(
+        parts.objective,
+        training=parts.config.train,
+        evaluation=parts.config.eval,
+        sampler=parts.train_sampler(),
+        evaluate=_no_evaluation,
+        on_figures=lambda evaluation: None,
+        run=RunDirectory(Path()),  # never written to
+        tracker=Logger(),
+    )
 
 
 def wait_for(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from benchmarks import markdown, roofline, step_page
+from benchmarks.replica_time import TITLE as REPLICAS_TITLE
 from benchmarks.step_cases import (
     REFERENCE,
     TOLERANCE,
@@ -185,8 +186,9 @@ def main() -> int:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.write:
         before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
-        kept = markdown.section(before, SOLVED_TITLE)  # of time_to_solved.py
-        text = markdown.with_section(step_page.page(result), SOLVED_TITLE, kept)
+        text = step_page.page(result)
+        for title in (REPLICAS_TITLE, SOLVED_TITLE):  # what replica_time.py and time_to_solved.py wrote
+            text = markdown.with_section(text, title, markdown.section(before, title))
         arguments.write.write_text(text, encoding="utf-8")
     return 1 if result["complaints"] else 0
 

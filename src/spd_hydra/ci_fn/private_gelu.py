@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spd_hydra.compiling import Kernel, is_tracing
 
+_NUMBERS_AT_ONCE = 2**17  # uncompiled, of each `[rows, C, hidden]` tensor on a CPU
 _RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
@@ -36,7 +37,7 @@ class _PrivateGeluMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-        values = _values_kernel if is_tracing() else _values
+        values = _values_kernel if is_tracing() else _values_by_block
         return values(h, w_in, b_in, w_out)
 
     @staticmethod
@@ -47,7 +48,7 @@ class _PrivateGeluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h, w_in, b_in, w_out, dz_dh = ctx.saved_tensors
-        gradients = _weight_gradients_kernel if is_tracing() else _weight_gradients
+        gradients = _weight_gradients_kernel if is_tracing() else _weight_gradients_by_block
         grad_w_in, grad_b_in, grad_w_out = gradients(h, grad_z, w_in, b_in, w_out)
         return grad_z * dz_dh, grad_w_in, grad_b_in, grad_w_out
 
@@ -70,6 +71,28 @@ def _weight_gradients(
     cdf, pdf = _normal_cdf_pdf(pre)
     grad_pre = g_last * w_out[..., None] * (cdf + pre * pdf)
     return (grad_pre * h_last).sum(-1), grad_pre.sum(-1), (g_last * pre * cdf).sum(-1)
+
+
+def _values_by_block(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = [_values(block, w_in, b_in, w_out) for block in _blocks(h, w_in)]
+    z, dz_dh = (torch.cat(parts).view(h.shape) for parts in zip(*blocks, strict=True))
+    return z, dz_dh
+
+
+def _weight_gradients_by_block(
+    h: Tensor, grad_z: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = [
+        _weight_gradients(h_block, g_block, w_in, b_in, w_out)
+        for h_block, g_block in zip(_blocks(h, w_in), _blocks(grad_z, w_in), strict=True)
+    ]
+    grad_w_in, grad_b_in, grad_w_out = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return grad_w_in, grad_b_in, grad_w_out
+
+
+def _blocks(x: Float[Tensor, "*positions C"], w_in: Tensor) -> tuple[Tensor, ...]:
+    """Rows of positions, so many that their `[rows, C, hidden]` tensors stay in the cache."""
+    return torch.split(x.flatten(0, -2), max(1, _NUMBERS_AT_ONCE // w_in.numel()))
 
 
 # Inside a compiled step both passes are kernels of their own. Left to itself, the compiler computes dz/dh
