@@ -85,3 +85,9 @@ def test_help_names_the_suites(spd_run: Call) -> None:
     text = spd_run("--help").out
     assert any(line.split() == ["suite", "none,", "paper,", "toys"] for line in text.splitlines())
     assert "spd-run -m suite=paper 'seed=range(5)'" in text
+
+
+def test_tab_completes_the_suites(spd_run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "spd-run suite=")
+    monkeypatch.setenv("COMP_POINT", "14")
+    assert spd_run("-sc", "query=bash").out.split() == ["suite=none", "suite=paper", "suite=toys"]

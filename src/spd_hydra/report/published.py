@@ -11,7 +11,7 @@ SOURCE = "arXiv 2506.20790"
 HEADER = ("experiment", "of", "seeds", "solved", "strict", "MMCS", "ML2R")
 NOTE = (
     f"paper: {SOURCE}, Table 1; solved, which it does not have, is of the authors' own seeds.",
-    "±: standard deviation over seeds. Where no line of the paper follows, nothing is published.",
+    "±: standard deviation, here over seeds. Where no line of the paper follows, nothing is published.",
 )
 _SETTINGS_OF_THE_PAPER = "paper/"
 _WIDEST_SEEDS = 9
@@ -22,8 +22,8 @@ class Published:
     """What is published of one toy.
 
     Attributes:
-        mmcs: mean over seeds, Table 1.
-        ml2r: mean and standard deviation over seeds, Table 1.
+        mmcs: as in Table 1.
+        ml2r: value and deviation as in Table 1.
         solved: seeds of the authors with the known answer, and how many there were; not in the table.
     """
 
@@ -33,7 +33,7 @@ class Published:
 
     @property
     def ml2r_text(self) -> str:
-        """Mean ± standard deviation as in the paper."""
+        """Value ± deviation as in the paper."""
         mean, spread = self.ml2r
         return f"{mean:.3f} ± {spread:.3f}"
 
