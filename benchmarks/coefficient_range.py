@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.markdown import table
 from benchmarks.recovery import PLAN, ROOT, remember, run_all, seeds_of, to_do
-from benchmarks.recovery_page import Run, read_runs
+from benchmarks.recovery_runs import Run, read_runs
 
 from spd_hydra import atomic
 from spd_hydra.composition import Composer

@@ -3,6 +3,7 @@
     python -m benchmarks.recovery --jobs 2
     python -m benchmarks.recovery --rows tms_5-2 --seeds 0-4
     python -m benchmarks.recovery --table-only
+    python -m benchmarks.recovery --table-only --pictures
 
 Each run is a process of its own and ends in <out>/<experiment>/<seed>/. A run that has a summary is not
 repeated, so the command may be stopped and given again; a run that was stopped half-way or failed starts
@@ -18,8 +19,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-from benchmarks.recovery_page import page, read_runs
+from benchmarks.recovery_page import page
+from benchmarks.recovery_pictures import copy_pictures
+from benchmarks.recovery_runs import found, read_runs
 
 from spd_hydra.cli_task import guarded
 from spd_hydra.composition import Composer, compose
@@ -31,14 +35,17 @@ from spd_hydra.section import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("outputs/recovery")
-PAGE = Path("docs/recovery.md")
+PAGE = Path("docs/results.md")
 PLAN = "recovery.json"
 ROWS: dict[str, range] = {
     "tms_5-2": range(20),
-    "tms_5-2-id": range(10),
-    "tms_40-10": range(3),
-    "resid_mlp1": range(1),
-    "tms_5-2-untied": range(10),
+    "tms_5-2-id": range(20),
+    "tms_40-10": range(20),
+    "tms_40-10-id": range(20),
+    "resid_mlp1": range(20),
+    "resid_mlp2": range(5),
+    "resid_mlp3": range(3),
+    "tms_5-2-untied": range(20),
 }
 _NOT_PART_OF_THE_RESULT = ("out_dir", "cache_dir", "logger")
 
@@ -61,6 +68,12 @@ def overrides_of(experiment: str, seed: int, common: Sequence[str]) -> list[str]
     return [f"experiment={experiment}", f"seed={seed}", *common]
 
 
+def in_order(seeds: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The same with the experiments of the table first, in its order."""
+    names = [*(name for name in ROWS if name in seeds), *(name for name in seeds if name not in ROWS)]
+    return {name: seeds[name] for name in names}
+
+
 def remember(out: Path, plan: Mapping[str, Sequence[int]], common: Sequence[str], command: str) -> None:
     """Add these runs to the plan in the folder.
 
@@ -77,10 +90,9 @@ def remember(out: Path, plan: Mapping[str, Sequence[int]], common: Sequence[str]
     seeds = {name: set(own) for name, own in known.get("seeds", {}).items()}
     for name, own in plan.items():
         seeds[name] = seeds.get(name, set()) | set(own)
-    order = [*(name for name in ROWS if name in seeds), *(name for name in seeds if name not in ROWS)]
     whole = {
         "overrides": list(common),
-        "seeds": {name: sorted(seeds[name]) for name in order},
+        "seeds": in_order({name: sorted(own) for name, own in seeds.items()}),
         "commands": list(dict.fromkeys([*known.get("commands", []), command])),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -175,8 +187,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--page", type=Path, help=f"default {PAGE}, or <out>/recovery.md with another --out")
+    parser.add_argument("--page", type=Path, help=f"default {PAGE}, or <out>/{PAGE.name} with another --out")
     parser.add_argument("--table-only", action="store_true", help="write the page from what is there")
+    parser.add_argument("--pictures", action="store_true", help="copy figures of solved runs and show them")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     if arguments.one is not None:
@@ -199,7 +212,7 @@ def _make_table(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     path: Path = arguments.page or (PAGE if out == OUT else out / PAGE.name)
     if arguments.table_only:
-        _write_page(out, path)
+        write_page(out, path, with_pictures=arguments.pictures)
         return
     common = [f"threads={arguments.threads}", *arguments.overrides]
     wanted = {name: list(arguments.seeds or ROWS[name]) for name in arguments.rows}
@@ -209,15 +222,24 @@ def _make_table(arguments: argparse.Namespace) -> None:
     try:
         run_all(out, missing, common, jobs=arguments.jobs, threads=arguments.threads)
     finally:
-        _write_page(out, path)
+        write_page(out, path, with_pictures=arguments.pictures)
 
 
-def _write_page(out: Path, path: Path) -> None:
-    if not (out / PLAN).exists():
-        raise ConfigError(f"{out} holds no {PLAN}: there is nothing to make a table of")
-    plan = json.loads((out / PLAN).read_text())
-    text = page(read_runs(out, plan["seeds"]), overrides=plan["overrides"], commands=plan["commands"])
+def write_page(out: Path, path: Path, *, with_pictures: bool = False) -> None:
+    """Write the page of what is there: of all planned runs, or without a plan of the finished ones.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    plan: dict[str, Any] = {"overrides": [], "commands": [], "seeds": in_order(found(out))}
+    if (out / PLAN).exists():
+        plan = json.loads((out / PLAN).read_text())
+    if not plan["seeds"]:
+        raise ConfigError(f"{out} holds no {PLAN} and no finished run: there is nothing to make a table of")
     path.parent.mkdir(parents=True, exist_ok=True)
+    runs = read_runs(out, plan["seeds"])
+    pictures = copy_pictures(runs, out, path.parent) if with_pictures else []
+    text = page(runs, overrides=plan["overrides"], commands=plan["commands"], pictures=pictures)
     path.write_text(text, encoding="utf-8")
     print(path)
 

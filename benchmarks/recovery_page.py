@@ -1,113 +1,60 @@
 """The page of `recovery.py`: the table of known answers found, from the summaries of the runs alone."""
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import bullets, table
+from benchmarks.recovery_pictures import Picture
+from benchmarks.recovery_runs import Run
 
-from spd_hydra.report.numbers import NOTHING, duration, mean_and_spread, number
-from spd_hydra.report.sweep import SweepRow, sweep_rows, wilson_interval
-from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.report.numbers import NOTHING, duration, mean_and_spread, number, ranges
+from spd_hydra.report.published import SOURCE, published_of
+from spd_hydra.report.sweep import fraction
 
 HEADER = [
-    "experiment", "seeds", "solved", "strict", "certified", "MMCS", "ML2R", "alive (expected)",
-    "target tries", "time, median", "steps/s, median",
+    "experiment", "seeds", "solved", "authors: solved", "strict", "certified", "failed", "MMCS",
+    "paper: MMCS", "ML2R", "paper: ML2R", "alive (expected)", "target tries", "time, median",
+    "steps/s, median",
 ]  # fmt: skip
+CONTRIBUTIONS = "neuron contributions"
 RUN_HEADER = [
     "experiment", "seed", "result", "strict", "certified", "error at 0.2", "error at 0.1", "MMCS", "ML2R",
     "alive", "L0", "target tries", "time", "of which target", "steps/s", "loss",
 ]  # fmt: skip
+_ABOUT_CONTRIBUTIONS = """ *neuron contributions*: what
+each neuron contributes to each feature's own output, in the strongest subcomponent against the target, by
+layer: R² and slope of the line through the points, both 1 in a perfect decomposition."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One cell of the plan and what came of it.
-
-    Attributes:
-        experiment: name of the preset.
-        seed: of the run.
-        row: state, verdict and numbers, as the table of a sweep has them.
-        summary: content of summary.json; empty unless the run is done.
-        environment: content of environment.json.
-        started: date of the start, empty for a run that never began.
-        attempts: earlier attempts at the same run that were stopped or failed.
-    """
-
-    experiment: str
-    seed: int
-    row: SweepRow
-    summary: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    started: str
-    attempts: int
-
-    @property
-    def ended(self) -> bool:
-        """Whether it counts as a trial: a failed run is one that did not find the answer."""
-        return self.row.state in {"done", "failed"}
-
-    @property
-    def result(self) -> str:
-        """The verdict, or why there is none."""
-        if self.row.state != "done":
-            return f"**{self.row.state}**" + (f": {self.row.error}" if self.row.error else "")
-        return "solved" if self.row.solved else "**not solved**"
-
-    def value(self, key: str) -> float | None:
-        """A number of the summary, None if it is missing."""
-        return self.row.numbers.get(key)
-
-
-def read_runs(out: Path, plan: Mapping[str, Sequence[int]]) -> list[Run]:
-    """Every planned run in the order of the plan; nothing that was planned is left out.
-
-    Args:
-        out: holds `<experiment>/<seed>/`, each a run directory.
-        plan: seeds by experiment.
-    """
-    runs: list[Run] = []
-    for experiment, seeds in plan.items():
-        folder = out / experiment
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = {row.job: row for row in sweep_rows(folder, {seed: [f"seed={seed}"] for seed in seeds})}
-        runs += [_read_run(folder, experiment, seed, rows[seed]) for seed in seeds]
-    return runs
-
-
-def _read_run(folder: Path, experiment: str, seed: int, row: SweepRow) -> Run:
-    path = folder / str(seed)
-    attempts = len(list(folder.glob(f"{seed}.attempt_*")))
-    try:
-        directory = RunDirectory.view(path)
-        environment, status = directory.read_environment(), directory.read_status() or {}
-        summary = (directory.read_summary() or {}) if row.state == "done" else {}
-    except RunDirectoryError:
-        return Run(experiment, seed, row, {}, {}, "", attempts)
-    if row.state == "running" and not directory.is_being_written():
-        row = dataclasses.replace(row, state="stopped")
-    return Run(experiment, seed, row, summary, environment, str(status.get("started", "")), attempts)
-
-
-def page(runs: Sequence[Run], *, overrides: Sequence[str], commands: Sequence[str]) -> str:
+def page(
+    runs: Sequence[Run],
+    *,
+    overrides: Sequence[str],
+    commands: Sequence[str],
+    pictures: Sequence[Picture] = (),
+) -> str:
     """The page in Markdown.
 
     Args:
         runs: from `read_runs`.
         overrides: what all runs were given besides experiment and seed.
         commands: the command lines that made the runs.
+        pictures: to be shown, beside the page.
     """
     experiments = list(dict.fromkeys(run.experiment for run in runs))
     groups = [[run for run in runs if run.experiment == name] for name in experiments]
     unusual = [text for text in overrides if not text.startswith("threads=")]
+    has_contributions = any(run.summary.get("contributions") for run in runs)
+    header = [*HEADER, CONTRIBUTIONS] if has_contributions else HEADER
+    about_contributions = _ABOUT_CONTRIBUTIONS if has_contributions else ""
+    cells = [_group_cells(group)[: len(header)] for group in groups]
     changed = f"**Every run was given `{' '.join(unusual)}`.**\n\n" if unusual else ""
-    return f"""# Known answers found
+    return f"""# Results: known answers found
 
 Generated by `make recovery` from the `summary.json` of every run; do not edit. {_unfinished(runs)}
 
-{changed}{table(HEADER, [_group_cells(group) for group in groups])}
+{changed}{table(header, cells)}
 
 *solved*: the target is certified, the causal importances of single features are those of the known answer at
 a tolerance of 0.2 at every site, and for TMS MMCS ≥ 0.99 and |ML2R − 1| ≤ 0.05; *strict*: the same at 0.1. In
@@ -117,7 +64,10 @@ evaluation needs, smallest to largest number over seeds. Targets are tried until
 number of tries says nothing about the decomposition. *time*: target, compilation, training and evaluation
 of one run. An experiment that ends in `-untied` is a harder variant, here for comparison.
 
-## Every run
+*paper*: {SOURCE}, Table 1, where – means that nothing is published; *authors*: seeds of the authors on
+which the known answer was found, which that table does not have.{about_contributions}
+
+{_gallery(pictures)}## Every run
 
 {table(RUN_HEADER, [_run_cells(run) for run in runs])}
 
@@ -138,6 +88,19 @@ Or one run by itself, `<seed>` being the number in the table:
 """
 
 
+def _gallery(pictures: Sequence[Picture]) -> str:
+    """The section of the pictures, or nothing."""
+    if not pictures:
+        return ""
+    lines = ["## Pictures", "", "Of each experiment the run of the lowest solved seed."]
+    for name in dict.fromkeys(picture.experiment for picture in pictures):
+        lines += ["", f"### {name}"]
+        for picture in pictures:
+            if picture.experiment == name:
+                lines += ["", f"{picture.sentence} Seed {picture.seed}.", "", picture.markdown]
+    return "\n".join([*lines, "", ""])
+
+
 def _unfinished(runs: Sequence[Run]) -> str:
     states = [run.row.state for run in runs if run.row.state != "done"]
     if not states:
@@ -148,19 +111,28 @@ def _unfinished(runs: Sequence[Run]) -> str:
 
 def _group_cells(runs: Sequence[Run]) -> list[str]:
     done = [run for run in runs if run.row.state == "done"]
-    tries = [float(run.summary["target"]["tries"]) for run in done]
+    tries = [
+        float(run.summary["target"]["tries"]) for run in done if "tries" in run.summary.get("target", {})
+    ]
+    published = published_of(runs[0].experiment)
+    authors = published.solved if published else None
     return [
         runs[0].experiment,
-        _seeds([run.seed for run in runs]),
+        ranges([run.seed for run in runs]),
         _fraction(runs, lambda run: run.row.solved),
+        fraction(*authors) if authors else NOTHING,
         _fraction(runs, lambda run: run.row.strict, interval=False),
         _fraction(runs, lambda run: run.row.certified, interval=False),
+        str(sum(run.failed for run in runs)),
         _near_one(done, "mmcs"),
+        f"{published.mmcs:.3f}" if published else NOTHING,
         _near_one(done, "ml2r"),
+        published.ml2r_text if published else NOTHING,
         _alive(done),
         f"{statistics.mean(tries):.1f} (at most {max(tries):.0f})" if tries else NOTHING,
         _median(done, "seconds", duration),
         _median(done, "steps_per_second", number),
+        _contributions(done),
     ]
 
 
@@ -194,12 +166,8 @@ def _fraction(runs: Sequence[Run], holds: Callable[[Run], bool | None], *, inter
     if not ended:
         return NOTHING + missing
     successes = sum(bool(holds(run)) for run in ended)
-    text = f"{successes} of {len(ended)}"
-    if interval:
-        low, high = wilson_interval(successes, len(ended))
-        text = f"**{text}**, {100 * successes / len(ended):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    failed = sum(run.row.state == "failed" for run in ended)
-    return text + (f", {failed} failed" if failed else "") + missing
+    count, _, share = fraction(successes, len(ended)).partition(", ")
+    return (f"**{count}**, {share}" if interval else count) + missing
 
 
 def _near_one(runs: Sequence[Run], key: str) -> str:
@@ -221,16 +189,22 @@ def _alive(runs: Sequence[Run]) -> str:
     return ", ".join(texts) or NOTHING
 
 
+def _contributions(runs: Sequence[Run]) -> str:
+    """R² and slope of each layer, mean ± standard deviation over the runs that measured them."""
+    measured: list[Mapping[str, Any]] = [run.summary.get("contributions") or {} for run in runs]
+    texts = []
+    for layer in dict.fromkeys(layer for found in measured for layer in found):
+        own = [found[layer] for found in measured if layer in found]
+        r2, slope = (
+            mean_and_spread([v[key] for v in own if v.get(key) is not None]) for key in ("r2", "slope")
+        )
+        texts.append(f"{layer} R² {r2}, slope {slope}")
+    return "; ".join(texts) or NOTHING
+
+
 def _median(runs: Sequence[Run], key: str, shown: Callable[[float], str]) -> str:
     values = [value for run in runs if (value := run.value(key)) is not None]
     return shown(statistics.median(values)) if values else NOTHING
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    first, last = min(seeds), max(seeds)
-    if sorted(seeds) != list(range(first, last + 1)):
-        return ", ".join(map(str, seeds))
-    return str(first) if first == last else f"{first}–{last}"
 
 
 def _facts(runs: Sequence[Run]) -> list[str]:

@@ -30,7 +30,7 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF
     and not path.stem.startswith("_")
-    and path.relative_to(CONF).parts[0] not in {"hydra", "local"}
+    and path.relative_to(CONF).parts[0] not in {"hydra", "local", "suite"}  # test_suite.py has the suites
     and path.relative_to(CONF).with_suffix("").as_posix().removeprefix("experiment/") not in EXPERIMENTS
 )
 

@@ -68,7 +68,10 @@ def test_readme_shows_commands_of_every_kind() -> None:
         assert part in shown
 
 
-@pytest.mark.parametrize("command", commands(README))
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(line, marks=[pytest.mark.slow] * ("suite=" in line)) for line in commands(README)],
+)
 def test_a_command_of_the_readme_composes_and_builds(in_folder: None, command: str) -> None:
     words = shlex.split(command.replace("$RUN", "run"))
     arguments = get_args_parser().parse_intermixed_args(words[1:])

@@ -7,7 +7,7 @@ import sys
 
 from hydra._internal.utils import get_args_parser
 
-from spd_hydra import distributed
+from spd_hydra import distributed, suite
 from spd_hydra.cli_help import help_text
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.composition import Composer
@@ -57,6 +57,7 @@ def _main(arguments: argparse.Namespace) -> int:
             print(help_text(composer))
             return ExitCode.ok
         if arguments.cfg or arguments.info:
+            suite.require_none(composer, arguments.overrides)
             composer.composed(arguments.overrides)
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
         return call_hydra(sys.argv[1:], lambda cfg: None)

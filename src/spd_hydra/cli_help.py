@@ -23,6 +23,7 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
   spd-run                                              the default, experiment=tms_5-2, on this machine
   spd-run experiment=resid_mlp1 seed=3 decomposition.sites.mlp_in.C=200 loss.importance_minimality.coeff=2e-5
   spd-run -m experiment=tms_5-2,tms_40-10 'seed=range(5)'      a sweep: every combination, a table at the end
+  spd-run -m suite=paper 'seed=range(5)'               the paper's seven toys, beside what it reports of them
   spd-run resume=<run dir> train.steps=30000           go on with a run, with its saved configuration
   spd-run debug=smoke                                  the whole path in seconds, to see that it works
 

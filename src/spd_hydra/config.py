@@ -53,6 +53,13 @@ class Device(Enum):
 
 
 @dataclasses.dataclass(kw_only=True)
+class Suite(Section):
+    """Experiments under one name, each a run of its own."""
+
+    experiments: list[str] = option(default_factory=list, help="experiments of the suite, in its YAML file")
+
+
+@dataclasses.dataclass(kw_only=True)
 class RunConfig(Section):
     """One run."""
 
@@ -79,6 +86,7 @@ class RunConfig(Section):
     objective: str = option("loss/total", "metric of the last evaluation that sweepers optimise")
     logger: LoggerSpec = option(default_factory=LoggerSpec, help="where metrics go besides the run directory")
     launcher: Launcher = option(default_factory=Launcher, help="where jobs run", saved=False)
+    suite: Suite = option(default_factory=Suite, help="several experiments at once, as a sweep", saved=False)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -95,6 +103,13 @@ class RunConfig(Section):
                 "launcher.gpus",
                 f"got 0 for device=cuda; launcher={self.launcher.kind} gives a job the "
                 "GPUs that are asked for, e.g. launcher.gpus=1",
+            )
+        if self.suite.experiments:  # the command line has put its experiments in its place before
+            listed = ", ".join(self.suite.experiments)
+            yield Problem(
+                "suite",
+                f"got {listed}, must be none for a single run; give one of them as experiment=…, or start "
+                "all with suite=… from the command line or submit()",
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")

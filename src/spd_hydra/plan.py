@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from spd_hydra import suite
 from spd_hydra.build import preflight
 from spd_hydra.composition import Composer, apply_overrides
 from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
@@ -40,16 +41,17 @@ def make_plan(
     Raises:
         ConfigError: lists everything that is wrong, for a sweep job by job.
     """
-    is_sweep = multirun or composer.is_sweep(overrides)
+    words = suite.expanded(composer, overrides)
+    is_sweep = multirun or words != list(overrides) or composer.is_sweep(words)
     if not is_sweep:
-        job = plan_job(composer, overrides, config_dir)
+        job = plan_job(composer, words, config_dir)
         if _starts_processes(job.config):  # a run in this process checks this itself
             preflight(job.config)
-        return Plan(overrides=list(overrides), jobs=[job], is_sweep=False)
+        return Plan(overrides=words, jobs=[job], is_sweep=False)
     jobs: list[Job] = []
     wrong: dict[str, list[int]] = {}
     built: set[str] = set()
-    settings = composer.jobs(overrides)
+    settings = composer.jobs(words)
     for number, setting in enumerate(settings):
         try:
             job = plan_job(composer, setting, config_dir)
@@ -70,7 +72,7 @@ def make_plan(
             )
         )
     require_one_launcher(jobs)
-    return Plan(overrides=list(overrides), jobs=jobs, is_sweep=True)
+    return Plan(overrides=words, jobs=jobs, is_sweep=True)
 
 
 def _starts_processes(config: RunConfig) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.coefficient_range import MARK, Cell, factors_of, presets, read_cells, section, write
-from benchmarks.recovery_page import Run
+from benchmarks.recovery_runs import Run
 
 from spd_hydra.report.sweep import SweepRow
 

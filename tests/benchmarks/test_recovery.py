@@ -1,12 +1,14 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.recovery import ROOT, ROWS, overrides_of, remember, seeds_of, to_do
-from benchmarks.recovery_page import page, read_runs
+from benchmarks.recovery import ROOT, ROWS, overrides_of, remember, seeds_of, to_do, write_page
+from benchmarks.recovery_page import CONTRIBUTIONS, HEADER, page
+from benchmarks.recovery_runs import read_runs
 
 from spd_hydra.composition import compose
 from spd_hydra.config import to_yaml
@@ -73,14 +75,85 @@ def _cells(text: str, start: str) -> list[str]:
 def test_the_table_counts_failures_as_unsolved_and_names_what_has_no_result(out: Path) -> None:
     text = page(read_runs(out, {"tms_5-2": range(5)}), overrides=["threads=1"], commands=["make it"])
     cells = _cells(text, "tms_5-2 | 0–4")
-    assert cells[2] == "**1 of 3**, 33 % [6, 79], 1 failed, 2 without a result"  # Wilson, by hand
-    assert cells[3] == "0 of 3, 1 failed, 2 without a result"
-    assert cells[4] == "2 of 3, 1 failed, 2 without a result"
-    assert cells[5] == "0.9746 ± 0.035 (worst 0.9500)"
-    assert cells[6] == "0.905 ± 0.15 (worst 0.8000)"
-    assert cells[7] == "embed 5–7 (5)"
-    assert cells[8] == "1.5 (at most 2)"
-    assert cells[9:] == ["75.0 s", "100"]
+    found = dict(zip(HEADER, cells, strict=True))
+    assert found == {
+        "experiment": "tms_5-2",
+        "seeds": "0–4",
+        "solved": "**1 of 3**, 33 % [6, 79], 2 without a result",  # Wilson, by hand
+        "authors: solved": "77 of 90, 86 % [77, 91]",
+        "strict": "0 of 3, 2 without a result",
+        "certified": "2 of 3, 2 without a result",
+        "failed": "1",
+        "MMCS": "0.9746 ± 0.035 (worst 0.9500)",
+        "paper: MMCS": "1.000",
+        "ML2R": "0.905 ± 0.15 (worst 0.8000)",
+        "paper: ML2R": "0.993 ± 0.002",
+        "alive (expected)": "embed 5–7 (5)",
+        "target tries": "1.5 (at most 2)",
+        "time, median": "75.0 s",
+        "steps/s, median": "100",
+    }
+
+
+def test_neuron_contributions_have_a_column_where_a_run_measured_them(out: Path) -> None:
+    for seed, r2, slope in ((0, 0.99, 0.9), (1, 0.97, 1.0)):
+        folder = out / "resid_mlp1" / str(seed)
+        summary = _summary(seed, solved=True, mmcs=0.99, ml2r=1.0, alive=5, seconds=1.0)
+        _leave(
+            folder, {"status": "done"}, summary | {"contributions": {"layers.0": {"r2": r2, "slope": slope}}}
+        )
+    text = page(read_runs(out, {"tms_5-2": [0], "resid_mlp1": [0, 1, 2]}), overrides=[], commands=[])
+    assert text.partition(CONTRIBUTIONS)[1]
+    # 0.98 ± 0.01 √2 and 0.95 ± 0.05 √2
+    assert _cells(text, "resid_mlp1 | 0–2")[-1] == "layers.0 R² 0.98 ± 0.014, slope 0.95 ± 0.071"
+    assert _cells(text, "resid_mlp1 | 0–2")[3] == "–"  # nothing is published of it
+    first, *_ = [line for line in text.splitlines() if line.startswith("| tms_5-2 | 0 |")]
+    assert first.endswith("| – |")
+    without = page(read_runs(out, {"tms_5-2": [0]}), overrides=[], commands=[])
+    assert CONTRIBUTIONS not in without
+
+
+def test_pictures_are_those_of_the_lowest_solved_seed_and_only_when_asked_for(
+    out: Path, tmp_path: Path
+) -> None:
+    summary = _summary(3, solved=True, mmcs=1.0, ml2r=1.0, alive=5, seconds=1.0)
+    _leave(out / "paper" / "tms_5-2" / "3", {"status": "done"}, summary)
+    _leave(out / "unsolved" / "0", {"status": "done"}, summary | {"solved": False})
+    for folder, figure, content in (
+        ("tms_5-2/0", "causal_importance", b"first"),
+        ("tms_5-2/0", "losses", b"not shown"),
+        ("tms_5-2/1", "causal_importance", b"of a run that is not solved"),
+        ("paper/tms_5-2/3", "tms_polygon", b"third"),
+        ("unsolved/0", "causal_importance", b"nothing"),
+    ):
+        (out / folder / "figures").mkdir(exist_ok=True)
+        (out / folder / "figures" / f"{figure}.png").write_bytes(content)
+    path = tmp_path / "docs" / "page.md"
+    write_page(out, path)
+    assert "![" not in path.read_text()
+    write_page(out, path, with_pictures=True)
+    copied = {file.name: file.read_bytes() for file in (path.parent / "images" / "results").iterdir()}
+    assert copied == {"tms_5-2_causal_importance.png": b"first", "paper-tms_5-2_tms_polygon.png": b"third"}
+    text = path.read_text()
+    assert "### tms_5-2\n\nThe causal importance of each subcomponent" in text
+    links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert [(path.parent / link).is_file() for link in links] == [True, True]
+
+
+def test_without_a_plan_the_page_is_made_of_the_finished_runs(out: Path, tmp_path: Path) -> None:
+    write_page(out, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "All 2 runs ended with a result." in text  # the failed and the stopped one left no summary
+    assert _cells(text, "tms_5-2 | 0–1")[6] == "0"
+    with pytest.raises(ConfigError, match="no finished run: there is nothing to make a table of"):
+        write_page(tmp_path / "empty", tmp_path / "page.md")
+
+
+def test_a_summary_that_lacks_what_is_measured_now_still_has_its_line(out: Path) -> None:
+    lean = {"experiment": "tms_5-2", "seed": 5, "solved": True, "strict": True}
+    _leave(out / "tms_5-2" / "5", {"status": "done"}, lean)
+    text = page(read_runs(out, {"tms_5-2": [5]}), overrides=[], commands=[])
+    assert _cells(text, "tms_5-2 | 5")[2:5] == ["solved", "yes", "–"]
 
 
 def test_every_planned_run_has_a_line_with_its_verdict_or_its_error(out: Path) -> None:
@@ -141,7 +214,8 @@ def test_the_plan_of_a_folder_grows_and_keeps_one_set_of_overrides(tmp_path: Pat
 def test_seeds_are_read_as_ranges_and_single_numbers() -> None:
     assert seeds_of("0-2,7") == [0, 1, 2, 7]
     assert {name: len(seeds) for name, seeds in ROWS.items()} == {
-        "tms_5-2": 20, "tms_5-2-id": 10, "tms_40-10": 3, "resid_mlp1": 1, "tms_5-2-untied": 10,
+        "tms_5-2": 20, "tms_5-2-id": 20, "tms_40-10": 20, "tms_40-10-id": 20, "resid_mlp1": 20,
+        "resid_mlp2": 5, "resid_mlp3": 3, "tms_5-2-untied": 20,
     }  # fmt: skip
 
 
@@ -155,7 +229,7 @@ def test_the_command_runs_what_is_missing_puts_a_stopped_run_aside_and_writes_th
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "1 of 1 runs to do" in done.stdout
     assert "[1 of 1] tms_5-2 seed 1: not solved" in done.stdout
-    text = (tmp_path / "recovery.md").read_text()
+    text = (tmp_path / "results.md").read_text()
     assert _cells(text, "tms_5-2 | 1")[2] == "**not solved** (attempt 2)"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "0 of 1 runs to do" in again.stdout

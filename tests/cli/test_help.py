@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.composition import compose
+from spd_hydra.composition import Composer, compose
 from spd_hydra.config import sections
 from spd_hydra.section import registered
+from spd_hydra.suite import expanded
 
 Call = Callable[..., Any]
 
@@ -89,4 +90,6 @@ def test_the_examples_can_be_composed(text: str) -> None:
         typed = [
             word for word in words if "=" in word and "<" not in word and "," not in word and "(" not in word
         ]
-        assert compose(typed).name
+        with Composer.open() as composer:  # a suite stands for the words of a sweep
+            single = [word for word in expanded(composer, typed) if "," not in word]
+        assert compose(single).name

@@ -1,8 +1,17 @@
 """What people read after a run or a sweep: a page, a table in the terminal."""
 
 from spd_hydra.report.page import write_report
+from spd_hydra.report.published import published_table
 from spd_hydra.report.sweep import sweep_rows, sweep_table
 from spd_hydra.report.sweep_page import write_sweep
 from spd_hydra.report.verdict import verdict_lines, verdict_table
 
-__all__ = ["sweep_rows", "sweep_table", "verdict_lines", "verdict_table", "write_report", "write_sweep"]
+__all__ = [
+    "published_table",
+    "sweep_rows",
+    "sweep_table",
+    "verdict_lines",
+    "verdict_table",
+    "write_report",
+    "write_sweep",
+]

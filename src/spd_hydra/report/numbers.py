@@ -48,6 +48,17 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean:.4g} ± {spread:.2g}"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers with neighbours drawn together: 0–4, 7; – of none."""
+    found: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if found and value == found[-1][-1] + 1:
+            found[-1].append(value)
+        else:
+            found.append([value])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in found) or NOTHING
+
+
 def text_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  "
 ) -> list[str]:

@@ -73,22 +73,22 @@ class SweepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepGroup:
-    """Jobs that differ only in their seeds; `judged` of them ended with a verdict, `solved` with success."""
+    """Jobs that differ only in their seeds.
+
+    `judged` of them ended with a verdict, `solved` with success, `strict` also at the strict tolerance.
+    """
 
     setting: tuple[tuple[str, str], ...]
     rows: list[SweepRow]
     judged: int
     solved: int
+    strict: int
     spread: dict[str, str]  # mean ± standard deviation over the finished jobs, by quantity
 
     @property
     def fraction(self) -> str:
         """The solved fraction with its 95 % interval: `18 of 20, 90 % [70, 97]`."""
-        if not self.judged:
-            return NOTHING
-        low, high = wilson_interval(self.solved, self.judged)
-        share = 100 * self.solved / self.judged
-        return f"{self.solved} of {self.judged}, {share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        return fraction(self.solved, self.judged) if self.judged else NOTHING
 
     @property
     def unfinished(self) -> str:
@@ -117,6 +117,16 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     centre = (share + z**2 / (2 * trials)) / scale
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def fraction(successes: int, trials: int) -> str:
+    """Successes out of trials, per cent, and Wilson's 95 % interval: `18 of 20, 90 % [70, 97]`.
+
+    Raises:
+        ValueError: as `wilson_interval`.
+    """
+    low, high = wilson_interval(successes, trials)
+    return f"{successes} of {trials}, {100 * successes / trials:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def sweep_rows(
@@ -151,6 +161,7 @@ def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
                 rows=own,
                 judged=len(judged),
                 solved=sum(bool(row.solved) for row in judged),
+                strict=sum(bool(row.strict) for row in judged),
                 spread={key: mean_and_spread(found) for key, found in values.items()},
             )
         )
@@ -169,11 +180,12 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     if not rows:
         return "no jobs\n"
     keys = varying_keys(rows)
+    told = [] if keys == ["experiment"] else keys  # the name alone says as much
     header = ["job", "setting", "state", "solved", "seed", "MMCS", "ML2R", "alive", "L0", "loss", "seconds"]
     cells = []
     for row in rows:
         setting = (
-            " ".join(f"{key}={value}" for key, value in row.setting if key in keys)
+            " ".join(f"{key}={value}" for key, value in row.setting if key in told)
             or row.experiment
             or NOTHING
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_hydra import atomic
+from spd_hydra.report import published
 from spd_hydra.report.html import render
 from spd_hydra.report.sweep import QUANTITIES, SweepRow, sweep_groups, varying_keys
 from spd_hydra.report.sweep_pictures import heatmaps, range_picture
@@ -18,7 +19,8 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
     """Write sweep.csv and sweep.html, one row per job, replacing older ones, and return their paths.
 
     The page groups jobs that differ only in the seed: mean ± standard deviation, and the solved fraction
-    with its 95 % interval (Wilson). Where jobs differ in one number it shows a picture of what that does.
+    with its 95 % interval (Wilson). Below stand the toys beside what is published of them. Where jobs differ
+    in one number it shows a picture of what that does.
 
     Raises:
         OSError: the directory cannot be written.
@@ -38,6 +40,9 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
         groups=sweep_groups(rows),
         picture=range_picture(sweep_dir, rows),
         heatmaps=heatmaps(sweep_dir, rows),
+        published_header=published.HEADER,
+        published=published.beside_the_paper(rows),
+        published_note=published.NOTE,
     )
     atomic.replace(page, content)
     return table, page
