@@ -115,7 +115,7 @@ def test_the_delta_settings_train_no_faithfulness_and_keep_the_delta(composer: C
     }
     assert config.decomposition.use_delta
     assert config.loss.importance_minimality.p_start == 2.0
-    assert (config.train.steps, config.train.lr_schedule.kind) == (20_000, ScheduleKind.cosine)
+    assert (config.train.steps, config.train.lr_schedule.kind) == (7_500, ScheduleKind.cosine)
     assert {site: pattern.C for site, pattern in config.decomposition.sites.items()} == dict.fromkeys(
         ["embed", "unembed", "hidden"], 200
     )

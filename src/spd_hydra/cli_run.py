@@ -119,6 +119,7 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
 
 def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
     """Write sweep.csv and sweep.html, print the table, and say with the exit code whether a job failed."""
+    rows = report.with_replicas(directory, rows)
     _, page = report.write_sweep(directory, rows)
     print(
         "\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows), f"  {page}"])

@@ -10,7 +10,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from spd_hydra import cli_task
+from spd_hydra.api import load_run
 from spd_hydra.config import RunConfig
+from spd_hydra.exit_code import ExitCode
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError
 from spd_hydra.run_dir import RunDirectoryError
@@ -260,3 +262,17 @@ def test_the_versions_are_shown(spd_run: Call) -> None:
         "hydra-core",
         "torch",
     ]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_replicas_has_a_row_for_each_of_them(spd_run: Call) -> None:
+    ended = spd_run("-m", "debug=smoke", "train.replicas=2", "seed=0,5", "train.steps=10")
+    assert ended.code == ExitCode.ok
+    for run, seed in {"0/0": 0, "0/1": 1, "1/0": 5, "1/1": 6}.items():
+        assert any(line.split()[:1] == [run] and "done" in line for line in ended.out.splitlines())
+        assert load_run(f"outputs/sweeps/{_only(Path('outputs/sweeps'))}/{run}").config.seed == seed
+
+
+def _only(folder: Path) -> str:
+    (found,) = folder.iterdir()
+    return found.name

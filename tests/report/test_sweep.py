@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.report import sweep_rows, sweep_table, write_sweep
+from spd_hydra.report import sweep_rows, sweep_table, with_replicas, write_sweep
 from spd_hydra.report.sweep import sweep_groups, wilson_interval
 
 
@@ -188,3 +188,25 @@ def test_a_sweep_without_jobs_is_no_error(tmp_path: Path) -> None:
     assert rows == []
     assert sweep_table(rows) == "no jobs\n"
     assert (tmp_path / "sweep.html").is_file()
+
+
+def test_a_job_of_several_replicas_has_a_row_for_each(sweep: Path, synthetic: Any, summaries: Any) -> None:
+    _job(sweep, 11, ["experiment=tms_5-2", "seed=7", "train.replicas=2"], {"status": "done"}, {"seed": 7})
+    for replica, solved in enumerate([True, False]):
+        summary = summaries.summary_of(synthetic.tms(solved=solved), seed=7 + replica)
+        _job(sweep / "11", replica, [], {"status": "done"}, summary)
+        (sweep / "11" / str(replica) / "config.yaml").write_text("")
+    (sweep / "11" / "1" / "report.html").write_text("report")
+    rows = with_replicas(sweep, sweep_rows(sweep))
+    assert [row.folder for row in rows] == ["0", "1", "2", "3", "4", "10", "11/0", "11/1"]
+    assert [(row.seed, row.solved, row.report) for row in rows[-2:]] == [
+        (7, True, None),
+        (8, False, "11/1/report.html"),
+    ]
+    assert rows[-1].overrides == {"experiment": "tms_5-2", "train.replicas": "2"}
+    assert rows[-1].setting == rows[-2].setting
+    assert "11/1" in sweep_table(rows)
+    table, page = write_sweep(sweep, rows)
+    written = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(row["job"], row["replica"]) for row in written][-2:] == [("11", "0"), ("11", "1")]
+    assert '<a href="11/1/report.html">11/1</a>' in page.read_text()

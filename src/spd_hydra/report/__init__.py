@@ -2,7 +2,7 @@
 
 from spd_hydra.report.page import write_report
 from spd_hydra.report.published import published_table
-from spd_hydra.report.sweep import sweep_rows, sweep_table
+from spd_hydra.report.sweep import sweep_rows, sweep_table, with_replicas
 from spd_hydra.report.sweep_page import write_sweep
 from spd_hydra.report.verdict import verdict_lines, verdict_table
 
@@ -12,6 +12,7 @@ __all__ = [
     "sweep_table",
     "verdict_lines",
     "verdict_table",
+    "with_replicas",
     "write_report",
     "write_sweep",
 ]

@@ -32,6 +32,7 @@ class SweepRow:
         exit: how it ended according to the scheduler, where that is not well.
         traceback: of an error that nobody foresaw.
         finding: the likeliest reason why it is not solved, and what to change.
+        replica: of a job that trains several, which one this is.
     """
 
     job: int
@@ -52,6 +53,12 @@ class SweepRow:
     exit: str | None = None
     traceback: str | None = None
     finding: str | None = None
+    replica: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """The run's directory below the sweep's, which also names the row: `3`, or `3/0` for a replica."""
+        return str(self.job) if self.replica is None else f"{self.job}/{self.replica}"
 
     @property
     def objective(self) -> float:
@@ -147,6 +154,25 @@ def sweep_rows(
     return [_row(sweep_dir, job, given.get(job), planned.get(job, (None, None))) for job in jobs]
 
 
+def with_replicas(sweep_dir: Path, rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """The rows, with one for each replica in place of the job that trained them."""
+    found: list[SweepRow] = []
+    for row in rows:
+        directory = sweep_dir / str(row.job)
+        own = sweep_rows(directory) if (directory / "0" / "config.yaml").is_file() else []
+        found += [
+            dataclasses.replace(
+                one,
+                job=row.job,
+                replica=one.job,
+                overrides={key: value for key, value in row.overrides.items() if key != "seed"},
+                report=None if one.report is None else f"{row.job}/{one.report}",
+            )
+            for one in own
+        ] or [row]
+    return found
+
+
 def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
     """Repetitions together, in the order of their first job."""
     settings = dict.fromkeys(row.setting for row in rows)
@@ -191,7 +217,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         )
         values = [number(row.numbers.get(key)) for key in ("mmcs", "ml2r", "alive", "l0", "loss", "seconds")]
         seed = NOTHING if row.seed is None else str(row.seed)
-        cells.append([str(row.job), setting, row.state, _yes_no(row.solved), seed, *values])
+        cells.append([row.folder, setting, row.state, _yes_no(row.solved), seed, *values])
     other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
     room = max(WIDTH - 4 - other, 8)
     cells = [[line[0], clipped(line[1], room), *line[2:]] for line in cells]
@@ -202,7 +228,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         facts += [group.unfinished] if group.unfinished else []
         text = "; ".join(facts)
         lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
-    errors = [f"  job {row.job}: {row.reason}" for row in rows if row.error]
+    errors = [f"  job {row.folder}: {row.reason}" for row in rows if row.error]
     if errors:
         lines += ["", *errors]
     return "\n".join([*lines, ""])

@@ -61,7 +61,8 @@ def _as_csv(rows: Sequence[SweepRow]) -> str:
         key for row in rows for key in row.overrides if key not in {"seed", "experiment"}
     )
     names = dict.fromkeys(name for row in rows for name in row.numbers)
-    fixed, judged = ["job", "id", "state", "experiment", "seed"], ["solved", "strict", "certified"]
+    replica = ["replica"] if any(row.replica is not None for row in rows) else []
+    fixed, judged = ["job", *replica, "id", "state", "experiment", "seed"], ["solved", "strict", "certified"]
     ended = ["finding", "exit", "error", "report"]
     header = [*fixed, *overrides, *judged, *names, *ended]
     text = io.StringIO(newline="")

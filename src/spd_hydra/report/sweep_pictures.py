@@ -67,13 +67,13 @@ def heatmaps(sweep_dir: Path, rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
     drawn = []
     for experiment, line in lines.items():
         for value in sorted(line):
-            paths = {row.job: sweep_dir / str(row.job) / "figures" / HEATMAPS for row in line[value]}
-            rows_drawn = [row for row in line[value] if paths[row.job].is_file()]
+            paths = {row.folder: sweep_dir / row.folder / "figures" / HEATMAPS for row in line[value]}
+            rows_drawn = [row for row in line[value] if paths[row.folder].is_file()]
             if not rows_drawn:
                 continue
             first = min(rows_drawn, key=lambda row: (row.seed is None, row.seed, row.job))
             caption = _caption(first, key, experiment if len(lines) > 1 else "")
-            drawn.append(Drawn(name=f"job {first.job}", caption=caption, path=paths[first.job]))
+            drawn.append(Drawn(name=f"job {first.folder}", caption=caption, path=paths[first.folder]))
     pictures, missing = embedded(drawn[:MOST_HEATMAPS])
     for text in missing:
         log.warning("%s", text)
