@@ -130,7 +130,7 @@ def test_the_default_is_the_smallest_toy(composer: Composer) -> None:
 
 def test_an_experiment_wins_over_the_defaults(composer: Composer) -> None:
     assert composer.run_config([]).train.steps == 6_000
-    assert composer.run_config(["experiment=resid_mlp1"]).train.steps == 20_000
+    assert composer.run_config(["experiment=resid_mlp1"]).train.steps == 10_000
 
 
 def test_a_typed_value_wins_over_experiment_and_debug(composer: Composer) -> None:
