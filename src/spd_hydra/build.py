@@ -10,6 +10,8 @@ from spd_hydra import distributed, rng
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.input_init import start_from_inputs
+from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
 from spd_hydra.metric.evaluate import evaluate
@@ -21,6 +23,7 @@ from spd_hydra.section import ConfigError
 
 _DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
 _FEW_ROWS = 8
+_CANDIDATES = 16  # inputs per subcomponent from which `init=inputs` chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Parts:
         config = self.config
         seed = rng.derived_seed(config.seed, "restart", number) if number else config.seed
         model = DecomposedModel(self.model.target, config.decomposition, config.ci_fn, seed=seed)
+        model.to(self.model.device)
+        _start(model, self.batches, config, seed)
         return model.trainable_state()
 
     def train_sampler(self) -> Sampler:
@@ -141,6 +146,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
     has_values = device.type != "meta"
     if has_values:
         model.find_roots(example)
+        _start(model, batches, config, config.seed)
     with torch.no_grad():
         importances = next(iter(model.causal_importances(example).values()))
     return Parts(
@@ -153,6 +159,15 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
         known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),
     )
+
+
+def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: int) -> None:
+    """Initial values that need data."""
+    if config.decomposition.init is not Init.inputs:
+        return
+    largest = max(shape.C for shape in model.site_shapes().values())
+    key = rng.key(seed, "initial_inputs").to(model.device)
+    start_from_inputs(model, batches(key, _rows(_CANDIDATES * largest, model.device)))
 
 
 def preflight(config: RunConfig) -> Parts:

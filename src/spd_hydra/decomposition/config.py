@@ -39,7 +39,9 @@ class Decomposition(Section):
         "(no leak) | sigmoid",
     )
     init: Init = option(
-        Init.normal, "how V and U start: normal | aligned (unit vectors scaled to fit the weights)"
+        Init.normal,
+        "how V and U start: normal | aligned (unit vectors scaled to fit the weights) | inputs (V along "
+        "inputs of the site, far from each other)",
     )
 
     def problems(self) -> Iterator[Problem]:

@@ -13,10 +13,12 @@ class Init(Enum):
     """How V and U start.
 
     `normal`: V ~ N(0, 1/d_in), U ~ N(0, 1/C). `aligned`: unit vectors, then U_c scaled by ⟨U_c V_c, W⟩.
+    `inputs`: V along inputs of the site (`input_init.start_from_inputs`, which starts from `normal`).
     """
 
     normal = "normal"
     aligned = "aligned"
+    inputs = "inputs"
 
 
 class Subcomponents(nn.Module):
@@ -39,7 +41,7 @@ class Subcomponents(nn.Module):
         d_out, d_in = weight.shape
         V = torch.randn(d_in, C, generator=generator)
         U = torch.randn(C, d_out, generator=generator)
-        if init is Init.normal:
+        if init is not Init.aligned:
             V, U = V / d_in**0.5, U / C**0.5
         else:
             V, U = V / V.norm(dim=0), U / U.norm(dim=1, keepdim=True)
