@@ -1,0 +1,66 @@
+"""`init=inputs`: V along inputs of the site, far apart; U the smallest that sums to the weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spd_hydra.ci_fn.mlp import MLPCausalImportance
+from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.input_init import spread_directions, start_from_inputs
+from spd_hydra.decomposition.subcomponents import Init
+from spd_hydra.model.resid_mlp import MLPLayer, ResidMLPModel
+from spd_hydra.model.tms import TMSModel
+from spd_hydra.section import ConfigError
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decomposed(target: nn.Module, tied: dict[str, str] | None = None, **c: int) -> DecomposedModel:
+    sites = {name: SitePattern(pattern=name.replace("__", "."), C=C) for name, C in c.items()}
+    config = Decomposition(sites=sites, tied=tied or {}, init=Init.inputs)
+    return DecomposedModel(copy.deepcopy(target), config, MLPCausalImportance(hidden=2), seed=0)
+
+
+def test_directions_are_chosen_farthest_first() -> None:
+    inputs = torch.tensor([[0.0, 0, 0], [2, 0, 0], [3, 0.3, 0], [-1, 0, 0], [1, 1, 0], [0, 0, 5], [0, 4, 0]])
+    V = spread_directions(inputs, 3, torch.ones(3, 3))
+    # The first that is not zero; then one at a right angle to it; then one at right angles to both.
+    assert V.T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
+def test_where_inputs_have_fewer_directions_the_other_columns_stay() -> None:
+    V = spread_directions(torch.tensor([[0.0, 3.0]]), 3, torch.tensor([[9.0, 3.0, 0.0], [9.0, 4.0, 2.0]]))
+    torch.testing.assert_close(V, torch.tensor([[0.0, 0.6, 0.0], [1.0, 0.8, 1.0]]))
+
+
+def test_every_lone_feature_gets_a_subcomponent_that_reads_it() -> None:
+    layer = MLPLayer(draw(3, 12, seed=1), draw(12, 3, seed=2))
+    W_E = torch.linalg.qr(draw(12, 5, seed=3))[0].T
+    model = decomposed(ResidMLPModel(W_E, [layer]), layers__0__mlp_in=7, layers__0__mlp_out=4)
+    start_from_inputs(model, torch.cat([torch.zeros(3, 5), -0.5 * torch.eye(5), draw(20, 5)]))
+    pieces = model.pieces("layers.0.mlp_in")
+    torch.testing.assert_close((W_E @ pieces.V).abs().amax(dim=1), torch.ones(5))
+    # Seven directions span the five that inputs have: there V U is W.
+    torch.testing.assert_close(W_E @ pieces.V @ pieces.U, W_E @ layer.mlp_in.weight.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.weight_delta("layers.0.mlp_out"), torch.zeros(12, 3), atol=1e-5, rtol=0)
+
+
+def test_tied_sites_follow_their_source() -> None:
+    model = decomposed(TMSModel(draw(2, 5), torch.zeros(5), 0), {"unembed": "embed"}, embed=6, unembed=6)
+    start_from_inputs(model, torch.eye(5))
+    torch.testing.assert_close(model.weight_delta("embed"), torch.zeros(2, 5), atol=1e-5, rtol=0)
+    assert torch.equal(model.pieces("unembed").V, model.pieces("embed").U.T)
+
+
+def test_tokens_are_no_directions() -> None:
+    target = nn.Sequential(nn.Embedding(5, 3))
+    model = DecomposedModel(
+        target, Decomposition(sites={"all": SitePattern(pattern="0", C=4)}), MLPCausalImportance(), seed=0
+    )
+    with pytest.raises(ConfigError, match=r"decomposition.init: got inputs, but site '0' is an embedding"):
+        start_from_inputs(model, torch.arange(5))
