@@ -71,6 +71,7 @@ class PlainStep:
             parent, _, attribute = name.rpartition(".")
             setattr(self.target.get_submodule(parent), attribute, site)
         self.ci_kind = type(parts.config.ci_fn)
+        self.steps_done = 0
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=parts.config.train.lr, weight_decay=0.0
         )
@@ -82,6 +83,7 @@ class PlainStep:
         self.optimizer.zero_grad()
         torch.autograd.backward(terms["total"])
         self.optimizer.step()
+        self.steps_done += 1
         return {name: term.detach() for name, term in terms.items()}
 
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -188,7 +190,7 @@ class PlainStep:
         total = torch.zeros((), device=self.device)
         for value in z.values():
             upper = torch.where(value > 1, 1 + LEAK * (value - 1), value.clamp(0, 1))
-            f = ((upper + term.eps) ** term.p_start).mean(dim=0)
+            f = ((upper + term.eps) ** term.p(self.steps_done / self.config.train.steps)).mean(dim=0)
             total = total + (f * (1 + term.beta * torch.log2(1 + len(value) * f))).sum()
         return total
 
@@ -251,7 +253,6 @@ def _require_known(parts: Parts) -> None:
         ("decomposition.use_delta=true", lambda: config.decomposition.use_delta),
         ("loss.divergence=mse", lambda: config.loss.divergence is Divergence.mse),
         ("a positive loss.importance_minimality.coeff", lambda: term.coeff > 0),
-        ("a constant exponent of importance_minimality", lambda: term.p_start == term.p_end),
         ("no loss terms but faithfulness, importance_minimality and recon", lambda: active.keys() <= known),
         ("at least one recon term", lambda: bool(recon)),
         (
