@@ -46,6 +46,15 @@ def test_sums_with_tensors_on_either_side() -> None:
     torch.testing.assert_close(dense(PLAIN + KEPT), FORMED + PLAIN)
 
 
+def test_arguments_by_name_and_further_ones_are_heeded() -> None:
+    matrix, bias = draw(5, 7, seed=10), draw(5, seed=11)
+    linear = nn.functional.linear(weight=matrix, bias=bias, input=KEPT)
+    torch.testing.assert_close(linear, FORMED @ matrix.T + bias)
+    with pytest.raises(TypeError):
+        torch.add(PLAIN, KEPT, alpha=2)  # type: ignore[call-overload]
+    torch.testing.assert_close((KEPT + bias.new_ones(7)).dense(), FORMED + 1)
+
+
 def test_scaling_and_choosing_by_position() -> None:
     factor, where = draw(4, seed=7), torch.tensor([True, False, False, True])
     torch.testing.assert_close(KEPT.scaled(factor).dense(), factor[:, None] * FORMED)

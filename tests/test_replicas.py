@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from spd_hydra.api import decompose, load_run
-from spd_hydra.checkpoint import load_newest
+from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.replica_runs import _common_checkpoints
 from spd_hydra.replicas import Replicas
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.run import RunError, run
+from spd_hydra.run_dir import RunDirectory
 from spd_hydra.sampler import StackedSampler
 from spd_hydra.section import ConfigError
 from spd_hydra.trainer import Trainer, TrainingError
@@ -129,6 +132,38 @@ def test_one_that_breaks_drops_out_and_the_others_never_know(make: Make) -> None
         assert all(
             torch.equal(value, weights(whole[number])[n]) for n, value in weights(trainers[number]).items()
         )
+
+
+def test_initialisations_that_break_change_nothing_for_the_others(make: Make) -> None:
+    words = ("train.restarts.number=4", "train.restarts.fraction=0.3")
+
+    def begun(*broken: int) -> list[Trainer]:
+        """Two trainers after the choice; of the second one these initialisations are broken."""
+        trainers, replicas = together(make, *words, seeds=range(2))
+        for trainer in trainers:
+            trainer.evaluate = lambda step: Evaluation(
+                step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": 1.0}, sites={}
+            )
+        first = [weights(trainer) for trainer in trainers]
+
+        def initial(trainer: int) -> Callable[[int], dict[str, Tensor]]:
+            def state(number: int) -> dict[str, Tensor]:
+                factor = torch.nan if trainer == 1 and number in broken else 1 + number / 10
+                return {name: value * factor for name, value in first[trainer].items()}
+
+            return state
+
+        errors = begin_with_best(replicas, [initial(0), initial(1)])
+        assert [error is not None for error in errors] == [False, broken == (0, 1, 2, 3)]
+        replicas.leave_out({number: error for number, error in enumerate(errors) if error is not None})
+        replicas.fit()
+        return trainers
+
+    whole = begun()[0].state()
+    for broken in [(0,), (0, 1, 2), (0, 1, 2, 3)]:
+        for own, wanted in zip(begun(*broken)[0].state(), whole, strict=True):
+            assert own.keys() == wanted.keys()
+            assert all(torch.equal(value, wanted[name]) for name, value in own.items())
 
 
 def test_when_all_break_no_further_step_is_taken(make: Make) -> None:
@@ -244,6 +279,53 @@ def test_replicas_that_are_killed_and_resumed_end_with_the_same_bits(
         assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("at", [4, 12])
+def test_after_one_dropped_out_the_others_are_resumed(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Replica 1 breaks before or after its first checkpoint, and all are killed later."""
+    alone = run(toy("seed=0")).run_dir
+    assert alone is not None
+    record = Trainer.record
+
+    def spoiled(self: Trainer, loss: StepLoss) -> Evaluation | None:
+        if self.run.path.name == "1" and self.step == at:
+            break_at(self)
+        if self.run.path.name == "0" and self.step == 17:
+            raise Killed
+        return record(self, loss)
+
+    config = toy("train.replicas=2", "train.checkpoint_every=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "record", spoiled)
+        with pytest.raises(Killed):
+            run(config)
+    (broken,) = (path for path in (Path(config.out_dir) / config.name).iterdir() if path != alone)
+    saved = load_config(broken / "config.yaml")
+    with pytest.raises(RunError, match=rf"1 of 2 replicas failed; replica 1: the loss is nan at step {at}"):
+        run(dataclasses.replace(saved, resume=str(broken)), saved=saved)
+    opened = load_run(broken / "0")
+    assert (opened.status["status"], opened.summary["steps"]) == ("done", 20)
+    assert_close(opened.model.trainable_state(), load_run(alone).model.trainable_state())
+
+
+def test_checkpoints_that_only_some_have_are_removed_before_they_go_on(tmp_path: Path) -> None:
+    directories = [RunDirectory.create(tmp_path, "replica") for _ in range(2)]
+    for own, steps in zip(directories, [(4, 8, 9), (4, 8)], strict=True):
+        for step in steps:
+            save_checkpoint(own.checkpoints, step, {"model": {"w": torch.ones(2)}}, {"step": step}, 3)
+    assert [found.step for found in _common_checkpoints(directories) if found] == [8, 8]
+    assert [steps_of(own.checkpoints) for own in directories] == [[4, 8], [4, 8]]
+    (directories[0].checkpoints / "step_8" / "model.safetensors").write_bytes(b"damaged")
+    assert [found.step for found in _common_checkpoints(directories) if found] == [4, 4]
+    shutil.rmtree(directories[1].checkpoints)
+    save_checkpoint(directories[0].checkpoints, 6, {"model": {"w": torch.ones(2)}}, {"step": 6}, 3)
+    with pytest.raises(CheckpointError, match="no step of which all have a whole checkpoint"):
+        _common_checkpoints(directories)
+    for own in directories:
+        own.close()
+
+
 def test_a_replica_that_fails_says_so_and_the_others_have_their_results(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,5 +350,7 @@ def test_what_replicas_cannot_do_is_refused(toy: Toy) -> None:
         ConfigError, match=r"train.keep_checkpoints: got 1, must be ≥ 2 with train.replicas=2"
     ):
         toy("train.replicas=2", "train.keep_checkpoints=1")
+    with pytest.raises(ConfigError, match=r"train.replicas: got 2 with 3 ranks; replicas share one process"):
+        toy("train.replicas=2", "launcher.ranks_per_node=3")
     with pytest.raises(ConfigError, match=r"train.replicas: got 2, but decompose\(\) returns one run"):
         decompose(toy("train.replicas=2"))

@@ -37,7 +37,7 @@ def analyse(config: RunConfig) -> Outcome:
             config = dataclasses.replace(config, device=wanted)
         device = device_of(config)
         target = read_target(config, directory.path, device)
-        parts = assemble(config, target.module, device)
+        parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         seconds, speed = _times(checkpoint, directory.read_summary() or {})
         summary, _ = conclude(

@@ -10,7 +10,7 @@ from spd_hydra import distributed, rng
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.input_init import start_from_inputs
+from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
@@ -132,8 +132,10 @@ def untrained_target(config: RunConfig) -> nn.Module:
     return config.model.build(rng.generator(0, "untrained_target"))
 
 
-def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Parts:
+def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untrained: bool = True) -> Parts:
     """Decomposed model, objective and data for a target; on the meta device without a known answer.
+
+    With `untrained=False` initial values that need data are left out: trained ones will be loaded.
 
     Raises:
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
@@ -144,11 +146,14 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device) -> Part
     )
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     has_values = device.type != "meta"
+    if config.decomposition.init is Init.inputs:
+        require_vectors(model)
     if has_values:
         model.find_roots(example)
-        _start(model, batches, config, config.seed)
     with torch.no_grad():
         importances = next(iter(model.causal_importances(example).values()))
+    if has_values and untrained:
+        _start(model, batches, config, config.seed)
     return Parts(
         config=config,
         batches=batches,
@@ -165,9 +170,12 @@ def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: in
     """Initial values that need data."""
     if config.decomposition.init is not Init.inputs:
         return
-    largest = max(shape.C for shape in model.site_shapes().values())
     key = rng.key(seed, "initial_inputs").to(model.device)
-    start_from_inputs(model, batches(key, _rows(_CANDIDATES * largest, model.device)))
+    with torch.no_grad():
+        first = next(iter(model.causal_importances(batches(key, _rows(1, model.device))).values()))
+    positions = first.lower[..., 0].numel()  # of a row
+    wanted = _CANDIDATES * max(shape.C for shape in model.site_shapes().values())
+    start_from_inputs(model, batches(key, _rows(-(-wanted // positions), model.device)))
 
 
 def preflight(config: RunConfig) -> Parts:

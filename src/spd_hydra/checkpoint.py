@@ -147,6 +147,18 @@ def require_whole(directory: Path) -> None:
         raise _none_whole(directory, damages)
 
 
+def steps_of(directory: Path) -> list[int]:
+    """Steps of which there is a checkpoint, whole or damaged, ascending."""
+    return sorted({_step_of(path) for path in _candidates(directory)})
+
+
+def remove_newer(directory: Path, step: int) -> None:
+    """Remove the checkpoints of later steps than this."""
+    for path in _candidates(directory):
+        if _step_of(path) > step:
+            _remove(path)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint and check every byte of it.
 

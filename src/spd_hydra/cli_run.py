@@ -119,12 +119,13 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
 
 def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
     """Write sweep.csv and sweep.html, print the table, and say with the exit code whether a job failed."""
+    has_failed = any(row.state == "failed" for row in rows)
     rows = report.with_replicas(directory, rows)
     _, page = report.write_sweep(directory, rows)
     print(
         "\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows), f"  {page}"])
     )
-    return ExitCode.jobs_failed if any(row.state == "failed" for row in rows) else ExitCode.ok
+    return ExitCode.jobs_failed if has_failed else ExitCode.ok
 
 
 def _sweep_directory(plan: Plan) -> Path:

@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
-from spd_hydra.launcher_config import Background, Launcher
+from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
@@ -110,6 +110,13 @@ class RunConfig(Section):
                 "suite",
                 f"got {listed}, must be none for a single run; give one of them as experiment=…, or start "
                 "all with suite=… from the command line or submit()",
+            )
+        ranks = self.launcher.ranks if isinstance(self.launcher, Slurm) else self.launcher.local_ranks
+        if self.train.replicas > 1 and ranks > 1:
+            yield Problem(
+                "train.replicas",
+                f"got {self.train.replicas} with {ranks} ranks; replicas share one process. Give each GPU a "
+                "job of its own: a sweep over seeds, with launcher.gpus=1",
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")

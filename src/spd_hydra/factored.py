@@ -70,15 +70,12 @@ class Factored:
 
     def dense(self) -> Float[Tensor, "*positions d"]:
         """The vector itself."""
-        parts = [c if basis is None else c @ basis.value for c, basis in self.terms]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return _sum([c if basis is None else c @ basis.value for c, basis in self.terms])
 
     def _read(self, matrix: Matrix) -> Tensor:
-        parts = [c @ (matrix.value if basis is None else _product(basis, matrix)) for c, basis in self.terms]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return _sum(
+            [c @ (matrix.value if basis is None else _product(basis, matrix)) for c, basis in self.terms]
+        )
 
     @classmethod
     def __torch_function__(
@@ -86,13 +83,23 @@ class Factored:
     ) -> Any:
         """What `nn.Linear` and `tensor + x` come to."""
         if func is nn.functional.linear:
-            x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-            y = cast(Factored, x)._read(Matrix(weight, transposed=True))
-            return y if bias is None else y + bias
-        if func in (Tensor.add, Tensor.__add__, torch.add) and len(args) == 2:
+            return _linear(*args, **(kwargs or {}))
+        if func in (Tensor.add, Tensor.__add__, torch.add) and len(args) == 2 and not kwargs:
             tensor, x = args
             return x + tensor
         return NotImplemented
+
+
+def _linear(input: Factored, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = input._read(Matrix(weight, transposed=True))
+    return y if bias is None else y + bias
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 Activation = Tensor | Factored
@@ -137,6 +144,7 @@ class WritingLinear(nn.Linear, KeepsFactors):
 
     def forward(self, input: Tensor) -> Tensor:
         """x Wᵀ."""
+        assert getattr(self, "bias", None) is None, "a writing layer has no bias"
         return cast(Tensor, self.written(input, self.weight, transposed=True))
 
 

@@ -12,17 +12,24 @@ from typing import Any
 
 from spd_hydra import report
 from spd_hydra.build import device_of
-from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
+from spd_hydra.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_newest,
+    remove_newer,
+    steps_of,
+)
 from spd_hydra.config import RunConfig, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.pipeline import Work, prepare
 from spd_hydra.rank_errors import RunError
-from spd_hydra.replicas import Replicas
+from spd_hydra.replicas import DROPPED, Replicas
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome
-from spd_hydra.run_dir import RunDirectory, Status
+from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.stop import Stopped, StopSignals
 from spd_hydra.trainer import TrainingError
 
@@ -35,22 +42,24 @@ def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: Stop
         Stopped: a signal asked for it.
     """
     started = time.perf_counter()
+    directories: list[RunDirectory] = []
+    all_work: list[Work] = []
     with contextlib.ExitStack() as stack:
-        directories = [
-            stack.enter_context(_open(config, directory, number)) for number in range(config.train.replicas)
-        ]
-        all_work: list[Work] = []
         try:
+            for number in range(config.train.replicas):
+                directories.append(stack.enter_context(_open(config, directory, number)))
+            broken = _dropped_before(directories)
             for number, own in enumerate(directories):
                 all_work.append(prepare(_single(config, number), own, signals, started))
-                own.write_status(Status.running, step=0)
-            results = _train(all_work)
+            results = _train(all_work, broken)
             summaries = [
                 _conclude(work, result, config.train.replicas)
                 for work, result in zip(all_work, results, strict=True)
             ]
         except BaseException as error:
             _record_end(directories, all_work, error)
+            if isinstance(error, TrainingError):
+                raise RunError(str(error)) from error
             raise
     return _outcome(config, directory, summaries, results)
 
@@ -63,42 +72,77 @@ def _single(config: RunConfig, number: int) -> RunConfig:
 
 def _open(config: RunConfig, directory: RunDirectory, number: int) -> RunDirectory:
     path = directory.path / str(number)
+    if path.is_symlink():
+        raise RunDirectoryError(f"{path} is a link, which may lead out of the run directory")
     own = RunDirectory.open(path) if (path / "config.yaml").is_file() else RunDirectory.at(path)
     own.write_config(to_yaml(_single(config, number)))
     own.write_environment(describe_environment(device_of(config).type))
     return own
 
 
-def _train(all_work: Sequence[Work]) -> list[Evaluation | TrainingError]:
-    trainers = [work.trainer for work in all_work]
-    for trainer, checkpoint in zip(trainers, _common_checkpoints(all_work), strict=True):
+def _dropped_before(directories: Sequence[RunDirectory]) -> dict[int, TrainingError]:
+    """The replicas that dropped out in an earlier session, with the reason."""
+    errors = {number: (own.read_status() or {}).get("error") or "" for number, own in enumerate(directories)}
+    found = {n: TrainingError(text[len(DROPPED) :]) for n, text in errors.items() if text.startswith(DROPPED)}
+    return found if len(found) < len(directories) else {}
+
+
+def _train(all_work: Sequence[Work], broken: dict[int, TrainingError]) -> list[Evaluation | TrainingError]:
+    left = {number: work for number, work in enumerate(all_work) if number not in broken}
+    checkpoints = _common_checkpoints([work.directory for work in left.values()])
+    for work, checkpoint in zip(left.values(), checkpoints, strict=True):
         if checkpoint is None:
-            trainer.run.truncate_metrics(0)
+            work.directory.truncate_metrics(0)
         else:
-            trainer.restore(checkpoint)
-    group = Replicas(trainers)
-    if trainers[0].step:
-        say(f"going on from step {trainers[0].step}")
+            work.trainer.restore(checkpoint)
+        work.directory.write_status(Status.running, work.trainer.step)
+    group = Replicas([work.trainer for work in all_work])
+    group.leave_out(broken)
+    step = next(iter(left.values())).trainer.step
+    if step:
+        say(f"going on from step {step}")
+        for number in broken:
+            all_work[number].trainer.step = step  # takes the steps of the others along, and leaves nothing
         return group.fit()
     errors = begin_with_best(group, [work.parts.initial_state for work in all_work])
-    group.leave_out({number: error for number, error in enumerate(errors) if error is not None})
+    group.leave_out(broken | {number: error for number, error in enumerate(errors) if error is not None})
     return group.fit()
 
 
-def _common_checkpoints(all_work: Sequence[Work]) -> list[Checkpoint] | list[None]:
-    """Of each replica the checkpoint of the newest step that all of them have."""
-    newest = [load_newest(work.directory.checkpoints) for work in all_work]
-    found = [checkpoint for checkpoint in newest if checkpoint is not None]
-    if len(found) < len(newest):
-        return [None] * len(newest)
-    step = min(checkpoint.step for checkpoint in found)
-    return [c if c.step == step else load_checkpoint(c.path.with_name(f"step_{step}")) for c in found]
+def _common_checkpoints(directories: Sequence[RunDirectory]) -> list[Checkpoint] | list[None]:
+    """Of each replica the checkpoint of the newest step that all have whole; newer ones are removed.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none that all have.
+    """
+    newest = [load_newest(own.checkpoints) for own in directories]
+    steps = [steps_of(own.checkpoints) for own in directories]
+    for step in sorted(set[int].intersection(*map(set, steps)), reverse=True):
+        try:
+            found = [load_checkpoint(own.checkpoints / f"step_{step}") for own in directories]
+        except CheckpointError:
+            continue
+        for own in directories:
+            own.require_ownership()
+            remove_newer(own.checkpoints, step)
+        return found
+    if all(newest) or max(map(len, steps)) > 1:
+        raise CheckpointError(
+            "the replicas have no step of which all have a whole checkpoint; "
+            + ", ".join(
+                f"{own.path}: {known or 'none'}" for own, known in zip(directories, steps, strict=True)
+            )
+        )
+    for own in directories:  # killed while the first checkpoint was saved
+        own.require_ownership()
+        remove_newer(own.checkpoints, 0)
+    return [None] * len(directories)
 
 
 def _conclude(work: Work, result: Evaluation | TrainingError, replicas: int) -> dict[str, Any] | None:
     """The summary of a replica; None if it failed, which its status then says."""
     if isinstance(result, TrainingError):
-        work.directory.write_status(Status.failed, work.trainer.step, error=f"TrainingError: {result}")
+        work.directory.write_status(Status.failed, work.trainer.step, error=f"{DROPPED}{result}")
         work.tracker.finish(None, 1)
         return None
     summary = work.conclude(result, replicas=replicas)
@@ -109,6 +153,8 @@ def _conclude(work: Work, result: Evaluation | TrainingError, replicas: int) -> 
 
 def _record_end(directories: Sequence[RunDirectory], all_work: Sequence[Work], error: BaseException) -> None:
     """All of them ended with the same error, or were stopped."""
+    for work in all_work:
+        work.tracker.finish(None, 1)
     stopped = isinstance(error, KeyboardInterrupt)
     step = error.step if isinstance(error, Stopped) and error.step is not None else None
     for number, own in enumerate(directories):
@@ -117,9 +163,8 @@ def _record_end(directories: Sequence[RunDirectory], all_work: Sequence[Work], e
         done = all_work[number].trainer.step if number < len(all_work) else 0
         status = Status.stopped if stopped else Status.failed
         text = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
-        own.write_status(status, step=done if step is None else step, error=text)
-    for work in all_work:
-        work.tracker.finish(None, 1)
+        with contextlib.suppress(RunDirectoryError):  # there is a first error to tell
+            own.write_status(status, step=done if step is None else step, error=text)
 
 
 def _outcome(
@@ -128,7 +173,8 @@ def _outcome(
     summaries: Sequence[dict[str, Any] | None],
     results: Sequence[Evaluation | TrainingError],
 ) -> Outcome:
-    rows = report.sweep_rows(directory.path)
+    named = {number: (config.name, config.seed + number) for number in range(config.train.replicas)}
+    rows = report.sweep_rows(directory.path, names_and_seeds=named)
     _, page = report.write_sweep(directory.path, rows)
     say("\n".join([report.sweep_table(rows), f"  {page}"]))
     failed = [(number, result) for number, result in enumerate(results) if isinstance(result, TrainingError)]

@@ -5,7 +5,7 @@ parameters, targets, data and random numbers lie along a leading axis.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,12 +16,17 @@ from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.optimizer import adamw
 from spd_hydra.progress import Progress
+from spd_hydra.run_dir import Status
 from spd_hydra.sampler import StackedSampler
 from spd_hydra.step import StackedStep
 from spd_hydra.stop import kept_from_children
 from spd_hydra.trainer import Trainer, TrainingError
 
 logger = logging.getLogger(__name__)
+
+DROPPED = "TrainingError: "
+"""How the error of a replica that dropped out begins in its status."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Group(Protocol):
@@ -88,11 +93,13 @@ class Replicas:
         self._is_to_be_compiled = compile
         self.failed: dict[int, TrainingError] = {}
         self._left_out: dict[int, TrainingError] = {}
+        self._shares_moments = False
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return self.trainers[0].step
+        """Steps done by those that are left."""
+        left = [trainer.step for number, trainer in enumerate(self.trainers) if number not in self.failed]
+        return left[0] if left else self.trainers[0].step
 
     def fit(self) -> list[Evaluation | TrainingError]:
         """Train to the last step; for each trainer its last evaluation, or why it dropped out.
@@ -104,12 +111,15 @@ class Replicas:
             for trainer in self.trainers:
                 trainer.fit_weights()
         self.begin()
+        self._tell_failed(self.failed)
         results: list[Evaluation | None] = [None] * len(self.trainers)
         first = self.trainers[0]
         progress = Progress(self.training.steps, self.step)
         with first.signals.stepping(), progress:
             while self.step < self.training.steps and len(self.failed) < len(self.trainers):
+                before = set(self.failed)
                 losses = self.train_step()
+                self._tell_failed(self.failed.keys() - before)
                 progress.update(self.step, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
                 for number, (trainer, loss) in enumerate(zip(self.trainers, losses, strict=True)):
                     if isinstance(loss, StepLoss):
@@ -129,16 +139,19 @@ class Replicas:
         """Take over the trainers' moments; their parameters are views of the stacked ones already."""
         self.failed = dict(self._left_out)
         self._optimizer.state.clear()
+        self._shares_moments = False
         states: list[list[dict[str, Tensor]]] = [
             [trainer.optimizer.state.get(p, {}) for p in own]
             for trainer, own in zip(self.trainers, self._members, strict=True)
         ]
-        if not all(state for replica in states for state in replica):
+        whole = next((replica for replica in states if all(replica)), None)
+        if whole is None:
             return
         for index, parameter in enumerate(self._stacked):
-            parts = [replica[index] for replica in states]
-            moments = {what: torch.stack([p[what] for p in parts]) for what in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[parameter] = {"step": parts[0]["step"].clone(), **moments}
+            # One that broke at its start has no moments; the others must not lose theirs.
+            parts = [replica[index] or _no_moments(whole[index]) for replica in states]
+            moments = {what: torch.stack([p[what] for p in parts]) for what in _MOMENTS}
+            self._optimizer.state[parameter] = {"step": whole[index]["step"].clone(), **moments}
         self._share_moments()
 
     def train_step(self) -> list[StepLoss | TrainingError]:
@@ -174,7 +187,7 @@ class Replicas:
                     self._look_at(number, losses[number])
         self._clip(norms)
         self._optimizer.step()
-        if not self.trainers[0].optimizer.state:
+        if not self._shares_moments:
             self._share_moments()
         for trainer in self.trainers:
             trainer.step = step + 1
@@ -194,10 +207,23 @@ class Replicas:
         if stopped is None:
             return
         for number, trainer in enumerate(self.trainers):
-            if number not in self.failed:
+            if number in self.failed:
+                continue
+            try:
                 trainer.save_whole()
+            except TrainingError as error:  # on a GPU its loss was perhaps not looked at
+                self.failed[number] = error
+                self._tell_failed([number])
+        if len(self.failed) == len(self.trainers):
+            raise self.failed[0]
         stopped.step = self.step
         raise stopped
+
+    def _tell_failed(self, numbers: Iterable[int]) -> None:
+        """Write down at once that a replica will not go on, so that the others can without it."""
+        for number in numbers:
+            trainer = self.trainers[number]
+            trainer.run.write_status(Status.failed, trainer.step, error=f"{DROPPED}{self.failed[number]}")
 
     @property
     def _clips(self) -> bool:
@@ -222,6 +248,7 @@ class Replicas:
 
     def _share_moments(self) -> None:
         """Let each trainer's moments be views of the stacked ones, which is what it saves."""
+        self._shares_moments = True
         for number, (trainer, members) in enumerate(zip(self.trainers, self._members, strict=True)):
             for parameter, stacked in zip(members, self._stacked, strict=True):
                 state = self._optimizer.state[stacked]
@@ -238,6 +265,10 @@ class Replicas:
             {name: term[number] for name, term in stacked.terms.items()},
             {site: value[number] for site, value in stacked.l0.items()},
         )
+
+
+def _no_moments(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {what: torch.zeros_like(like[what]) for what in _MOMENTS}
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -115,7 +115,7 @@ class _Choice:
         end = self._ends[number]
         if isinstance(end, Beginning):
             self._trainer.set_state(end.parameters, end.optimizer, step=self._rounds[-1]["steps"])
-        else:  # one that broke is not left while there are others; a group takes the same steps for all
+        else:  # not begun, or broken: a group takes the same steps for all of its trainers
             self._trainer.set_state(self._initial_state(number), {}, step=0)
             self._trainer.fit_weights()
             self._trainer.step = self._rounds[-1]["steps"] if self._rounds else 0
@@ -146,6 +146,7 @@ class _Choice:
         chosen, trainer = self._left[0], self._trainer
         best = self._ends[chosen]
         if not isinstance(best, Beginning):
+            trainer.set_state(self._initial_state(chosen), {}, step=steps)  # what the group needs of it
             return next(end for end in reversed(self._ends) if isinstance(end, TrainingError))
         trainer.set_state(best.parameters, best.optimizer, step=steps)
         for step, numbers in best.rows:

@@ -170,7 +170,8 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         if config.train.steps < saved.train.steps:
             _require_no_more_done(directory, config)
         if _finished(config, directory) is None:
-            require_whole(directory.checkpoints)  # before anything is written
+            for folder in _checkpoint_folders(directory, config):
+                require_whole(folder)  # before anything is written
         on_error.pop_all()
     return config, directory
 
@@ -207,12 +208,20 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
-    newest = load_newest(directory.checkpoints)
-    if newest is not None and newest.step > config.train.steps:
+    found = [load_newest(folder) for folder in _checkpoint_folders(directory, config)]
+    done = max((newest.step for newest in found if newest is not None), default=0)
+    if done > config.train.steps:
         raise ConfigError(
-            f"train.steps: got {config.train.steps}, but the run has done {newest.step}; "
+            f"train.steps: got {config.train.steps}, but the run has done {done}; "
             "a run cannot go back, start a new one"
         )
+
+
+def _checkpoint_folders(directory: RunDirectory, config: RunConfig) -> list[Path]:
+    """Where the checkpoints of a run are, or those of its replicas."""
+    if not _has_replicas(config):
+        return [directory.checkpoints]
+    return [directory.path / str(number) / "checkpoints" for number in range(config.train.replicas)]
 
 
 def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
@@ -245,7 +254,7 @@ def _record_end(directory: RunDirectory, error: BaseException) -> None:
     hint = f"spd-run {shlex.quote(f'resume={directory.path}')}"
     if saved is not None:
         say(f"saved at step {saved}; go on with: {hint}")
-    elif any(directory.checkpoints.glob("step_*")):
+    elif any(directory.path.glob("**/checkpoints/step_*")):
         say(f"stopped without saving; go on from the newest checkpoint with: {hint}")
     else:
         say(f"stopped before anything was saved; begin again in the same directory with: {hint}")

@@ -91,6 +91,8 @@ class StackedStep:
 
     def __init__(self, objectives: Sequence[Objective], *, compile: bool) -> None:
         self._objective = objectives[0]
+        models = [objective.model for objective in objectives]
+        models[0].roots = frozenset.intersection(*(model.roots for model in models))
         self._module = _LossModule(self._objective)
         modules = [dict(_LossModule(objective).named_parameters()) for objective in objectives]
         own = [name for name, p in modules[0].items() if p.requires_grad]

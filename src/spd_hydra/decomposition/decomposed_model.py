@@ -58,7 +58,7 @@ class DecomposedModel(nn.Module):
         self.config = config
         self.target = target.requires_grad_(False).eval()
         self.site_names = tuple(sites)
-        self._roots: frozenset[str] = frozenset()
+        self.roots: frozenset[str] = frozenset()
         self._layers = {name: target.get_submodule(name) for name in sites}
         self._switch = Switch()
         self._patched = (patched_copy(target, self.site_names, self._switch),)  # in a tuple: not a submodule
@@ -169,7 +169,7 @@ class DecomposedModel(nn.Module):
         if unknown:
             raise ValueError(f"no such site: {sorted(unknown)}; the sites are {list(self.site_names)}")
         # A lone masked site sees clean activations whatever the architecture.
-        clean_sites = frozenset(masks) if len(masks) == 1 else self._roots
+        clean_sites = frozenset(masks) if len(masks) == 1 else self.roots
 
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name not in masks:
@@ -241,8 +241,8 @@ class DecomposedModel(nn.Module):
             return own + noise * (1 + own.abs().amax())
 
         self._run(batch, at_site)
-        self._roots = frozenset(name for name, untouched in seen.items() if untouched)
-        return self._roots
+        self.roots = frozenset(name for name, untouched in seen.items() if untouched)
+        return self.roots
 
 
 class Reuse(NamedTuple):

@@ -5,10 +5,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.layers import is_embedding
 from spd_hydra.decomposition.subcomponents import TiedSubcomponents
 from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError
+
+
+def require_vectors(model: DecomposedModel) -> None:
+    """Check that every site has vectors as inputs, which needs no values.
+
+    Raises:
+        ConfigError: a site is an embedding, whose inputs are tokens.
+    """
+    for name, shape in model.site_shapes().items():
+        if shape.embedding:
+            raise ConfigError(
+                f"decomposition.init: got inputs, but site {name!r} is an embedding, whose inputs are "
+                "tokens; use normal or aligned"
+            )
 
 
 @torch.no_grad()
@@ -25,17 +38,13 @@ def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
         batch: input of the target, several times as many positions as the largest C.
 
     Raises:
-        ConfigError: a site is an embedding, whose inputs are tokens.
+        ConfigError: a site is an embedding.
     """
+    require_vectors(model)
     for name, x in model.clean_pass(batch).inputs.items():
         pieces = model.pieces(name)
         if isinstance(pieces, TiedSubcomponents):
             continue
-        if is_embedding(model.target.get_submodule(name)):
-            raise ConfigError(
-                f"decomposition.init: got inputs, but site {name!r} is an embedding, whose inputs are "
-                "tokens; use normal or aligned"
-            )
         V = spread_directions(dense(x).flatten(0, -2).float(), pieces.C, pieces.V.detach())
         pieces.V.copy_(V)
         pieces.U.copy_(torch.linalg.pinv(V) @ model.weight(name).T.float())

@@ -159,18 +159,28 @@ def with_replicas(sweep_dir: Path, rows: Sequence[SweepRow]) -> list[SweepRow]:
     found: list[SweepRow] = []
     for row in rows:
         directory = sweep_dir / str(row.job)
-        own = sweep_rows(directory) if (directory / "0" / "config.yaml").is_file() else []
-        found += [
-            dataclasses.replace(
-                one,
-                job=row.job,
-                replica=one.job,
-                overrides={key: value for key, value in row.overrides.items() if key != "seed"},
-                report=None if one.report is None else f"{row.job}/{one.report}",
-            )
-            for one in own
-        ] or [row]
+        has_replicas = (directory / "0" / "config.yaml").is_file()
+        found += [_replica(row, one) for one in sweep_rows(directory)] if has_replicas else [row]
     return found
+
+
+def _replica(job: SweepRow, own: SweepRow) -> SweepRow:
+    """The row of a replica; how the job ended counts for one that wrote no end of its own."""
+    row = dataclasses.replace(
+        own,
+        job=job.job,
+        replica=own.job,
+        id=job.id,
+        overrides={key: value for key, value in job.overrides.items() if key != "seed"},
+        experiment=own.experiment or job.experiment,
+        seed=job.seed + own.job if own.seed is None and job.seed is not None else own.seed,
+        report=None if own.report is None else f"{job.job}/{own.report}",
+    )
+    if own.state in {"done", "failed"} or job.state == "done":
+        return row
+    return dataclasses.replace(
+        row, state=job.state, error=job.error, exit=job.exit, traceback=job.traceback, steps=job.steps
+    )
 
 
 def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
