@@ -247,7 +247,7 @@ def test_variables_of_a_dotenv_file_reach_the_configuration(
 def test_the_configuration_can_be_looked_at_without_running(spd_run: Call, fake_run: FakeRun) -> None:
     shown = spd_run("--cfg", "job", "--package", "train", "experiment=resid_mlp1")
     assert shown.code == 0
-    assert "steps: 20000\n" in shown.out
+    assert "steps: 15000\n" in shown.out
     tree = spd_run("--info", "defaults-tree", "experiment=resid_mlp1")
     assert tree.code == 0
     assert "loss: resid_mlp1" in tree.out
