@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
@@ -141,7 +142,8 @@ class StackedStep:
             loss: StepLoss = functional_call(self._module, own, (batch, draws, schedule))
             return loss
 
-        loss = torch.vmap(one)(parameters | frozen, batch, draws)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention knows no replica axis
+            loss = torch.vmap(one)(parameters | frozen, batch, draws)
         # No replica's loss depends on another's parameters: the gradient of the sum is that of each.
         gradients = torch.autograd.grad(
             loss.total.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra import rng
@@ -216,9 +216,11 @@ class DecomposedModel(nn.Module):
             for name, x in clean.inputs.items()
         }
 
-    def importances(self, activations: Mapping[str, SiteActivation]) -> dict[str, CausalImportance]:
-        """Causal importances of every site from its clean activations."""
-        pre_sigmoid = self.ci_fn(activations)
+    def importances(
+        self, activations: Mapping[str, SiteActivation], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> dict[str, CausalImportance]:
+        """Causal importances of every site from clean activations; `valid`: positions that are no padding."""
+        pre_sigmoid = self.ci_fn(activations, valid=valid)
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
     def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:
