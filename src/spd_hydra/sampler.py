@@ -19,6 +19,7 @@ class Sampler:
         seed: the run's seed.
         purpose: keeps training, evaluation and other streams apart.
         rows: which rows of the global batch this process works on.
+        rows_per_step: rows of the global batch, of which an ordered stream gives the next ones in every step.
         columns: random numbers per position, as columns of `rng.uniform`.
         position_shape: shape of the positions of one row: `()` for vectors, `(length,)` for text.
         compile: fuse the draws into one kernel, where that is possible.
@@ -31,31 +32,42 @@ class Sampler:
         seed: int,
         purpose: str,
         rows: Int32[Tensor, " batch"],
+        rows_per_step: int,
         columns: Int32[Tensor, " columns"],
         position_shape: tuple[int, ...] = (),
         compile: bool = False,
     ) -> None:
         self.batches, self.seed, self.purpose = batches, seed, purpose
         self.rows, self.columns = rows, columns.to(rows.device)
+        self.rows_per_step = rows_per_step
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
         self._draw = Kernel(self.draw_all) if fused else self.draw_all
+        can_fuse = compile and can_compile(rows.device.type)
+        self._draw_numbers = Kernel(self.draw_numbers) if can_fuse else self.draw_numbers
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""
         data_key, mask_key = (key.to(self.rows.device) for key in self.keys(step))
+        if self.batches.ordered:
+            batch = self.batches(data_key, self.rows.long() + step * self.rows_per_step)
+            return batch, self._draw_numbers(mask_key)
         return self._draw(data_key, mask_key)
 
     def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
         """The keys of a step's data and of its random numbers, on the CPU."""
         return (
-            rng.key(self.seed, f"{self.purpose}/data", step),
+            rng.key(self.seed, f"{self.purpose}/data", 0 if self.batches.ordered else step),
             rng.key(self.seed, f"{self.purpose}/masks", step),
         )
 
     def draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
         """Batch and random numbers of these keys."""
-        return self.batches(data_key, self.rows), rng.uniform(mask_key, self.positions, self.columns)
+        return self.batches(data_key, self.rows), self.draw_numbers(mask_key)
+
+    def draw_numbers(self, mask_key: Tensor) -> Float[Tensor, "*positions columns"]:
+        """Random numbers of this key."""
+        return rng.uniform(mask_key, self.positions, self.columns)
 
 
 class StackedSampler:
