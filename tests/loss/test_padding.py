@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from spd_hydra.ci_fn.base import CausalImportanceFn
+from spd_hydra.ci_fn.global_transformer import GlobalTransformerCausalImportance
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -29,9 +31,12 @@ class PerToken(nn.Module):
         return logits
 
 
-def objective(*, padded: bool, divergence: Divergence) -> Objective:
+def objective(
+    *, padded: bool, divergence: Divergence = Divergence.mse, ci_fn: CausalImportanceFn | None = None
+) -> Objective:
     sites = {name: SitePattern(pattern=name, C=4) for name in ("embed", "unembed")}
-    model = DecomposedModel(PerToken(), Decomposition(sites=sites), MLPCausalImportance(hidden=4), seed=0)
+    ci_fn = ci_fn or MLPCausalImportance(hidden=4)
+    model = DecomposedModel(PerToken(), Decomposition(sites=sites), ci_fn, seed=0)
     losses = LossSet(
         divergence=divergence,
         stochastic_recon=Recon(coeff=1.0),
@@ -51,3 +56,11 @@ def test_terms_and_l0_are_those_of_the_real_positions_alone() -> None:
         ours = with_padding(tokens, draws, {})
         theirs = alone(tokens[valid], draws[valid], {})
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_function_that_looks_at_other_positions_does_not_see_padding() -> None:
+    ci_fn = GlobalTransformerCausalImportance(d_model=8, n_heads=2, n_layers=1, d_mlp=8)
+    ours = objective(padded=True, ci_fn=ci_fn).inputs(torch.tensor([[1, 2, 4, -1, -1]])).ci
+    alone = objective(padded=False, ci_fn=ci_fn).inputs(torch.tensor([[1, 2, 4]])).ci
+    for site in ("embed", "unembed"):
+        torch.testing.assert_close(ours[site].z[:, :3], alone[site].z, atol=1e-5, rtol=1e-4)

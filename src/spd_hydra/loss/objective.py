@@ -107,10 +107,11 @@ class Objective:
 
     def inputs(self, batch: Tensor) -> LossInputs:
         """The clean pass and the causal importances of a batch, which all terms share."""
+        valid = batch >= 0 if self.padded else None
         with self._autocast():
             clean = self.model.clean_pass(batch)
             activations = self.model.activations(clean)
-            ci = self.model.importances(activations)
+            ci = self.model.importances(activations, valid=valid)
         return LossInputs(
             model=self.model,
             batch=batch,
@@ -119,7 +120,7 @@ class Objective:
             draws=torch.zeros((), device=batch.device),
             divergence=self.losses.divergence,
             schedule={},
-            valid=batch >= 0 if self.padded else None,
+            valid=valid,
         )
 
     def statistics(
