@@ -1,6 +1,7 @@
 """What a target model must offer to be decomposed."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,4 +67,12 @@ class TargetSpec(Section):
 
     def known_answer(self, module: nn.Module) -> KnownAnswer | None:
         """The known answer for this trained target, or None where nobody knows it."""
+        return None
+
+    def predicts_next_token(self) -> bool:
+        """Whether the output at position t are logits of token t + 1: then there is a cross-entropy."""
+        return False
+
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token by itself; None: ids are shown as they are."""
         return None
