@@ -44,7 +44,7 @@ def evaluate(
         certified: whether the target is fit to be decomposed; an uncertified one is never solved.
         ideal_l0: expected L0 of a perfect decomposition, by site, where known.
     """
-    model, terms = objective.model, objective.losses.terms()
+    model, terms = objective.model, objective.losses.measured_terms()
     schedule = objective.scheduled(progress)
     activity = Activity(objective.ci_threshold)
     totals: dict[str, Statistics] = {}
