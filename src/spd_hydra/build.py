@@ -70,7 +70,7 @@ class Parts:
         )
 
     def eval_sampler(self) -> Sampler:
-        """Held-out batches, the same for every evaluation, and the random numbers of all loss terms."""
+        """Held-out batches, the same for every evaluation, and the random numbers of the terms measured."""
         config = self.config
         return Sampler(
             self.eval_batches,
@@ -78,7 +78,7 @@ class Parts:
             purpose="eval",
             rows=_own_rows(config.eval.batch_size, self.model.device),
             rows_per_step=config.eval.batch_size,
-            columns=self.objective.columns(config.loss.terms()),
+            columns=self.objective.columns(config.loss.measured_terms()),
             position_shape=self.position_shape,
         )
 
@@ -199,6 +199,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             precision=config.train.precision,
             ci_threshold=config.eval.ci_threshold,
             padded=batches.padded,
+            seed=config.seed,
         ),
         known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),
