@@ -15,6 +15,7 @@ from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.metric.ablations import AblationSettings
 from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
@@ -114,14 +115,19 @@ class Parts:
 
     def ablations(self) -> AblationSettings | None:
         """What evaluations measure of ablated models, if they do."""
-        config = self.config
-        wanted = self.reads_tokens if config.eval.ablations is None else config.eval.ablations
-        if not wanted:
+        config = self.config.eval
+        masks = self.reads_tokens if config.ablations is None else config.ablations
+        if not masks and not config.pgd_steps:
             return None
+        sites, patterns = self.model.site_names, self.config.decomposition.sites
         return AblationSettings(
-            next_token=config.model.predicts_next_token(),
-            rounded=config.eval.rounded,
-            groups=site_groups(self.model.site_names, config.decomposition.sites),
+            next_token=self.config.model.predicts_next_token(),
+            rounded=config.rounded,
+            groups=site_groups(sites, patterns) if masks else {},
+            adversaries={
+                f"pgd/{n}": PGDRecon(n_steps=n, step_size=config.pgd_step_size) for n in config.pgd_steps
+            },
+            masks=masks,
         )
 
     def ideal_l0(self) -> dict[str, float]:
