@@ -75,7 +75,7 @@ def objective_of(model: DecomposedModel, divergence: Divergence = Divergence.kl)
 @register("model", "test_bigram")
 @dataclasses.dataclass(kw_only=True)
 class BigramSpec(TargetSpec):
-    """An untrained bigram model, some of whose tokens are hostile."""
+    """An untrained bigram model."""
 
     vocabulary: int = option(12, "tokens", ge=2)
     width: int = option(6, "width of the stream", ge=1)
@@ -91,12 +91,9 @@ class BigramSpec(TargetSpec):
     def predicts_next_token(self) -> bool:
         return self.next_token
 
-    def decode(self, ids: Sequence[int]) -> list[str] | None:
-        return ["<script>alert(1)</script>" if token == 0 else f" tok{token}" for token in ids]
-
 
 class TokenBatches(Batches):
-    """Uniform tokens; the last one of every other row is padding."""
+    """Uniform tokens, one of them hostile; the last one of every other row is padding."""
 
     padded = True
 
@@ -108,6 +105,9 @@ class TokenBatches(Batches):
         tokens = (draws * self.vocabulary).long()
         tokens[rows.long() % 2 == 1, -1] = -1
         return tokens
+
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        return ["<script>alert(1)</script>" if token == 0 else f" tok{token}" for token in ids]
 
 
 @register("data", "test_tokens")

@@ -107,7 +107,7 @@ class Parts:
             self.objective,
             [sampler.batch(number) for number in range(config.eval.batches)],
             found.sites,
-            decode=config.model.decode,
+            decode=self.batches.decode,
             subcomponents=config.eval.subcomponents,
             contexts=config.eval.contexts,
         )

@@ -52,7 +52,7 @@ def test_a_star_matches_layers_of_every_kind_that_can_be_decomposed_and_nothing_
 
 def test_sites_are_grouped_by_the_pattern_that_matches_them() -> None:
     found = patterns(fc=("layers.*.fc", 3), rest=("layers.*.proj", 2))
-    sites = find_sites(Target(), found)
+    sites = [*find_sites(Target(), found), "layers.0.identity"]  # the last one of no pattern
     assert site_groups(sites, found) == {
         "fc": ["layers.0.fc", "layers.1.fc"],
         "rest": ["layers.0.proj", "layers.1.proj"],

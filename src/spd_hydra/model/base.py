@@ -1,7 +1,6 @@
 """What a target model must offer to be decomposed."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +71,3 @@ class TargetSpec(Section):
     def predicts_next_token(self) -> bool:
         """Whether the output at position t are logits of token t + 1: then there is a cross-entropy."""
         return False
-
-    def decode(self, ids: Sequence[int]) -> list[str] | None:
-        """The text of each token by itself; None: ids are shown as they are."""
-        return None
