@@ -151,7 +151,12 @@ class DecomposedModel(nn.Module):
                 parameter.copy_(state[name])
 
     def forward(
-        self, batch: Tensor, masks: Mapping[str, SiteMask] | None = None, *, reuse: "Reuse | None" = None
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask] | None = None,
+        *,
+        reuse: "Reuse | None" = None,
+        outputs: dict[str, Activation] | None = None,
     ) -> Tensor:
         """The model's output with the given sites masked; without masks, the target's own output.
 
@@ -162,6 +167,7 @@ class DecomposedModel(nn.Module):
             batch: input of the target.
             masks: by site; a site that is absent keeps its own layer, on the current input.
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
+            outputs: is filled with the output of every masked site.
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
@@ -174,6 +180,12 @@ class DecomposedModel(nn.Module):
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name not in masks:
                 return cast(Activation, layer(x))
+            y = masked(name, layer, x)
+            if outputs is not None:
+                outputs[name] = y
+            return y
+
+        def masked(name: str, layer: nn.Module, x: Activation) -> Activation:
             if reuse is not None and name in clean_sites:
                 h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
                 return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
