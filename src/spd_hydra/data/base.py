@@ -1,6 +1,7 @@
 """What a data source must offer: batches that are a pure function of a key and the rows asked for."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from jaxtyping import Int32
 from torch import Tensor
@@ -34,6 +35,10 @@ class Batches:
         """
         raise NotImplementedError
 
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own, as people should see it."""
+        return [str(token) for token in ids]
+
 
 @dataclasses.dataclass(kw_only=True)
 class DataSource(Section):
@@ -53,3 +58,7 @@ class DataSource(Section):
         Where batches are drawn from a distribution it is that of training: other keys give other draws.
         """
         return self.bind(target)
+
+    def prefetch(self, target: TargetSpec) -> list[str]:
+        """Fetch and prepare all that batches need, and say in a line for each thing where it lies."""
+        return []

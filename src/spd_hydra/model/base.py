@@ -60,6 +60,22 @@ class TargetSpec(Section):
         """A module of the same shapes whose weights are nobody's: to check sites, or to load weights into."""
         return self.build(rng.generator(0, "untrained_target"))
 
+    def vocab_size(self) -> int | None:
+        """Number of token ids that the target takes; None: it takes no tokens."""
+        return None
+
+    def tokenizer_name(self) -> str | None:
+        """Hub id or directory of the target's own tokenizer; None: it has none."""
+        return None
+
+    def context_length(self) -> int | None:
+        """The most tokens that the target takes at once; None: no limit, or no tokens."""
+        return None
+
+    def prefetch(self) -> list[str]:
+        """Fetch what building the target needs, and say in a line for each thing where it lies."""
+        return []
+
     def certify(self, module: nn.Module) -> list[Measurement]:
         """Measurements that decide whether a trained target is fit for decomposition; empty: no checks."""
         return []
