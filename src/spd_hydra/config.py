@@ -120,7 +120,7 @@ class RunConfig(Section):
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
-        if not self.decomposition.sites:
+        if not self.decomposition.sites and not self.decomposition.identities:
             yield Problem(
                 "decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms_5-2"
             )

@@ -103,6 +103,7 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
     names = {
         site: next(name for name, one in patterns.items() if fnmatchcase(site, one.pattern))
         for site in parts.model.site_names
+        if site.replace(".", "/") not in parts.model.identities  # of which no answer is known
     }
     return Settings(
         steps=config.train.steps,
