@@ -44,7 +44,7 @@ def analyse(config: RunConfig) -> Outcome:
             directory,
             parts,
             target,
-            parts.evaluate(checkpoint.step, certified=target.certified),
+            parts.evaluate(checkpoint.step, certified=target.certified, last=True),
             seconds=seconds,
             steps_per_second=speed,
             restarts=checkpoint.state["facts"].get("restarts"),

@@ -40,6 +40,7 @@ class Sampler:
         self.batches, self.seed, self.purpose = batches, seed, purpose
         self.rows, self.columns = rows, columns.to(rows.device)
         self.rows_per_step = rows_per_step
+        self._places = rows.cpu().long() if batches.ordered else rows
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
         self._draw = Kernel(self.draw_all) if fused else self.draw_all
@@ -50,9 +51,22 @@ class Sampler:
         """The batch of a step and its random numbers."""
         data_key, mask_key = (key.to(self.rows.device) for key in self.keys(step))
         if self.batches.ordered:
-            batch = self.batches(data_key, self.rows.long() + step * self.rows_per_step)
-            return batch, self._draw_numbers(mask_key)
+            return self.batch(step), self._draw_numbers(mask_key)
         return self._draw(data_key, mask_key)
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of a step alone."""
+        data_key, device = self.keys(step)[0], self.rows.device
+        if not self.batches.ordered:
+            return self.batches(data_key.to(device), self.rows)
+        # Found on the CPU, where the rows are: asking a GPU for them would wait for all it has to do.
+        batch = self.batches(data_key, self._places + step * self.rows_per_step)
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
+    def numbers(self, step: int, purpose: str, number: int) -> Float[Tensor, "*positions number"]:
+        """Random numbers of a step in columns of their own, for what draws only when it needs them."""
+        mask_key = self.keys(step)[1].to(self.rows.device)
+        return rng.uniform(mask_key, self.positions, rng.columns(purpose, number).to(self.rows.device))
 
     def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
         """The keys of a step's data and of its random numbers, on the CPU."""

@@ -35,9 +35,9 @@ class Batches:
         """
         raise NotImplementedError
 
-    def decode(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token on its own, as people should see it."""
-        return [str(token) for token in ids]
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token by itself; None: ids are shown as they are."""
+        return None
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.loss_set import LossSet
 
@@ -121,6 +122,11 @@ class Objective:
             schedule={},
             valid=batch >= 0 if self.padded else None,
         )
+
+    def output(self, inputs: LossInputs, masks: Mapping[str, SiteMask]) -> Tensor:
+        """The output of a masked pass on a batch, in the precision of training."""
+        with self._autocast():
+            return self.model(inputs.batch, masks, reuse=inputs.reuse)  # type: ignore[no-any-return]
 
     def statistics(
         self,
