@@ -35,6 +35,7 @@ _MAY_CHANGE_ON_RESUME = (
     "logger",
     "out_dir",
     "cache_dir",
+    "data.cache_dir",
     "task",
     "run",
     "resume",

@@ -15,7 +15,6 @@ from spd_hydra.data.base import DataSource
 from spd_hydra.data.packing import Document, Layout
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
-def require_length(a,b): pass
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, kind_of, option, register
 
@@ -66,6 +65,7 @@ class PythonText(DataSource):
             digest=digest,
             part=part,
             length=length,
+            padded=False,
             open_store=open_store,
             load_tokenizer=lambda: _load_tokenizer(open_store().directory),
         )
@@ -108,9 +108,8 @@ def _requirements(target: TargetSpec) -> tuple[int, int]:
         )
     if vocab_size < _SMALLEST:
         raise ConfigError(
-            f"model.vocab_size: got {vocab_size}, must be ≥ {_SMALLEST}: the tokenizer has every byte"
+            f"model.vocabulary: got {vocab_size}, must be ≥ {_SMALLEST}: the tokenizer has every byte"
         )
-    require_length(length, target)
     return vocab_size, length
 
 

@@ -29,15 +29,16 @@ class TokenBatches(Batches):
         digest: of everything that the rows depend on.
         part: which of the rows.
         length: tokens per row.
+        padded: whether rows may end in padding.
     """
 
     digest: str
     part: str
     length: int
+    padded: bool
     open_store: dataclasses.InitVar[OpenStore]
     load_tokenizer: dataclasses.InitVar[LoadTokenizer]
     ordered = True
-    padded = True
 
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
         self._open_store, self._load_tokenizer = open_store, load_tokenizer

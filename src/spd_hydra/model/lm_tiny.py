@@ -1,45 +1,46 @@
-"""A small language model, trained here: real text, no download."""
+"""A small language model that is trained here: real text, no download."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from spd_hydra.model.tokens_in import TokensIn, adapt
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.section import Problem, option, register
 
-
-class TokenLogits(nn.Module):
-    """A causal language model of transformers as a function from token ids to logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch length vocab"]:
-        """Logits of the next token at every position."""
-        logits: Tensor = self.model(input_ids=tokens.clamp(min=0), use_cache=False).logits
-        return logits
+_INITIAL = 0.02  # standard deviation of initial weights, as transformers has it
 
 
 @register("model", "lm_tiny")
 @dataclasses.dataclass(kw_only=True)
 class TinyLM(TrainableTarget):
-    """A causal language model of Llama's architecture: RMS norms, rotary attention, gated MLPs, tied embedding."""
+    """A causal language model shaped like Llama: RMS norms, rotary attention, gated MLPs, tied embedding."""
 
-    vocabulary: int = option(1024, "number of tokens", ge=257)
-    context: int = option(64, "tokens per row", ge=2)
-    d_model: int = option(96, "width of the residual stream", ge=2)
-    d_mlp: int = option(256, "neurons of an MLP", ge=1)
-    n_layers: int = option(2, "number of blocks", ge=1)
-    n_heads: int = option(4, "attention heads", ge=1)
-    loss_rows: ClassVar[int] = 1024
+    vocabulary: int = option(512, "number of tokens; data=lm_tiny trains a tokenizer of as many", ge=257)
+    context: int = option(64, "tokens that it takes at once", ge=2)
+    d_model: int = option(64, "width of the residual stream", ge=2)
+    d_mlp: int = option(192, "neurons of each MLP", ge=1)
+    n_layers: int = option(2, "blocks of attention and MLP", ge=1)
+    n_heads: int = option(4, "attention heads of each block", ge=1)
 
-    def build(self, generator: torch.Generator) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    held_out_rows: ClassVar[int] = 1024
+
+    def problems(self) -> Iterator[Problem]:
+        """Adds: heads share the stream, and rotary positions turn pairs of numbers."""
+        yield from super().problems()
+        if self.d_model % (2 * self.n_heads):
+            yield Problem(
+                "d_model", f"got {self.d_model}, must be a multiple of 2 * n_heads = {2 * self.n_heads}"
+            )
+
+    def build(self, generator: torch.Generator) -> TokensIn:
+        """Matrices ~ N(0, 0.02²), norms 1; the embedding is also the unembedding."""
+        from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -50,23 +51,27 @@ class TinyLM(TrainableTarget):
             max_position_embeddings=self.context,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=0,
+            eos_token_id=None,
         )
-        with torch.random.fork_rng(devices=[]):
-            model: Any = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                values = 0.02*torch.randn(parameter.shape, generator=generator)
-                parameter.data = values
-        return TokenLogits(model)
+        with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
+            model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    values = torch.randn(parameter.shape, generator=generator, device="cpu")
+                    parameter.copy_(_INITIAL * values)
+        return adapt(model, "logits")
 
     def training_loss(self, module: nn.Module, batch: Int64[Tensor, "batch length"]) -> Float[Tensor, ""]:
-        """Cross-entropy of the next token, in nats, mean over positions that have one."""
+        """Cross-entropy of the next token in nats, mean over all positions but the last of each row."""
         logits = module(batch)[:, :-1]
-        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-1)
+        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def vocab_size(self) -> int:
         return self.vocabulary
 
     def context_length(self) -> int:
         return self.context
+
+    def predicts_next_token(self) -> bool:
+        return True
