@@ -40,31 +40,31 @@ class Layout:
         small = self.pack and self.vocab_size <= 1 << 16
         return np.dtype(np.uint16 if small else np.int32)
 
-    def rows(self, documents: Iterable[Document]) -> Iterator[Rows]:
-        """The rows of these documents, some at a time.
+    def rows(self, documents: Iterable[Document], *, at_once: int = _CHUNK) -> Iterator[Rows]:
+        """The rows of these documents, as many at a time as hold about `at_once` tokens.
 
         Raises:
             ConfigError: a token id is none of the target's.
         """
         checked = (self._checked(document) for document in documents)
-        return self._packed(checked) if self.pack else self._padded(checked)
+        return self._packed(checked, at_once) if self.pack else self._padded(checked, at_once)
 
     def _checked(self, document: Document) -> Document:
         if len(document) and not 0 <= (largest := int(document.max())) < self.vocab_size:
             raise ConfigError(
                 f"data: the text has the token id {largest}, but the target takes ids below "
-                f"{self.vocab_size}; choose the target's own tokenizer with data.tokenizer=<name or directory>"
+                f"{self.vocab_size}; choose the target's own tokenizer, data.tokenizer=<name or directory>"
             )
         return document
 
-    def _packed(self, documents: Iterable[Document]) -> Iterator[Rows]:
+    def _packed(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
         end = np.array([] if self.end is None else [self.end], dtype=np.int64)
         waiting: list[Document] = []
         n_waiting = 0
         for document in documents:
             waiting += [document, end]
             n_waiting += len(document) + len(end)
-            if n_waiting >= max(_CHUNK, self.length):
+            if n_waiting >= max(at_once, self.length):
                 whole, rest = self._cut(waiting)
                 yield whole
                 waiting, n_waiting = [rest], len(rest)
@@ -76,8 +76,7 @@ class Layout:
         whole = len(tokens) // self.length * self.length
         return tokens[:whole].reshape(-1, self.length), tokens[whole:]
 
-    def _padded(self, documents: Iterable[Document]) -> Iterator[Rows]:
-        at_once = max(_CHUNK // self.length, 1)
+    def _padded(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
         rows: list[Document] = []
         for document in documents:
             if len(document) < 2:  # it has no next token
@@ -85,7 +84,7 @@ class Layout:
             row = np.full(self.length, PADDING, dtype=np.int64)
             row[: len(document)] = document[: self.length]
             rows.append(row)
-            if len(rows) == at_once:
+            if len(rows) * self.length >= at_once:
                 yield np.stack(rows)
                 rows = []
         if rows:

@@ -1,4 +1,4 @@
-"""Text that every installation of Python carries: the sources and the documentation of its standard library."""
+"""Text that every installation of Python carries: sources and documentation of its standard library."""
 
 import dataclasses
 import functools
@@ -139,8 +139,8 @@ def _files() -> list[Path]:
     size = sum(path.stat().st_size for path in files)
     if size < _LEAST_CHARACTERS:
         raise ConfigError(
-            f"data: python_text needs the sources of Python's standard library, but {library} has {size:,} bytes "
-            "of them; use another installation of Python, or data=tokens data.name=<files of text>"
+            f"data: python_text needs the sources of Python's standard library, but {library} has {size:,} "
+            "bytes of them; use another installation of Python, or data=tokens data.name=<files of text>"
         )
     return files
 

@@ -1,7 +1,7 @@
 """Where documents come from: the hub, local files, or a dataset that was saved to disk."""
 
 import dataclasses
-import glob
+import functools
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -21,7 +21,6 @@ _KINDS = {
 }
 _PACKED = {".gz", ".zst", ".xz", ".bz2"}  # which datasets unpacks itself
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_MANY = 20
 
 
 class TextUnit(Enum):
@@ -41,12 +40,14 @@ class TextSource:
         where: for people.
         columns: names of its columns, each with whether it holds text.
         load: the whole split.
+        stream: the split, read on the way.
     """
 
     identity: str
     where: str
     columns: Callable[[], dict[str, bool]]
     load: Callable[[], Any]
+    stream: Callable[[], Any]
 
 
 def find_source(
@@ -65,8 +66,8 @@ def find_source(
         return _local(files, split, text_unit)
     if path.exists() or not _HUB_ID.fullmatch(name) or any(letter in name for letter in "*?["):
         raise ConfigError(
-            f"data.name: got {name}, where there is no file of {', '.join(_KINDS)} and no saved dataset; give "
-            "the id of a dataset on the hub, a file, a folder, or a pattern"
+            f"data.name: got {name}, where there is no file of {', '.join(_KINDS)} and no saved dataset; "
+            "give the id of a dataset on the hub, a file, a folder, or a pattern"
         )
     return _on_hub(name, config_name, revision, split)
 
@@ -82,12 +83,15 @@ def _saved(path: Path, split: str) -> TextSource:
         _require_split(split, list(dataset), str(path))
         dataset = dataset[split]
     elif split != "train":
-        raise ConfigError(f"data.split: got {split}, but the dataset saved in {path} has no splits; leave it out")
+        raise ConfigError(
+            f"data.split: got {split}, but the dataset saved in {path} has no splits; leave it out"
+        )
     return TextSource(
         identity=f"saved {dataset._fingerprint}",
         where=str(path.absolute()),
         columns=lambda: _columns(dataset.features),
         load=lambda: dataset,
+        stream=lambda: dataset.to_iterable_dataset(),
     )
 
 
@@ -95,7 +99,8 @@ def _files(path: Path) -> list[Path]:
     """The files that a path names, a folder holds, or a pattern matches, in a fixed order."""
     if path.is_file():
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    anchor = Path(path.anchor)
+    found = path.rglob("*") if path.is_dir() else anchor.glob(str(path.relative_to(anchor)))
     return sorted(file for file in found if file.is_file() and _kind(file) is not None)
 
 
@@ -111,7 +116,9 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
     if len(kinds) > 1 or None in kinds:
         shown = ", ".join(str(file) for file in kinds.values())
         wanted = ", ".join(_KINDS)
-        raise ConfigError(f"data.name: got files that are not of one kind ({shown}); name files of one of {wanted}")
+        raise ConfigError(
+            f"data.name: got files that are not of one kind ({shown}); name files of one of {wanted}"
+        )
     kind = str(next(iter(kinds)))
     names = [str(file.absolute()) for file in files]
     arguments: dict[str, Any] = {"data_files": {"train": names}}
@@ -119,11 +126,11 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
         sample_by = "document" if text_unit is TextUnit.file else text_unit.value
         arguments["sample_by"] = sample_by
 
-    def load() -> Any:
+    def load(*, streaming: bool = False) -> Any:
         from datasets import load_dataset
 
         try:
-            return load_dataset(kind, split=split, **arguments)
+            return load_dataset(kind, split=split, streaming=streaming, **arguments)
         except Exception as error:  # of several libraries, all about these files or this split
             raise ConfigError(
                 f"data: split {split} of {_shortened(names)} cannot be read: {_first_line(error)}"
@@ -139,20 +146,19 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
         except StopIteration:
             raise ConfigError(f"data.name: {_shortened(names)} holds nothing") from None
         except Exception as error:
-            raise ConfigError(f"data.name: {_shortened(names)} cannot be read: {_first_line(error)}") from error
+            raise ConfigError(
+                f"data.name: {_shortened(names)} cannot be read: {_first_line(error)}"
+            ) from error
         return {name: isinstance(value, str) for name, value in first.items()}
 
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, _stats(files), strict=True)]
+    stats = [(name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in names]
     return TextSource(
         identity=f"files {kind} {arguments.get('sample_by')} {split} {stats}",
         where=_shortened(names),
         columns=columns,
         load=load,
+        stream=functools.partial(load, streaming=True),
     )
-
-
-def _stats(files: list[Path]) -> list[Any]:
-    return [file.stat() for file in files]
 
 
 def _on_hub(name: str, config_name: str | None, revision: str | None, split: str) -> TextSource:
@@ -165,28 +171,29 @@ def _on_hub(name: str, config_name: str | None, revision: str | None, split: str
     if builder.info.splits:
         _require_split(split, list(builder.info.splits), name)
 
-    def load() -> Any:
+    def load(*, streaming: bool = False) -> Any:
         try:
-            return load_dataset(name, config_name, revision=revision, split=split)
+            return load_dataset(name, config_name, revision=revision, split=split, streaming=streaming)
         except Exception as error:
             raise _unreachable(name, error) from error
 
     def columns() -> dict[str, bool]:
-        return _columns(builder.info.features or load().features)
+        return _columns(builder.info.features or load(streaming=True).features or load().features)
 
     return TextSource(
         identity=f"hub {name} {builder.config.name} {builder.hash} {split}",
         where=str(builder.cache_dir),
         columns=columns,
         load=load,
+        stream=functools.partial(load, streaming=True),
     )
 
 
 def _unreachable(name: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"data.name: got {name}, which is no local file and cannot be had from the hub ({_first_line(error)}); "
-        "check the spelling; for a machine without a network fetch it with `spd-run task=prefetch ...` elsewhere, "
-        "with the same HF_HOME, and set HF_HUB_OFFLINE=1"
+        f"data.name: got {name}, which is no local file and cannot be had from the hub "
+        f"({_first_line(error)}); check the spelling; for a machine without a network fetch it with `spd-run task=prefetch ...` where "
+        "there is one, with the same HF_HOME, and set HF_HUB_OFFLINE=1"
     )
 
 

@@ -1,6 +1,7 @@
 """Batches of token ids from rows in the cache, every row once per epoch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from spd_hydra import rng
 from spd_hydra.data.base import Batches
 from spd_hydra.data.token_store import TokenStore
+from spd_hydra.data.tokenizing import decoded
 
 OpenStore = Callable[[], TokenStore]
 LoadTokenizer = Callable[[], Any]
@@ -22,8 +24,8 @@ class TokenBatches(Batches):
     """The stream of one part of a text: every epoch its rows in another order, each exactly once.
 
     Place i of the stream belongs to epoch e = i // N and is row π_e(i mod N) of the N rows, where π_e is a
-    permutation that follows from the key and e. So a run that is resumed, and a rank that takes its share of the
-    places, need no state.
+    permutation that follows from the key and e. So a run that is resumed, and a rank that takes its share of
+    the places, need no state.
 
     Attributes:
         digest: of everything that the rows depend on.
@@ -41,9 +43,8 @@ class TokenBatches(Batches):
     ordered = True
 
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
-        self._open_store, self._load_tokenizer = open_store, load_tokenizer
+        self._open_store, self._load_tokenizer = open_store, functools.cache(load_tokenizer)
         self._rows: np.ndarray | None = None
-        self._tokenizer: Any = None
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]
@@ -64,7 +65,5 @@ class TokenBatches(Batches):
         tokens = np.asarray(self._rows[found.numpy()], dtype=np.int64)
         return torch.from_numpy(tokens).to(rows.device)
 
-    def decode(self, ids: Sequence[int]) -> list[str]:
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        return [self._tokenizer.decode([token]) if token >= 0 else "" for token in ids]
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        return decoded(self._load_tokenizer(), ids)

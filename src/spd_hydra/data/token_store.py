@@ -65,8 +65,8 @@ class TokenStore:
         """One line about what is there."""
         rows = self.facts["rows"]
         return (
-            f"tokens: {rows[TRAIN]:,} rows of {self.facts['length']} to train on, {rows[HELD_OUT]:,} held out, "
-            f"in {self.directory}"
+            f"tokens: {rows[TRAIN]:,} rows of {self.facts['length']} to train on, {rows[HELD_OUT]:,} held "
+            f"out, in {self.directory}"
         )
 
 
@@ -82,7 +82,7 @@ def write_store(
     Args:
         directory: exists.
         layout: how documents become rows.
-        documents: a new iteration over all documents.
+        documents: gives a new iteration over all documents.
         held_out: the same over held-out ones; None: they are the share `held_out_fraction` of `documents`.
         held_out_fraction: chosen by the documents' tokens, so that copies are not on both sides.
 
@@ -101,8 +101,8 @@ def write_store(
         overlap = len(shared)
         if overlap:
             logger.warning(
-                "data: %d of %d held-out documents are also among those to train on; they are left out of the "
-                "evaluation",
+                "data: %d of %d held-out documents are also among those to train on; they are left out of "
+                "the evaluation",
                 overlap,
                 len(wanted),
             )
@@ -119,8 +119,8 @@ def write_store(
 def _require_rows(rows: dict[str, int], layout: Layout, overlap: int, has_own: bool) -> None:
     if not rows[TRAIN]:
         raise ConfigError(
-            f"data.length: got {layout.length}, but the whole text has fewer tokens; take a smaller length or "
-            "more text"
+            f"data.length: got {layout.length}, but the whole text has fewer tokens; take a smaller length "
+            "or more text"
         )
     if not rows[HELD_OUT]:
         own = "data.eval_split" if has_own else "data.eval_fraction"

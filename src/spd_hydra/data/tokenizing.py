@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
 
 _TOKENS = "tokens"
-_AT_ONCE = 1000  # documents read at once
+_AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,24 @@ class Reader:
             dataset = self._tokenised(dataset, cache_file)
         return functools.partial(_documents, dataset, self.column if self.tokenised else _TOKENS)
 
+    def streamed(self, dataset: Any) -> Iterator[Document]:
+        """The documents of a dataset that is read on the way."""
+        for batch in dataset.select_columns([self.column]).iter(_FEW):
+            ids = batch[self.column] if self.tokenised else self._tokenise()(batch)[_TOKENS]
+            for tokens in ids:
+                yield np.array(tokens, dtype=np.int64)
+
+    def _tokenise(self) -> Callable[[dict[str, list[str]]], dict[str, list[list[int]]]]:
+        return functools.partial(
+            _tokenise, tokenizer=self.tokenizer(), column=self.column, special_tokens=self.special_tokens
+        )
+
     def _tokenised(self, dataset: Any, cache_file: Path) -> Any:
         from datasets import Features, List, Value
 
-        tokenise = functools.partial(
-            _tokenise, tokenizer=self.tokenizer(), column=self.column, special_tokens=self.special_tokens
-        )
         with _progress_on_terminals(), kept_from_children():
             return dataset.map(
-                tokenise,
+                self._tokenise(),
                 batched=True,
                 num_proc=self.processes if self.processes > 1 else None,
                 remove_columns=dataset.column_names,
@@ -109,13 +119,13 @@ def make_reader(
         text_column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
         if text_column is None:
             raise ConfigError(
-                f"data.text_column: got null, and {'no column' if not texts else 'more than one column'} holds "
-                f"text; name one of {', '.join(columns)}, or data.token_column for token ids"
+                f"data.text_column: got null, and {'more than one' if texts else 'no'} column holds text; "
+                f"name one of {', '.join(columns)}, or data.token_column for token ids"
             )
     if tokenizer is None and token_column is None:
         raise ConfigError(
-            "data.tokenizer: got null, and the target has none of its own; name one, or data.token_column for "
-            "data that are tokenised already"
+            "data.tokenizer: got null, and the target has none of its own; name one, or data.token_column "
+            "for data that are tokenised already"
         )
     return Reader(
         column=token_column or text_column or "",
@@ -128,7 +138,9 @@ def make_reader(
 
 def _require_column(key: str, name: str, columns: Mapping[str, bool]) -> None:
     if name not in columns:
-        raise ConfigError(f"data.{key}: got {name}, which the data do not have; name one of {', '.join(columns)}")
+        raise ConfigError(
+            f"data.{key}: got {name}, which the data do not have; name one of {', '.join(columns)}"
+        )
 
 
 def _documents(dataset: Any, column: str) -> Iterator[Document]:
@@ -136,7 +148,7 @@ def _documents(dataset: Any, column: str) -> Iterator[Document]:
         for chunk in table[column].chunks:
             starts = chunk.offsets.to_numpy()
             tokens = chunk.values.to_numpy()
-            for first, last in zip(starts[:-1], starts[1:], strict=True):
+            for first, last in itertools.pairwise(starts):
                 yield np.asarray(tokens[first:last])
 
 
@@ -157,7 +169,7 @@ def _tokenizer(name: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"data.tokenizer: {name} cannot be loaded ({reason}); give a local directory, or fetch it with "
-            "`spd-run task=prefetch ...` where there is a network and set HF_HUB_OFFLINE=1 where there is none"
+            "`spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there is none"
         ) from error
 
 
@@ -165,6 +177,13 @@ def _digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(state.encode()).hexdigest()
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
+    """The text of each token by itself; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return [tokenizer.decode([token]) if token >= 0 else "" for token in ids]
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from spd_hydra.data.base import Batches, DataSource
-from spd_hydra.data.packing import Layout
+from spd_hydra.data.packing import Document, Layout, is_held_out
+from spd_hydra.data.streamed import StreamedBatches
 from spd_hydra.data.text_source import TextSource, TextUnit, find_source
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
@@ -16,6 +17,7 @@ from spd_hydra.data.tokenizing import Reader, make_reader
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
+_SHUFFLED = 1000  # documents of a stream among which the next one is chosen
 _FORMAT = 1  # part of the digest: raise it when the same text gives other rows
 
 
@@ -25,8 +27,8 @@ class Tokens(DataSource):
     """Documents, tokenised with the target's tokenizer, concatenated and cut into rows of equal length."""
 
     name: str = option(
-        help="id on the hub, or local: a file or folder of text, json, jsonl, csv or parquet, a pattern with *, "
-        "or what datasets saved to disk"
+        help="id on the hub, or local: a file or folder of text, json, jsonl, csv or parquet, a pattern "
+        "with *, or what datasets saved to disk"
     )
     config_name: str | None = option(None, "which configuration of a dataset on the hub")
     revision: str | None = option(None, "branch, tag or commit of a dataset on the hub; null: main")
@@ -44,6 +46,9 @@ class Tokens(DataSource):
         True, "concatenate documents and cut them into full rows; false: one document per row, cut or padded"
     )
     processes: int = option(1, "processes that tokenise", ge=1)
+    streaming: bool = option(
+        False, "read the text while training, without a cache; not exactly resumable, see StreamedBatches"
+    )
     cache_dir: str = option("~/.cache/spd_hydra", "where tokens are kept; as the run's cache_dir")
 
     def problems(self) -> Iterator[Problem]:
@@ -71,10 +76,14 @@ class Tokens(DataSource):
 
     def prefetch(self, target: TargetSpec) -> list[str]:
         rows = self._plan(target)
+        if self.streaming:
+            return [f"data {self.name}: {rows.source.where}; streamed, so nothing is kept"]
         return [f"data {self.name}: {rows.source.where}", rows.open().describe()]
 
-    def _batches(self, target: TargetSpec, part: str) -> TokenBatches:
+    def _batches(self, target: TargetSpec, part: str) -> Batches:
         rows = self._plan(target)
+        if self.streaming:
+            return rows.streamed(part)
         return TokenBatches(
             digest=rows.digest,
             part=part,
@@ -134,8 +143,25 @@ class _Rows:
     def open(self) -> TokenStore:
         return open_or_make(self.directory, self._make)
 
+    def streamed(self, part: str) -> StreamedBatches:
+        """The rows of a part as they come; held-out documents are left out of what is trained on by share."""
+        source = self.source if part == TRAIN or self.held_out is None else self.held_out
+
+        def documents(seed: int) -> Iterator[Document]:
+            stream = source.stream()
+            if part == TRAIN:
+                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLED)
+            for one in self.reader.streamed(stream):
+                own = TRAIN if not is_held_out(one, self.eval_fraction) else HELD_OUT
+                if self.held_out is not None or own == part:
+                    yield one
+
+        return StreamedBatches(
+            self.layout, documents, remember=part == HELD_OUT, load_tokenizer=self.reader.tokenizer
+        )
+
     def _make(self, directory: Path) -> TokenStore:
-        read: Callable[..., Iterator] = self.reader.documents
+        read = self.reader.documents
         documents = read(self.source.load(), directory / "train.arrow")
         held_out = None
         if self.held_out is not None:
@@ -155,6 +181,6 @@ def require_length(length: int, target: TargetSpec) -> None:
     longest = target.context_length()
     if longest is not None and length > longest:
         raise ConfigError(
-            f"data.length: got {length}, but the target takes at most {longest} tokens; set data.length={longest} "
-            "or less"
+            f"data.length: got {length}, but the target takes at most {longest} tokens; set "
+            f"data.length={longest} or less"
         )
