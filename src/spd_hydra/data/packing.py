@@ -50,9 +50,10 @@ class Layout:
         return self._packed(checked, at_once) if self.pack else self._padded(checked, at_once)
 
     def _checked(self, document: Document) -> Document:
-        if len(document) and not 0 <= (largest := int(document.max())) < self.vocab_size:
+        wrong = document[(document < 0) | (document >= self.vocab_size)]
+        if len(wrong):
             raise ConfigError(
-                f"data: the text has the token id {largest}, but the target takes ids below "
+                f"data: the text has the token id {wrong[0]}, but the target takes ids below "
                 f"{self.vocab_size}; choose the target's own tokenizer, data.tokenizer=<name or directory>"
             )
         return document

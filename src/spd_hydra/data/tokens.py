@@ -40,7 +40,9 @@ class Tokens(DataSource):
     text_column: str | None = option(None, "column with the text; null: the only one with text, or `text`")
     token_column: str | None = option(None, "column with token ids, for data that are tokenised already")
     text_unit: TextUnit = option(TextUnit.paragraph, "documents of text files: paragraph | line | file")
-    tokenizer: str | None = option(None, "hub id or directory of a tokenizer; null: the target's own")
+    tokenizer: str | None = option(
+        None, "hub id or directory of a tokenizer; null: the target's own, for a token_column none"
+    )
     length: int = option(512, "tokens per row", ge=2)
     pack: bool = option(
         True, "concatenate documents and cut them into full rows; false: one document per row, cut or padded"
@@ -112,7 +114,7 @@ class Tokens(DataSource):
             source.columns(),
             text_column=self.text_column,
             token_column=self.token_column,
-            tokenizer=self.tokenizer or target.tokenizer_name(),
+            tokenizer=self.tokenizer or (None if self.token_column else target.tokenizer_name()),
             special_tokens=not self.pack,
             processes=self.processes,
         )
