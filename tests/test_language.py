@@ -21,8 +21,16 @@ KINDS = ["target", "unmasked", "stochastic", "ci", "rounded_0", "rounded_0.5", "
 
 
 @pytest.fixture
-def config(toy: Toy, language: ModuleType) -> RunConfig:
-    made = toy("eval.batches=2", "eval.batch_size=8", "train.batch_size=8", "eval.ci_threshold=0")
+def config(toy: Toy, language: ModuleType, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    # Pictures take longest, and have tests of their own.
+    monkeypatch.setattr("spd_hydra.result.draw_all", lambda *arguments: [])
+    made = toy(
+        "eval.batches=2",
+        "eval.batch_size=8",
+        "train.batch_size=8",
+        "eval.ci_threshold=0",
+        "eval.pgd_steps=[2]",
+    )
     sites = {
         "reads": SitePattern(pattern="embed", C=14),
         "writes": SitePattern(pattern="unembed", C=9),
@@ -44,6 +52,7 @@ def test_a_run_leaves_numbers_of_ablated_models_and_what_subcomponents_respond_t
     assert set(summary["groups"]) == {"reads", "writes"}
     assert set(summary["groups"]["reads"]) == {"l0", "alive", "ce", "kl"}
     assert summary["groups"]["reads"]["alive"] == summary["alive"]["embed"]
+    assert list(summary["pgd"]) == ["2"]
     rows = [row for row in opened.metrics if row["split"] == "eval"]
     assert rows[-1]["ce/ci"] == summary["ablations"]["ci"]["ce"]
     assert all(f"kl/{kind}" in row for row in rows for kind in KINDS if kind != "target")
@@ -101,6 +110,7 @@ def test_vectors_are_no_text_and_are_ablated_only_where_that_is_asked_for(toy: T
     added = set(ablated) - set(plain)
     kinds = {name.removeprefix("mse/") for name in added if name.startswith("mse/")}
     assert kinds == set(KINDS) - {"target"}
+    assert set(measured("eval.pgd_steps=[1,3]")) - set(plain) == {"pgd/1", "pgd/3"}
     assert {name: ablated[name] for name in plain} == pytest.approx(plain, rel=0, abs=0, nan_ok=True)
 
 

@@ -39,6 +39,7 @@ def analyse(config: RunConfig) -> Outcome:
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
+        parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, directory.read_summary() or {})
         summary, _ = conclude(
             directory,

@@ -17,6 +17,7 @@ from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.metric.ablations import AblationSettings
 from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
@@ -73,7 +74,7 @@ class Parts:
         )
 
     def eval_sampler(self) -> Sampler:
-        """Held-out batches, the same for every evaluation, and the random numbers of all loss terms."""
+        """Held-out batches, the same for every evaluation, and the random numbers of the terms measured."""
         config = self.config
         return Sampler(
             self.eval_batches,
@@ -81,7 +82,7 @@ class Parts:
             purpose="eval",
             rows=_own_rows(config.eval.batch_size, self.model.device),
             rows_per_step=config.eval.batch_size,
-            columns=self.objective.columns(config.loss.terms()),
+            columns=self.objective.columns(config.loss.measured_terms()),
             position_shape=self.position_shape,
         )
 
@@ -117,14 +118,19 @@ class Parts:
 
     def ablations(self) -> AblationSettings | None:
         """What evaluations measure of ablated models, if they do."""
-        config = self.config
-        wanted = self.reads_tokens if config.eval.ablations is None else config.eval.ablations
-        if not wanted:
+        config = self.config.eval
+        masks = self.reads_tokens if config.ablations is None else config.ablations
+        if not masks and not config.pgd_steps:
             return None
+        sites, patterns = self.model.site_names, self.config.decomposition.sites
         return AblationSettings(
-            next_token=config.model.predicts_next_token(),
-            rounded=config.eval.rounded,
-            groups=site_groups(self.model.site_names, config.decomposition.sites),
+            next_token=self.config.model.predicts_next_token(),
+            rounded=config.rounded,
+            groups=site_groups(sites, patterns) if masks else {},
+            adversaries={
+                f"pgd/{n}": PGDRecon(n_steps=n, step_size=config.pgd_step_size) for n in config.pgd_steps
+            },
+            masks=masks,
         )
 
     def ideal_l0(self) -> dict[str, float]:
@@ -206,6 +212,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             precision=config.train.precision,
             ci_threshold=config.eval.ci_threshold,
             padded=batches.padded,
+            seed=config.seed,
         ),
         known=config.model.known_answer(target) if has_values else None,
         position_shape=positions,

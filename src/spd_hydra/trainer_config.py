@@ -95,6 +95,7 @@ class Evaluation(Section):
         help="steps of adversarial ascents on the masks, each measured apart, e.g. [20,40,80,160,320]",
         ge=1,
     )
+    pgd_step_size: float = option(0.1, "length of a step of these ascents", gt=0, le=1)
     subcomponents: int = option(
         20, "models that read tokens: subcomponents of each site whose contexts are kept; 0: none", ge=0
     )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from spd_hydra import rng
+from spd_hydra.loss.ascent import Start
 from spd_hydra.loss.divergence import Divergence
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.metric.ablations import Ablations, AblationSettings, cross_entropy_sum, mask_kinds
 from spd_hydra.sampler import position_index
 
@@ -155,3 +157,23 @@ def test_random_masks_do_not_look_at_causal_importances(language: ModuleType) ->
     ci = model.causal_importances(TOKENS)
     assert torch.equal(kind.make(ci["embed"], draws).mask, kind.make(ci["unembed"], draws).mask)
     assert kind.make(ci["embed"], draws).delta is None
+
+
+def test_an_adversary_is_never_weaker_than_its_start_and_gains_with_its_steps(
+    measured: Callable[..., Found],
+) -> None:
+    steps = (0, 1, 5, 20)
+    for divergence in Divergence:  # of training; that of a model of the next token is KL
+        for start in (Start.zeros, Start.random):
+            terms = {f"pgd/{n}": PGDRecon(n_steps=n, step_size=0.1, start=start) for n in steps}
+            found = measured(adversaries=terms, divergence=divergence)
+            values = [found[f"pgd/{n}"] for n in steps]
+            assert values == sorted(values)
+            if start is Start.zeros:  # masks are g
+                assert values[0] == pytest.approx(found["kl/ci"], rel=1e-5)
+            else:
+                assert values[-1] > 1.5 * values[0]
+
+
+def test_adversaries_alone_need_no_masks(measured: Callable[..., Found]) -> None:
+    assert set(measured(adversaries={"pgd/2": PGDRecon(n_steps=2)}, masks=False)) == {"pgd/2"}

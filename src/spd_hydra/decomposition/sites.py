@@ -37,12 +37,12 @@ def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[s
 
 
 def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:
-    """The sites that each pattern stands for, by the pattern's name."""
-    found: dict[str, list[str]] = {name: [] for name in patterns}
-    for site in sites:
-        name = next(name for name, one in patterns.items() if fnmatchcase(site, one.pattern))
-        found[name].append(site)
-    return found
+    """The sites that each pattern stands for, by the pattern's name; a site of no pattern is in no group."""
+    sites = list(sites)
+    found = {
+        name: [site for site in sites if fnmatchcase(site, one.pattern)] for name, one in patterns.items()
+    }
+    return {name: own for name, own in found.items() if own}
 
 
 def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: list[str]) -> str:

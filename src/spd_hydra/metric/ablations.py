@@ -17,6 +17,7 @@ from spd_hydra.decomposition.masks import MaskSource, SiteMask, columns_needed, 
 from spd_hydra.loss.base import LossInputs
 from spd_hydra.loss.divergence import Divergence, divergence_sum
 from spd_hydra.loss.objective import Objective
+from spd_hydra.loss.pgd_recon import PGDRecon
 
 Numbers = Callable[[str, int], Float[Tensor, "*positions number"]]
 """Random numbers per position, of a purpose, so many."""
@@ -90,11 +91,15 @@ class AblationSettings:
             divergence is then KL whatever training uses.
         rounded: thresholds of rounded masks.
         groups: sites by a name of the user's; of several, each is also masked alone.
+        adversaries: adversarial terms by the name of their metric.
+        masks: whether to measure kinds of masks and groups at all, or adversaries alone.
     """
 
     next_token: bool
     rounded: Sequence[float] = ()
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    adversaries: Mapping[str, PGDRecon] = dataclasses.field(default_factory=dict)
+    masks: bool = True
 
 
 class Ablations:
@@ -108,7 +113,8 @@ class Ablations:
 
     which is 0 where nothing is left of the sites and 1 where the target is as good as before. For every
     group of sites, masked by their causal importances while the others are the target's own:
-    `kl_subset/<group>` and `ce_subset/<group>`. Means over positions without padding.
+    `kl_subset/<group>` and `ce_subset/<group>`. For every adversary, its divergence. Means over positions
+    without padding.
 
     Args:
         objective: model, precision and divergence.
@@ -117,7 +123,7 @@ class Ablations:
 
     def __init__(self, objective: Objective, settings: AblationSettings) -> None:
         self._objective, self._settings = objective, settings
-        self.kinds = mask_kinds(objective.model.config, settings.rounded)
+        self.kinds = mask_kinds(objective.model.config, settings.rounded) if settings.masks else {}
         self._divergence = Divergence.kl if settings.next_token else objective.losses.divergence
         self.sums: dict[str, Float[Tensor, " 2"]] = {}  # sum and count, by the name of the metric
 
@@ -129,6 +135,15 @@ class Ablations:
             inputs: the batch with its clean pass and causal importances.
             numbers: gives random numbers for the positions of the batch.
         """
+        inputs = dataclasses.replace(inputs, divergence=self._divergence)
+        if self._settings.masks:
+            self._add_masks(inputs, numbers)
+        for name, term in self._settings.adversaries.items():
+            draws = numbers(name, term.columns(inputs.model))
+            found = self._objective.statistics(inputs, {name: term}, draws, {})[name]
+            self._count(name, found["sum"], found["count"])
+
+    def _add_masks(self, inputs: LossInputs, numbers: Numbers) -> None:
         shapes, divergence = self._objective.model.site_shapes(), self._divergence.value
         if self._settings.next_token:
             self._count(f"ce/{TARGET}", *cross_entropy_sum(inputs.clean.output, inputs.batch))
@@ -158,7 +173,7 @@ class Ablations:
         """All numbers, from what every rank has added; each rank has to ask."""
         sums = distributed.exact_sum(list(self.sums.values()))
         found = {name: float(own[0] / own[1]) for name, own in zip(self.sums, sums, strict=True)}
-        if self._settings.next_token:
+        if self._settings.next_token and self._settings.masks:
             zero = found[f"ce/{ZERO}"]
             room = zero - found[f"ce/{TARGET}"]
             for name in self.kinds:

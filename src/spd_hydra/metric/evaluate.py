@@ -50,7 +50,7 @@ def evaluate(
         ideal_l0: expected L0 of a perfect decomposition, by site, where known.
         ablations: what to measure of ablated models; None: nothing.
     """
-    model, terms = objective.model, objective.losses.terms()
+    model, terms = objective.model, objective.losses.measured_terms()
     schedule = objective.scheduled(progress)
     activity = Activity(objective.ci_threshold)
     ablated = None if ablations is None else Ablations(objective, ablations)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.loss.objective import Objective
 from spd_hydra.metric.evaluation import (
     Context,
@@ -139,12 +140,13 @@ def look(
         contexts: at most so many for each.
     """
     seen = torch.cat([batch.flatten() for batch in batches])
-    vocabulary = seen[seen >= 0].unique()
+    vocabulary = seen[seen >= 0].unique()  # type: ignore[no-untyped-call]
     chosen = {site: _heaviest(own, subcomponents) for site, own in sites.items()}
     best = {site: TopContexts(contexts) for site in chosen}
     responses = {site: TokenResponses(vocabulary) for site in chosen}
     names = _names(vocabulary.tolist(), decode)
     examples: list[TextExample] = []
+    per_token: dict[str, CausalImportance] = {}
     for batch in batches:
         importances = objective.inputs(batch).ci
         per_token = {site: ci for site, ci in importances.items() if ci.z.shape[:-1] == batch.shape}

@@ -118,12 +118,10 @@ def tables(summary: Mapping[str, Any]) -> list[str]:
 
 def topics(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Facts for the terminal: on how much data, and what an adversary reaches."""
-    if not summary.get("ablations"):
-        return []
-    thresholds = summary.get("thresholds") or {}
-    found = [
-        ("active", [f"g > {thresholds.get('ci', 0):g}, {number(thresholds.get('positions'))} positions"])
-    ]
+    thresholds, found = summary.get("thresholds") or {}, []
+    if summary.get("ablations"):
+        positions = f"{number(thresholds.get('positions'))} positions"
+        found.append(("active", [f"g > {thresholds.get('ci', 0):g}", positions]))
     if pgd := summary.get("pgd"):
         name = divergence_name(summary)
         found.append(("adversary", [f"{name} {number(v)} after {steps} steps" for steps, v in pgd.items()]))

@@ -84,12 +84,15 @@ def _context(found: Context) -> Markup:
 
 def _examples(examples: Sequence[TextExample]) -> list[Markup]:
     """Each sequence as coloured tokens; as many of them as there is room for."""
-    most = max((max(_totals(one), default=0) for one in examples), default=0) or 1
+    counts = [total for one in examples for total in _totals(one)]
+    least, most = min(counts, default=0), max(counts, default=0)
     drawn, left = [], LARGEST_EXAMPLES
     for one in examples:
         tokens = Markup("").join(
             Markup('<mark style="--g:{}" title="{}">{}</mark>').format(
-                f"{total / most:.2f}", _note(one, place, total), shown(one.tokens[place])
+                f"{(total - least) / max(most - least, 1):.2f}",
+                _note(one, place, total),
+                shown(one.tokens[place]),
             )
             for place, total in enumerate(_totals(one))
         )
