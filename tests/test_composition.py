@@ -71,7 +71,7 @@ def test_an_experiment_composes_builds_and_survives_saving(composer: Composer, e
 def test_every_shipped_file_is_an_option_that_composes(composer: Composer, option: str) -> None:
     group, _, name = option.partition("/")
     assert name in composer.groups()[group]
-    given = [] if option != "experiment/none" else ["name=mine"]
+    given = {"experiment/none": ["name=mine"], "model/hf": ["model.name=gpt2"]}.get(option, [])
     assert isinstance(composer.run_config([f"{group}={name}", *given]), RunConfig)
 
 

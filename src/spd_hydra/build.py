@@ -1,12 +1,14 @@
 """From a configuration to the objects of a run."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from spd_hydra import distributed, rng
+from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -22,6 +24,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.metric.text import look
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
+from spd_hydra.model.tokens_in import TokensIn
 from spd_hydra.sampler import Sampler
 from spd_hydra.section import ConfigError
 
@@ -163,12 +166,13 @@ def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | N
         seed=config.seed,
         device=device,
         cache_dir=Path(config.cache_dir).expanduser(),
+        held_out=config.data.bind_eval(config.model),
         progress=progress,
     )
 
 
 def untrained_target(config: RunConfig) -> nn.Module:
-    """The target's architecture with weights nobody trained: to check sites, or to load weights into."""
+    """The target's architecture with weights nobody trained: to check sites."""
     return config.model.skeleton()
 
 
@@ -181,6 +185,8 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
     batches = config.data.bind(config.model)
+    if isinstance(target, TokensIn):
+        target.expect_padding(batches.padded)
     model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
         device
     )
@@ -191,7 +197,8 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     if has_values:
         model.find_roots(example)
     with torch.no_grad():
-        importances = next(iter(model.causal_importances(example).values()))
+        importances = model.causal_importances(example)
+    positions = _positions(importances, example, padded=batches.padded)
     if has_values and untrained:
         _start(model, batches, config, config.seed)
     return Parts(
@@ -208,9 +215,28 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             seed=config.seed,
         ),
         known=config.model.known_answer(target) if has_values else None,
-        position_shape=tuple(importances.lower.shape[1:-1]),
+        position_shape=positions,
         reads_tokens=example.dim() == 2 and not example.is_floating_point(),
     )
+
+
+def _positions(
+    importances: Mapping[str, CausalImportance], example: torch.Tensor, *, padded: bool
+) -> tuple[int, ...]:
+    """The shape of a row's positions, which is the same at all sites.
+
+    Raises:
+        ConfigError: some sites have other positions, which no mask could fit.
+    """
+    shapes = {site: tuple(ci.lower.shape[:-1]) for site, ci in importances.items()}
+    of_rows = [shape for shape in shapes.values() if shape[:1] == example.shape[:1]]
+    common = tuple(example.shape) if padded else max(of_rows, key=of_rows.count, default=example.shape[:1])
+    if others := [f"{site} {list(shape)}" for site, shape in shapes.items() if shape != common]:
+        raise ConfigError(
+            f"decomposition.sites: positions are {list(common)} for {len(example)} rows, but not at "
+            f"{', '.join(others)}; leave these out: all sites must see one vector per row and position"
+        )
+    return common[1:]
 
 
 def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: int) -> None:

@@ -176,7 +176,7 @@ def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device
         return read_target(config, directory.path, device)
     target = obtain(config, device)
     with directory.writing(TARGET_FILE) as path:
-        write_target(target, path.parent)
+        write_target(config.model, target, path.parent)
     if target.certified and target.tries > 1 and not target.cached:
         say(f"target: {target.tries} seeds tried until one was fit to be decomposed")
     return target

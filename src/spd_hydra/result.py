@@ -103,7 +103,12 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
     config = parts.config
     patterns, model = config.decomposition.sites, config.model
     groups = site_groups(parts.model.site_names, patterns)
-    names = {site: name for name, sites in groups.items() for site in sites}
+    names = {
+        site: name
+        for name, sites in groups.items()
+        for site in sites
+        if site.replace(".", "/") not in parts.model.identities  # of which no answer is known
+    }
     return Settings(
         steps=config.train.steps,
         restarts=config.train.restarts.number,

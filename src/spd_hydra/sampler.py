@@ -40,6 +40,7 @@ class Sampler:
         self.batches, self.seed, self.purpose = batches, seed, purpose
         self.rows, self.columns = rows, columns.to(rows.device)
         self.rows_per_step = rows_per_step
+        self._places = rows.cpu().long() if batches.ordered else rows
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
         self._draw = Kernel(self.draw_all) if fused else self.draw_all
@@ -55,9 +56,12 @@ class Sampler:
 
     def batch(self, step: int) -> Tensor:
         """The batch of a step alone."""
-        data_key = self.keys(step)[0].to(self.rows.device)
-        rows = self.rows.long() + step * self.rows_per_step if self.batches.ordered else self.rows
-        return self.batches(data_key, rows)
+        data_key, device = self.keys(step)[0], self.rows.device
+        if not self.batches.ordered:
+            return self.batches(data_key.to(device), self.rows)
+        # Found on the CPU, where the rows are: asking a GPU for them would wait for all it has to do.
+        batch = self.batches(data_key, self._places + step * self.rows_per_step)
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
     def numbers(self, step: int, purpose: str, number: int) -> Float[Tensor, "*positions number"]:
         """Random numbers of a step in columns of their own, for what draws only when it needs them."""

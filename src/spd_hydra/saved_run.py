@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 
-from spd_hydra.build import untrained_target
+from spd_hydra import rng
 from spd_hydra.config import RunConfig
-from spd_hydra.model.base import Measurement
+from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget
-from spd_hydra.model.weights import load_target_weights, save_target
+from spd_hydra.model.weights import (
+    holds_weights,
+    load_target_weights,
+    require_same_weights,
+    save_target,
+    target_metadata,
+)
 
 TARGET_FILE = "target.safetensors"
 
@@ -28,9 +34,13 @@ def target_facts(target: TrainedTarget) -> dict[str, Any]:
     }
 
 
-def write_target(target: TrainedTarget, directory: Path) -> None:
-    """Keep the target in the run directory, so that the run can be opened without the cache."""
-    save_target(target.module, directory / TARGET_FILE, {"facts": json.dumps(target_facts(target))})
+def write_target(spec: TargetSpec, target: TrainedTarget, directory: Path) -> None:
+    """Keep the target in the run directory: its weights, or for a large one found elsewhere their digest."""
+    metadata = {"facts": json.dumps(target_facts(target))}
+    if (architecture := spec.architecture(target.module)) is not None:
+        metadata["architecture"] = architecture
+    keeps = spec.keeps_weights(target.module)
+    save_target(target.module, directory / TARGET_FILE, metadata, only_digest=not keeps)
 
 
 def read_target(config: RunConfig, directory: Path, device: torch.device) -> TrainedTarget:
@@ -38,10 +48,18 @@ def read_target(config: RunConfig, directory: Path, device: torch.device) -> Tra
 
     Raises:
         FileNotFoundError: the run was stopped before it had a target.
-        WeightsError: the file is damaged.
+        WeightsError: the file is damaged, or the weights that are elsewhere are no longer the same.
+        ConfigError: the weights are elsewhere and cannot be found there.
     """
-    module = untrained_target(config)
-    facts = json.loads(load_target_weights(module, directory / TARGET_FILE)["facts"])
+    path = directory / TARGET_FILE
+    metadata = target_metadata(path)
+    facts = json.loads(metadata["facts"])
+    if holds_weights(path):
+        module = config.model.skeleton(metadata.get("architecture"))
+        load_target_weights(module, path)
+    else:
+        module = config.model.build(rng.generator(facts["seed"], "target_weights"))
+        require_same_weights(module, path)
     measurements = [Measurement(**measurement) for measurement in facts.pop("measurements")]
     module = module.to(device).eval().requires_grad_(False)
     return TrainedTarget(module=module, measurements=measurements, seconds=0.0, **facts)

@@ -15,7 +15,9 @@ _SITE_NAME = re.compile(r"[A-Za-z0-9_+-]+")
 class SitePattern(Section):
     """One or more weight matrices, and the number of subcomponents of each."""
 
-    pattern: str = option(help="module path inside the target; * matches any part, e.g. layers.*.mlp_in")
+    pattern: str = option(
+        help="module path inside the target; * matches any part, dots too, e.g. layers.*.mlp_in"
+    )
     C: int = option(help="subcomponents of each matrix; may be above its rank", ge=1)
 
 
@@ -25,6 +27,11 @@ class Decomposition(Section):
 
     sites: dict[str, SitePattern] = option(
         default_factory=dict, help="matrices to decompose, by a name of your choice"
+    )
+    identities: dict[str, SitePattern] = option(
+        default_factory=dict,
+        help="modules whose input is decomposed, as an identity matrix in front of them; the site of module "
+        "m is m.identity",
     )
     tied: dict[str, str] = option(
         default_factory=dict,
@@ -46,6 +53,7 @@ class Decomposition(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        for name in self.sites:
-            if not _SITE_NAME.fullmatch(name):
-                yield Problem("sites", f"got the name {name!r}, must be letters, digits and _ + -")
+        for key, patterns in (("sites", self.sites), ("identities", self.identities)):
+            for name in patterns:
+                if not _SITE_NAME.fullmatch(name):
+                    yield Problem(key, f"got the name {name!r}, must be letters, digits and _ + -")

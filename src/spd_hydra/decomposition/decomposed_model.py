@@ -11,6 +11,7 @@ from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
 from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
@@ -46,7 +47,8 @@ class DecomposedModel(nn.Module):
         seed: the run's seed; initial values come from it.
 
     Raises:
-        ConfigError: a pattern that matches nothing, a module matched twice, impossible ties.
+        ConfigError: a pattern that matches nothing, a module matched twice, impossible ties, an identity in
+            front of a module of unknown width.
     """
 
     def __init__(
@@ -55,13 +57,17 @@ class DecomposedModel(nn.Module):
         super().__init__()
         sites = find_sites(target, config.sites)
         check_ties(target, config.tied, sites)
+        identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()
+        self.identities = nn.ModuleDict({_key(name): layer for name, (_, layer) in identities.items()})
+        self._layers = {name: target.get_submodule(name) for name in sites}
+        self._layers |= {name: layer for name, (_, layer) in identities.items()}
+        sites |= {name: C for name, (C, _) in identities.items()}
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
-        self._layers = {name: target.get_submodule(name) for name in sites}
         self._switch = Switch()
-        self._patched = (patched_copy(target, self.site_names, self._switch),)  # in a tuple: not a submodule
+        self._patched = (self._patch(),)  # in a tuple: not a submodule
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
@@ -80,8 +86,13 @@ class DecomposedModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A move to another device or precision replaces buffers: the copy has to share the new ones.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._patched = (patched_copy(self.target, self.site_names, self._switch),)
+        self._patched = (self._patch(),)
         return self
+
+    def _patch(self) -> nn.Module:
+        identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
+        layers = tuple(name for name in self.site_names if name not in identities)
+        return patched_copy(self.target, layers, self._switch, identities)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the target's stays what it was trained for."""

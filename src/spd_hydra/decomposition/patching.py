@@ -4,11 +4,12 @@ Wrappers rather than hooks: a compiler ignores hooks that were added later, and 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from torch import nn
 
+from spd_hydra.decomposition.identities import SUFFIX, insert
 from spd_hydra.factored import Activation, keep_factors
 
 AtSite = Callable[[str, nn.Module, Activation], Activation]
@@ -33,8 +34,17 @@ class _SiteWrapper(nn.Module):
         return self.switch.at_site(self.name, self.layer, x)
 
 
-def patched_copy(target: nn.Module, sites: tuple[str, ...], switch: Switch) -> nn.Module:
-    """A copy of the module tree that shares all tensors, with a wrapper in place of each site."""
+def patched_copy(
+    target: nn.Module, sites: tuple[str, ...], switch: Switch, identities: Mapping[str, nn.Module]
+) -> nn.Module:
+    """A copy of the module tree that shares all tensors, with a wrapper in place of each site.
+
+    Args:
+        target: is left as it is.
+        sites: paths of layers.
+        switch: says what the wrapped sites do.
+        identities: by site, identity matrices to put in front of the modules that the sites are named by.
+    """
     shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
     patched = copy.deepcopy(target, shared)
     layers = {name: patched.get_submodule(name) for name in sites}
@@ -44,5 +54,7 @@ def patched_copy(target: nn.Module, sites: tuple[str, ...], switch: Switch) -> n
         if id(layer) in wrappers:
             parent, _, attribute = path.rpartition(".")
             setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
+    for name, layer in identities.items():  # after the wrappers: an identity also acts before a masked layer
+        insert(patched.get_submodule(name.removesuffix(f".{SUFFIX}")), _SiteWrapper(name, layer, switch))
     keep_factors(patched)
     return patched

@@ -56,9 +56,37 @@ class TargetSpec(Section):
         """The untrained module, its weights drawn from the generator."""
         raise NotImplementedError
 
-    def skeleton(self) -> nn.Module:
-        """A module of the same shapes whose weights are nobody's: to check sites, or to load weights into."""
+    def skeleton(self, architecture: str | None = None) -> nn.Module:
+        """A module of the same shapes whose weights are nobody's: to check sites, or to load weights into.
+
+        Args:
+            architecture: what `architecture` said of a saved target; None: ask where the target is from.
+        """
         return self.build(rng.generator(0, "untrained_target"))
+
+    def architecture(self, module: nn.Module) -> str | None:
+        """What `skeleton` needs and this section does not say, to be saved with the weights."""
+        return None
+
+    def keeps_weights(self, module: nn.Module) -> bool:
+        """Whether a run directory gets a copy of the weights; if not, `build` must find the same again."""
+        return True
+
+    def prefetch(self) -> list[str]:
+        """Download what `build` needs to where it finds it without a network; a line for each thing."""
+        return []
+
+    def vocab_size(self) -> int | None:
+        """Number of tokens of a target that takes tokens."""
+        return None
+
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer that belongs to the target, as transformers finds it."""
+        return None
+
+    def context_length(self) -> int | None:
+        """Most tokens that the target takes at once."""
+        return None
 
     def certify(self, module: nn.Module) -> list[Measurement]:
         """Measurements that decide whether a trained target is fit for decomposition; empty: no checks."""

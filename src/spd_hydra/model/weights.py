@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,17 +20,55 @@ class WeightsError(ValueError):
     """A file does not hold the weights that were asked for; the message names the file and the reason."""
 
 
-def save_target(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_target(
+    module: nn.Module, path: Path, metadata: dict[str, str] | None = None, *, only_digest: bool = False
+) -> None:
     """Write every parameter and buffer of a module, tied ones once, so that the file appears whole.
 
     Args:
         module: on any device.
         path: in a directory that exists; replaced if it is there.
-        metadata: remembered in the header, given back by `load_target_weights`.
+        metadata: remembered in the header, given back by `target_metadata`.
+        only_digest: write what tells these weights from others, not the weights.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
-    header = json.dumps({"sha256": _digest(tensors), "metadata": metadata or {}}, sort_keys=True)
-    atomic.replace(path, safetensors.torch.save(tensors, metadata={_HEADER: header}))
+    header: dict[str, Any] = {"sha256": _digest(tensors), "metadata": metadata or {}}
+    if only_digest:
+        header, tensors = header | {"only_digest": True}, {}
+    text = json.dumps(header, sort_keys=True)
+    atomic.replace(path, safetensors.torch.save(tensors, metadata={_HEADER: text}))
+
+
+def target_metadata(path: Path) -> dict[str, str]:
+    """What was saved with the weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is damaged.
+    """
+    header, _ = _read(path)
+    return dict[str, str](header["metadata"])
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a file that `save_target` wrote holds the weights, or only their digest."""
+    header, _ = _read(path)
+    return "only_digest" not in header
+
+
+def require_same_weights(module: nn.Module, path: Path) -> None:
+    """Check that a module has the weights whose digest was saved.
+
+    Raises:
+        WeightsError: it has others.
+    """
+    header, _ = _read(path)
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
+    if _digest(own) != header["sha256"]:
+        raise WeightsError(
+            f"{path} was written for other weights of the target than those that are found now; give the "
+            "model as it was when the run began"
+        )
 
 
 def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
@@ -39,14 +78,8 @@ def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         WeightsError: the file is damaged, or it holds the weights of another model.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata, digest = dict[str, str](header["metadata"]), header["sha256"]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged ({error}); delete it to have it made again") from error
-    if digest != _digest(tensors):
+    header, tensors = _read(path)
+    if header["sha256"] != _digest(tensors):
         raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
     wanted = _tensors(module)
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -58,7 +91,19 @@ def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
-    return metadata
+    return dict[str, str](header["metadata"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file, which are mapped and not read until they are used."""
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        dict[str, str](header["metadata"]), header["sha256"]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged ({error}); delete it to have it made again") from error
+    return header, tensors
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,213 @@
+"""Targets from Hugging Face: any model of transformers that takes tokens."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from spd_hydra.model import hub
+from spd_hydra.model.base import TargetSpec
+from spd_hydra.model.tokens_in import TokensIn, adapt
+from spd_hydra.section import ConfigError, Problem, option, register
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SMALL = 256 * 2**20  # bytes of weights that are copied into every run directory without asking
+
+
+class AutoClass(Enum):
+    """Which head a model has."""
+
+    causal_lm = "causal_lm"
+    base = "base"
+    masked_lm = "masked_lm"
+    sequence_classification = "sequence_classification"
+    token_classification = "token_classification"
+
+
+class KeepWeights(Enum):
+    """Whether a run directory holds a copy of the target's weights, or their digest and where they are."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+_TRANSFORMERS_NAMES = {
+    AutoClass.causal_lm: "AutoModelForCausalLM",
+    AutoClass.base: "AutoModel",
+    AutoClass.masked_lm: "AutoModelForMaskedLM",
+    AutoClass.sequence_classification: "AutoModelForSequenceClassification",
+    AutoClass.token_classification: "AutoModelForTokenClassification",
+}
+
+
+@register("model", "hf")
+@dataclasses.dataclass(kw_only=True)
+class HuggingFace(TargetSpec):
+    """A trained model of transformers, in float32, from the hub or from a local directory."""
+
+    name: str = option(help="id on the hub, e.g. gpt2, or a local directory with config.json and safetensors")
+    auto_class: AutoClass = option(
+        AutoClass.causal_lm,
+        "causal_lm | base (no head) | masked_lm | sequence_classification | token_classification",
+    )
+    output: str | None = option(
+        None,
+        "which output is compared: logits | last_hidden_state | 0 | …; null: logits, of base "
+        "last_hidden_state",
+    )
+    revision: str | None = option(None, "branch, tag or commit on the hub; null: main")
+    trust_remote_code: bool = option(
+        False, "run the Python code that comes with the model; asks for a commit as the revision"
+    )
+    keep_weights: KeepWeights = option(
+        KeepWeights.auto,
+        "copy the weights into the run directory: auto (up to 256 MiB) | always | never (their digest)",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Adds: code is run only as it was at one commit."""
+        yield from super().problems()
+        if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
+            yield Problem(
+                "trust_remote_code",
+                f"got true with revision {self.revision}; give the full commit hash (40 hexadecimal digits) "
+                "whose code you have read",
+            )
+
+    def build(self, generator: torch.Generator) -> TokensIn:
+        """The trained model; nothing is drawn.
+
+        Raises:
+            ConfigError: it cannot be found, read or reached, or its weights are those of another class.
+        """
+        directory = self._directory(hub.WEIGHTS)
+        with _without_progress_bar():
+            model, report = self._made("from_pretrained", directory)
+        lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+        if lacking:
+            raise ConfigError(
+                f"model.auto_class: got {self.auto_class.name}, but the weights of {self.name} lack "
+                f"{_shortened(lacking)}; choose the class that it was trained as"
+            )
+        return adapt(model, self.output_path)
+
+    def skeleton(self, architecture: str | None = None) -> TokensIn:
+        """The model without its weights, from its configuration alone.
+
+        Raises:
+            ConfigError: the configuration cannot be found, read or reached.
+        """
+        if architecture is not None and not self.trust_remote_code:
+            from transformers import AutoConfig
+
+            config = AutoConfig.for_model(**json.loads(architecture))
+        else:
+            config = self._config()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model = self._made("from_config", config)
+        return adapt(model, self.output_path)
+
+    def architecture(self, module: nn.Module) -> str:
+        """The configuration of the model as JSON."""
+        return cast(str, cast(Any, module).config.to_json_string())
+
+    def keeps_weights(self, module: nn.Module) -> bool:
+        """Whether a run directory gets a copy of the weights."""
+        if self.keep_weights is KeepWeights.auto:
+            return sum(p.numel() * p.element_size() for p in module.parameters()) <= _SMALL
+        return self.keep_weights is KeepWeights.always
+
+    def prefetch(self) -> list[str]:
+        """Download the model and its tokenizer into Hugging Face's cache; nothing for a local directory."""
+        wanted = [*hub.WEIGHTS, *hub.TOKENIZER, *(hub.CODE if self.trust_remote_code else ())]
+        if Path(self.name).expanduser().is_dir():
+            return [f"model {self.name}: a local directory, nothing to fetch"]
+        directory = hub.download(self.name, self.revision, wanted)
+        return [f"model {self.name}: {directory}"]
+
+    def vocab_size(self) -> int | None:
+        """Number of tokens that the model knows."""
+        return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))
+
+    def tokenizer_name(self) -> str:
+        """The model's own tokenizer comes with it."""
+        return self.name
+
+    def context_length(self) -> int | None:
+        """Longest text that the model takes, in tokens."""
+        config = self._config().get_text_config()
+        return cast("int | None", getattr(config, "max_position_embeddings", None))
+
+    @property
+    def output_path(self) -> str:
+        """Where in the model's output the tensor is that is compared."""
+        if self.output is not None:
+            return self.output
+        return "last_hidden_state" if self.auto_class is AutoClass.base else "logits"
+
+    def _directory(self, files: tuple[str, ...]) -> Path:
+        code = hub.CODE if self.trust_remote_code else ()
+        return hub.model_directory(self.name, self.revision, (*files, *code))
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        directory = self._directory(hub.CONFIG)
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.name: got {self.name}, whose config.json cannot be used: {_first_line(error)}"
+            ) from error
+        if config.is_encoder_decoder:
+            raise ConfigError(
+                f"model.name: got {self.name}, which takes two inputs, one for its encoder and one for its "
+                "decoder; only models with one input can be decomposed"
+            )
+        return config
+
+    def _made(self, method: str, source: Any) -> Any:
+        """The model by `from_config`, or by `from_pretrained` with a report of what did not fit."""
+        import transformers
+
+        arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": self.trust_remote_code}
+        if method == "from_pretrained":
+            arguments |= {"config": self._config(), "use_safetensors": True, "output_loading_info": True}
+        auto_class = getattr(transformers, _TRANSFORMERS_NAMES[self.auto_class])
+        try:
+            return getattr(auto_class, method)(source, **arguments)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(
+                f"model: {self.name} cannot be loaded as {self.auto_class.name}: {_first_line(error)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _shortened(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
