@@ -39,8 +39,8 @@ class Identity(nn.Linear):
             input.shape[-1:] != (self.in_features,) or not input.is_floating_point()
         ):
             raise ConfigError(
-                f"decomposition.identities: the input of {self.before} has the shape {list(input.shape)}, but its "
-                f"first matrix reads {self.in_features} numbers; choose a module whose input it reads"
+                f"decomposition.identities: the input of {self.before} has the shape {list(input.shape)}, "
+                f"but its first matrix reads {self.in_features} numbers; choose a module whose input it reads"
             )
         return input
 
