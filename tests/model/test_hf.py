@@ -25,11 +25,14 @@ GENERATOR = rng.generator(0, "unused")
 BLOCKS = "*.[0-9]*.*"
 
 
-@pytest.fixture(params=MODELS)
-def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[HuggingFace, nn.Module]:
+@pytest.fixture(params=MODELS, scope="module")
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[HuggingFace, nn.Module]:
     """The configuration of a tiny model in a directory, and the model as transformers made it."""
-    original = saved_model(request.param, tmp_path)
-    return HuggingFace(name=str(tmp_path), auto_class=AutoClass[MODELS[request.param][0]]), original
+    directory = tmp_path_factory.mktemp(request.param)
+    original = saved_model(request.param, directory)
+    return HuggingFace(name=str(directory), auto_class=AutoClass[MODELS[request.param][0]]), original
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spd_hydra.decomposition.config import SitePattern
 from spd_hydra.decomposition.layers import is_decomposable, is_embedding, weight_matrix
+from spd_hydra.factored import Activation
 from spd_hydra.section import ConfigError
 
 SUFFIX = "identity"
@@ -29,7 +30,7 @@ class Identity(nn.Linear):
         self.before = before
         self.weight = nn.Parameter(torch.eye(width), requires_grad=False)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Activation) -> Activation:  # type: ignore[override]
         """The input itself.
 
         Raises:

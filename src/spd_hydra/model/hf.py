@@ -194,8 +194,9 @@ class HuggingFace(TargetSpec):
 
 @contextlib.contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging  # has no types
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

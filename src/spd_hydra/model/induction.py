@@ -41,7 +41,7 @@ class Attention(nn.Module):
         return cast(Tensor, self.o_proj(found.transpose(1, 2).flatten(-2)))
 
     def _by_head(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch head length d_head"]:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.n_heads, -1).transpose(1, 2)
 
 
 class InductionModel(nn.Module):
@@ -53,7 +53,7 @@ class InductionModel(nn.Module):
 
     def __init__(self, embed: Tensor, layers: list[Attention], unembed: Tensor) -> None:
         super().__init__()
-        self.embed = nn.Embedding.from_pretrained(embed, freeze=False)
+        self.embed = nn.Embedding(embed.shape[0], embed.shape[1], _weight=embed)
         self.layers = nn.ModuleList(layers)
         self.unembed = linear(nn.Parameter(unembed))
 
