@@ -166,6 +166,22 @@ def test_the_base_model_gives_its_last_hidden_state(gpt2: tuple[HuggingFace, nn.
     close(spec.build(GENERATOR)(tokens()), called(gpt2[1].transformer, tokens()).last_hidden_state)
 
 
+@pytest.mark.parametrize(
+    ("auto_class", "output", "predicts"),
+    [
+        (AutoClass.causal_lm, None, True),
+        (AutoClass.causal_lm, "hidden_states.1", False),
+        (AutoClass.masked_lm, None, False),
+        (AutoClass.base, None, False),
+    ],
+)
+def test_logits_of_a_causal_model_are_of_the_next_token(
+    auto_class: AutoClass, output: str | None, predicts: bool
+) -> None:
+    spec = HuggingFace(name="any", auto_class=auto_class, output=output)
+    assert spec.predicts_next_token() is predicts
+
+
 def test_sizes_and_tokenizer_are_known_from_the_configuration_alone(
     gpt2: tuple[HuggingFace, nn.Module],
 ) -> None:

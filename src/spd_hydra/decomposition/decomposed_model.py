@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra import rng
@@ -91,14 +91,18 @@ class DecomposedModel(nn.Module):
 
     def _patch(self) -> nn.Module:
         identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
-        layers = tuple(name for name in self.site_names if name not in identities)
-        return patched_copy(self.target, layers, self._switch, identities)
+        return patched_copy(self.target, self.matrix_names, self._switch, identities)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the target's stays what it was trained for."""
         super().train(mode)
         self.target.eval()
         return self
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """The sites that are matrices of the target, without the identities that were put into it."""
+        return tuple(name for name in self.site_names if _key(name) not in self.identities)
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +166,12 @@ class DecomposedModel(nn.Module):
                 parameter.copy_(state[name])
 
     def forward(
-        self, batch: Tensor, masks: Mapping[str, SiteMask] | None = None, *, reuse: "Reuse | None" = None
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask] | None = None,
+        *,
+        reuse: "Reuse | None" = None,
+        outputs: dict[str, Activation] | None = None,
     ) -> Tensor:
         """The model's output with the given sites masked; without masks, the target's own output.
 
@@ -173,6 +182,7 @@ class DecomposedModel(nn.Module):
             batch: input of the target.
             masks: by site; a site that is absent keeps its own layer, on the current input.
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
+            outputs: is filled with the output of every masked site.
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
@@ -185,6 +195,12 @@ class DecomposedModel(nn.Module):
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name not in masks:
                 return cast(Activation, layer(x))
+            y = masked(name, layer, x)
+            if outputs is not None:
+                outputs[name] = y
+            return y
+
+        def masked(name: str, layer: nn.Module, x: Activation) -> Activation:
             if reuse is not None and name in clean_sites:
                 h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
                 return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
@@ -227,9 +243,11 @@ class DecomposedModel(nn.Module):
             for name, x in clean.inputs.items()
         }
 
-    def importances(self, activations: Mapping[str, SiteActivation]) -> dict[str, CausalImportance]:
-        """Causal importances of every site from its clean activations."""
-        pre_sigmoid = self.ci_fn(activations)
+    def importances(
+        self, activations: Mapping[str, SiteActivation], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> dict[str, CausalImportance]:
+        """Causal importances of every site from clean activations; `valid`: positions that are no padding."""
+        pre_sigmoid = self.ci_fn(activations, valid=valid)
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
     def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:

@@ -148,6 +148,10 @@ class HuggingFace(TargetSpec):
         config = self._config().get_text_config()
         return cast("int | None", getattr(config, "max_position_embeddings", None))
 
+    def predicts_next_token(self) -> bool:
+        """Whether what is compared are the logits of a causal language model."""
+        return self.auto_class is AutoClass.causal_lm and self.output_path in {"logits", "0"}
+
     @property
     def output_path(self) -> str:
         """Where in the model's output the tensor is that is compared."""
