@@ -52,7 +52,8 @@ def errors(overrides: list[str]) -> list[str]:
 
 def test_there_is_an_experiment_for_every_toy_with_both_settings() -> None:
     toys = ["tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id", "resid_mlp1", "resid_mlp2", "resid_mlp3"]
-    assert sorted([*toys, *(f"paper/{toy}" for toy in toys), "tms_5-2-untied"]) == EXPERIMENTS
+    others = ["induction_heads", "tms_5-2-untied"]
+    assert sorted([*toys, *(f"paper/{toy}" for toy in toys), *others]) == EXPERIMENTS
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -64,7 +65,7 @@ def test_an_experiment_composes_builds_and_survives_saving(composer: Composer, e
     assert set(config.decomposition.tied) == (
         {"unembed"} if "tms" in experiment and "untied" not in experiment else set()
     )
-    assert all(shape.C in {20, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
+    assert all(shape.C in {20, 64, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
 
 
 @pytest.mark.parametrize("option", OPTIONS)
