@@ -16,9 +16,13 @@ from torch import Tensor
 
 def key(seed: int, purpose: str, step: int = 0) -> Int32[Tensor, "2"]:
     """The key of one purpose at one step, on the CPU."""
+    return torch.tensor(key_words(seed, purpose, step), dtype=torch.int32)
+
+
+def key_words(seed: int, purpose: str, step: int = 0) -> list[int]:
+    """The two words of `key`, for those who make one tensor of many keys."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
-    return torch.tensor(words, dtype=torch.int32)
+    return [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
 
 
 def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
