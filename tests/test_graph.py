@@ -1,4 +1,4 @@
-"""A step that is recorded and replayed: the same numbers, from the same memory, whatever changes between steps.
+"""A step that is recorded and replayed: the same numbers, whatever changes between steps.
 
 A tape stands in for CUDA graphs. Like them it keeps the operations with the tensors they worked on and the
 numbers they were called with, runs no Python when it is replayed, and can record nothing that waits.

@@ -51,7 +51,7 @@ class CudaRecorder:
     """Records on a stream of its own, on which the work was rehearsed."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def rehearse(self, work: Callable[[], T]) -> T:
         """Do the work between what was launched before and what will be launched after."""
@@ -232,7 +232,7 @@ def graphed_step(
     optimizer: torch.optim.Optimizer,
     update: Callable[[], None],
 ) -> GraphedStep | None:
-    """The step as CUDA graphs; None on a CPU, and where that cannot be, with a line in the log that tells why."""
+    """The step as CUDA graphs; None on a CPU and, with a line in the log that says why, if that cannot be."""
     device = objective.model.device
     if device.type != "cuda" or not wanted:
         return None

@@ -77,6 +77,7 @@ class Replicas:
         self.trainers = list(trainers)
         first = trainers[0]
         self.training = first.training
+        self._is_on_cpu = first.model.device.type == "cpu"
         compile = self.training.compile and can_compile(first.model.device.type)
         self._step = StackedStep([trainer.objective for trainer in trainers], compile=compile)
         self._sampler = StackedSampler([trainer.sampler for trainer in trainers], compile=compile)
@@ -168,7 +169,8 @@ class Replicas:
     def train_step(self) -> list[StepLoss | TrainingError]:
         """One step of all: draw, schedule, loss, gradients, update."""
         first = self.trainers[0]
-        with kept_from_children(), first.timed("compile" if self._is_to_be_compiled else "train"):
+        alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
+        with alone, first.timed("compile" if self._is_to_be_compiled else "train"):
             losses = self._train_step()
         for trainer in self.trainers:
             trainer.timed_steps += not self._is_to_be_compiled
@@ -185,7 +187,7 @@ class Replicas:
         stacked = self._loss_and_gradients(step, lr)
         recorded = first.is_recorded(step + 1)
         losses = self._losses_of_each(stacked)
-        if recorded or first.model.device.type == "cpu":
+        if recorded or self._is_on_cpu:
             norms = self._norms() if recorded else {}
             finite = stacked.total.isfinite().tolist()
             for number, trainer in enumerate(self.trainers):

@@ -74,6 +74,7 @@ class Trainer:
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
+        self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
@@ -177,7 +178,7 @@ class Trainer:
         # reading the loss waits for the device, which is free on a CPU.
         recorded = self.is_recorded(self.step + 1)
         self.gradient_norms = self._norms() if recorded else {}
-        if recorded or self.model.device.type == "cpu":
+        if recorded or self._is_on_cpu:
             self.require_finite(loss)
         if self._graph is None:
             self._update()
