@@ -98,8 +98,8 @@ same data and random numbers, over loss terms and over parameters (norm of the d
 def _graphs_text(result: Result) -> str:
     if not (rows := _graphs_rows(result)):
         return ""
-    return f"""On a GPU `spd-run` replays the compiled step as CUDA graphs; *compiled* launches its kernels one by one
-(`train.cuda_graphs=false`):
+    return f"""On a GPU `spd-run` replays the compiled step as CUDA graphs; *compiled* launches kernel by
+kernel (`train.cuda_graphs=false`):
 
 {markdown.table(GRAPHS_HEADER, rows)}
 

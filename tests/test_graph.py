@@ -4,9 +4,12 @@ A tape stands in for CUDA graphs. Like them it keeps the operations with the ten
 numbers they were called with, runs no Python when it is replayed, and can record nothing that waits.
 """
 
+import contextlib
 import dataclasses
+import gc
+import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spd_hydra.graph import REHEARSALS, GraphedStep, StepInputs, graphed_step, obstacle
+from spd_hydra.graph import REHEARSALS, CudaRecorder, GraphedStep, StepInputs, graphed_step, obstacle
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replicas import Alone, Replicas
@@ -356,6 +359,98 @@ def test_on_a_cpu_nothing_is_recorded_and_nothing_is_said(
         )
     assert caplog.records == []
     assert trainer.optimizer.param_groups[0]["lr"] == trainer.training.lr
+
+
+# ---- the recorder of a GPU, on one that only writes down what it is asked --------------------------------
+
+
+class WrittenDown:
+    """Stands for `torch.cuda`: what happens on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.now = "present"
+        signature = inspect.signature(torch.cuda.graph.__init__)
+        fake = self
+
+        class Stream:
+            def __init__(self, device: Any = None, name: str = "side") -> None:
+                self.device, self.name = device, name
+
+            def wait_stream(self, other: "Stream") -> None:
+                fake.events.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def replay(self) -> None:
+                fake.events.append(f"replayed on {fake.now}")
+
+        @contextlib.contextmanager
+        def stream(chosen: Stream) -> Iterator[None]:
+            before, fake.now = fake.now, chosen.name
+            yield_failed = True
+            try:
+                yield
+                yield_failed = False
+            finally:
+                fake.now = before
+                fake.events.append(f"left {chosen.name}{' after an error' if yield_failed else ''}")
+
+        class Capture:  # like torch's, it stays on its stream when the recording ends with an error
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                bound = signature.bind(None, *arguments, **options).arguments
+                assert isinstance(bound["cuda_graph"], Graph)
+                assert bound["capture_error_mode"] == "thread_local"
+                self.stream = bound["stream"]
+
+            def __enter__(self) -> None:
+                fake.events.append(f"recording begins on {fake.now}")
+
+            def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+                fake.events.append("recording ends")
+                if error is not None:
+                    raise RuntimeError("operation failed due to a previous error")
+
+        for name, value in {"Stream": Stream, "stream": stream, "CUDAGraph": Graph, "graph": Capture}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "present"))
+
+
+def test_rehearsals_run_on_the_stream_of_the_recording_between_what_was_and_what_will_be_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = WrittenDown(monkeypatch)
+    found = CudaRecorder(torch.device("cuda", 0)).rehearse(lambda: cuda.events.append(f"work on {cuda.now}"))
+    assert found is None
+    assert cuda.events == ["side waits for present", "work on side", "left side", "present waits for side"]
+
+
+def test_a_recording_is_replayed_at_once_and_collects_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = WrittenDown(monkeypatch)
+
+    def work() -> bool:
+        cuda.events.append(f"work on {cuda.now}")
+        return gc.isenabled()
+
+    collected, replay = CudaRecorder(torch.device("cuda", 0)).record(work)
+    assert not collected
+    assert gc.isenabled()
+    begun = ["recording begins on side", "work on side", "recording ends", "left side", "replayed on present"]
+    assert cuda.events == begun
+    replay()
+    assert cuda.events == [*begun, "replayed on present"]
+
+
+def test_after_a_failed_recording_the_stream_is_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = WrittenDown(monkeypatch)
+
+    def work() -> None:
+        raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaRecorder(torch.device("cuda", 0)).record(work)
+    assert cuda.now == "present"
+    assert gc.isenabled()
+    assert cuda.events == ["recording begins on side", "recording ends", "left side after an error"]
 
 
 # ---- inputs --------------------------------------------------------------------------------------------
