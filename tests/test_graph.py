@@ -327,7 +327,7 @@ def test_a_replayed_loss_that_breaks_stops_the_run_before_the_update(make: Make,
 
 
 @pytest.mark.parametrize(
-    ("compiled", "traceable", "ranks", "reason"),
+    ("compiled", "from_keys", "ranks", "reason"),
     [
         (True, True, 1, None),
         (False, True, 1, "it is not compiled"),
@@ -336,9 +336,9 @@ def test_a_replayed_loss_that_breaks_stops_the_run_before_the_update(make: Make,
     ],
 )
 def test_what_keeps_a_step_from_being_recorded_is_named(
-    compiled: bool, traceable: bool, ranks: int, reason: str | None
+    compiled: bool, from_keys: bool, ranks: int, reason: str | None
 ) -> None:
-    assert obstacle(compiled=compiled, traceable=traceable, ranks=ranks) == reason
+    assert obstacle(compiled=compiled, from_keys=from_keys, ranks=ranks) == reason
 
 
 def test_on_a_cpu_nothing_is_recorded_and_nothing_is_said(

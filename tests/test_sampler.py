@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from spd_hydra import rng
+from spd_hydra.data.base import Batches
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.model.tms import TMS
 from spd_hydra.sampler import Sampler, position_index
@@ -25,12 +26,14 @@ def sampler(
     shape: tuple[int, ...] = (),
     compile: bool = False,
     columns: Tensor = COLUMNS,
+    batches: Batches = BATCHES,
 ) -> Sampler:
     return Sampler(
-        BATCHES,
+        batches,
         seed=seed,
         purpose=purpose,
         rows=which,
+        rows_per_step=8,
         columns=columns,
         position_shape=shape,
         compile=compile,
@@ -63,6 +66,24 @@ def test_streams_differ_between_purposes_seeds_and_steps(other: dict[str, int | 
     other_batch, other_draws = sampler(rows(0, 64), **other)(step)
     assert not torch.equal(batch, other_batch)
     assert (draws == other_draws).float().mean() < 0.01
+
+
+class Counted(Batches):
+    """The places of an ordered stream themselves, moved by the key."""
+
+    ordered = True
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        return rows + int(key[0])
+
+
+def test_an_ordered_stream_goes_on_where_the_step_before_ended_also_for_a_slice() -> None:
+    stream = [sampler(rows(0, 8), batches=Counted())(step)[0] for step in range(3)]
+    start = int(stream[0][0])
+    assert torch.cat(stream).tolist() == list(range(start, start + 24))
+    part, draws = sampler(rows(2, 6), batches=Counted())(2)
+    assert torch.equal(part, stream[2][2:6])
+    assert torch.equal(draws, sampler(rows(2, 6))(2)[1])
 
 
 def test_data_does_not_depend_on_what_the_loss_draws() -> None:

@@ -36,6 +36,7 @@ class Parts:
 
     config: RunConfig
     batches: Batches
+    eval_batches: Batches
     model: DecomposedModel
     objective: Objective
     known: KnownAnswer | None
@@ -58,6 +59,7 @@ class Parts:
             seed=config.seed,
             purpose="train",
             rows=_own_rows(config.train.batch_size, self.model.device),
+            rows_per_step=config.train.batch_size,
             columns=self.objective.columns(config.loss.active_terms()),
             position_shape=self.position_shape,
             compile=config.train.compile,
@@ -67,10 +69,11 @@ class Parts:
         """Held-out batches, the same for every evaluation, and the random numbers of all loss terms."""
         config = self.config
         return Sampler(
-            self.batches,
+            self.eval_batches,
             seed=config.seed,
             purpose="eval",
             rows=_own_rows(config.eval.batch_size, self.model.device),
+            rows_per_step=config.eval.batch_size,
             columns=self.objective.columns(config.loss.terms()),
             position_shape=self.position_shape,
         )
@@ -129,7 +132,7 @@ def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | N
 
 def untrained_target(config: RunConfig) -> nn.Module:
     """The target's architecture with weights nobody trained: to check sites, or to load weights into."""
-    return config.model.build(rng.generator(0, "untrained_target"))
+    return config.model.skeleton()
 
 
 def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untrained: bool = True) -> Parts:
@@ -157,9 +160,14 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     return Parts(
         config=config,
         batches=batches,
+        eval_batches=config.data.bind_eval(config.model),
         model=model,
         objective=Objective(
-            model, config.loss, precision=config.train.precision, ci_threshold=config.eval.ci_threshold
+            model,
+            config.loss,
+            precision=config.train.precision,
+            ci_threshold=config.eval.ci_threshold,
+            padded=batches.padded,
         ),
         known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),

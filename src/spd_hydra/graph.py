@@ -236,7 +236,7 @@ def graphed_step(
     device = objective.model.device
     if device.type != "cuda" or not wanted:
         return None
-    reason = obstacle(compiled=step.is_compiled, traceable=sampler.traceable, ranks=distributed.world_size())
+    reason = obstacle(compiled=step.is_compiled, from_keys=sampler.from_keys, ranks=distributed.world_size())
     if reason is not None:
         logger.info("the step is launched kernel by kernel, not replayed as a CUDA graph: %s", reason)
         return None
@@ -250,11 +250,11 @@ def graphed_step(
     )
 
 
-def obstacle(*, compiled: bool, traceable: bool, ranks: int) -> str | None:
+def obstacle(*, compiled: bool, from_keys: bool, ranks: int) -> str | None:
     """Why a step on a GPU cannot be recorded, if so."""
     if not compiled:
         return "it is not compiled"
-    if not traceable:
+    if not from_keys:
         return "its data are not drawn on the device"
     if ranks > 1:
         return f"{ranks} ranks exchange messages in it"

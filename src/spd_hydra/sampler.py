@@ -23,6 +23,7 @@ class Sampler:
         seed: the run's seed.
         purpose: keeps training, evaluation and other streams apart.
         rows: which rows of the global batch this process works on.
+        rows_per_step: rows of the global batch, of which an ordered stream gives the next ones in every step.
         columns: random numbers per position, as columns of `rng.uniform`.
         position_shape: shape of the positions of one row: `()` for vectors, `(length,)` for text.
         compile: fuse the draws into one kernel, where that is possible.
@@ -35,24 +36,31 @@ class Sampler:
         seed: int,
         purpose: str,
         rows: Int32[Tensor, " batch"],
+        rows_per_step: int,
         columns: Int32[Tensor, " columns"],
         position_shape: tuple[int, ...] = (),
         compile: bool = False,
     ) -> None:
         self.batches, self.seed, self.purpose = batches, seed, purpose
         self.rows, self.columns = rows, columns.to(rows.device)
+        self.rows_per_step = rows_per_step
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
         self.draw: Draw = Kernel(self.draw_all) if fused else self.draw_all
+        can_fuse = compile and can_compile(rows.device.type)
+        self._draw_numbers = Kernel(self.draw_numbers) if can_fuse else self.draw_numbers
 
     @property
-    def traceable(self) -> bool:
-        """Whether a step's data are tensor arithmetic on the device alone."""
-        return self.batches.traceable
+    def from_keys(self) -> bool:
+        """Whether `draw` gives a step's data: tensor arithmetic on the device, on the keys alone."""
+        return self.batches.traceable and not self.batches.ordered
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""
         data_key, mask_key = (send(key, self.rows.device) for key in self.keys(step))
+        if self.batches.ordered:
+            batch = self.batches(data_key, self.rows.long() + step * self.rows_per_step)
+            return batch, self._draw_numbers(mask_key)
         return self.draw(data_key, mask_key)
 
     def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
@@ -63,13 +71,17 @@ class Sampler:
     def key_words(self, step: int) -> tuple[list[int], list[int]]:
         """The words of both keys."""
         return (
-            rng.key_words(self.seed, f"{self.purpose}/data", step),
+            rng.key_words(self.seed, f"{self.purpose}/data", 0 if self.batches.ordered else step),
             rng.key_words(self.seed, f"{self.purpose}/masks", step),
         )
 
     def draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
         """Batch and random numbers of these keys."""
-        return self.batches(data_key, self.rows), rng.uniform(mask_key, self.positions, self.columns)
+        return self.batches(data_key, self.rows), self.draw_numbers(mask_key)
+
+    def draw_numbers(self, mask_key: Tensor) -> Float[Tensor, "*positions columns"]:
+        """Random numbers of this key."""
+        return rng.uniform(mask_key, self.positions, self.columns)
 
 
 class StackedSampler:
@@ -84,14 +96,14 @@ class StackedSampler:
         self._samplers = samplers
         first = samplers[0]
         self._device = first.rows.device
-        self.traceable = first.traceable
-        fused = compile and self.traceable and can_compile(self._device.type)
+        self.from_keys = first.from_keys
+        fused = compile and self.from_keys and can_compile(self._device.type)
         draw = torch.vmap(first.draw_all)
         self.draw: Draw = Kernel(draw) if fused else draw
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "replicas *positions columns"]]:
         """The batches of a step, `[replicas, batch, …]`, and their random numbers."""
-        if not self.traceable:
+        if not self.from_keys:
             drawn = [sampler(step) for sampler in self._samplers]
             return torch.stack([batch for batch, _ in drawn]), torch.stack([draws for _, draws in drawn])
         data_keys, mask_keys = (send(keys, self._device) for keys in self.keys(step))

@@ -15,7 +15,7 @@ from collections import deque
 import torch
 from torch.utils.data import DataLoader, Dataset
 from spd_hydra import rng
-from spd_hydra.data.base import DataSource
+from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.section import option, register
 from spd_hydra.stop import kept_from_children
 
@@ -36,8 +36,7 @@ class Requests:
         while True:
             yield self.waiting.popleft() if self.waiting else None
 
-class BackgroundBatches:
-    traceable = False
+class BackgroundBatches(Batches):
     def __init__(self, n_features, workers, method):
         self.requests, self.drawn = Requests(), Drawn(n_features)
         self.workers, self.method, self.batches = workers, method, None

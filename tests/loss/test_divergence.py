@@ -10,7 +10,7 @@ from spd_hydra.loss.divergence import Divergence, divergence_sum
 
 def value(divergence: Divergence, masked: torch.Tensor, target: torch.Tensor) -> float:
     total, count = divergence_sum(divergence, masked, target)
-    return float(total) / count
+    return float(total) / float(count)
 
 
 def test_mse_is_the_mean_over_all_output_elements() -> None:
@@ -54,3 +54,21 @@ def test_half_precision_outputs_are_compared_in_float32_also_under_autocast(dive
         p, q = target.double().softmax(-1), masked.double().softmax(-1)
         expected = (p * (p.log() - q.log())).sum()
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", Divergence)
+def test_padding_counts_neither_in_the_sum_nor_in_the_number(divergence: Divergence) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masked, target = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    masked[~valid] = math.nan  # whatever a model makes of padding
+    total, count = divergence_sum(divergence, masked, target, valid)
+    wanted, number = divergence_sum(divergence, masked[valid], target[valid])
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6)
+    assert int(count) == number
+
+
+def test_an_output_that_is_not_per_position_counts_whole() -> None:
+    masked, target = torch.ones(2, 4), torch.zeros(2, 4)
+    total, count = divergence_sum(Divergence.mse, masked, target, torch.zeros(2, 3, dtype=torch.bool))
+    assert float(total) / int(count) == 1

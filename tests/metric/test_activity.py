@@ -56,6 +56,15 @@ def test_positions_may_have_several_dimensions() -> None:
     assert torch.equal(shaped.sites["site"].sum_ci, flat.sites["site"].sum_ci)
 
 
+def test_padding_is_not_counted() -> None:
+    padded = torch.cat([G, torch.ones(2, G.shape[1])])
+    activity = Activity(0.1)
+    activity.add({"site": padded}, torch.tensor([True] * len(G) + [False] * 2))
+    assert activity.positions == len(G)
+    for ours, theirs in zip(activity.sites["site"], counted(G).sites["site"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_sites_are_counted_apart_and_may_differ_in_size() -> None:
     activity = Activity(0.1)
     activity.add({"a": G, "b": torch.ones(4, 2)})

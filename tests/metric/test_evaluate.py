@@ -48,7 +48,9 @@ def test_batches_are_accumulated_before_anything_is_finalised(parts: Parts) -> N
             assert step == 0
             return together
 
-    one = One(parts.batches, seed=0, purpose="eval", rows=small.rows, columns=small.columns)
+    one = One(
+        parts.batches, seed=0, purpose="eval", rows=small.rows, rows_per_step=ROWS, columns=small.columns
+    )
     in_parts, whole = measured(parts), measured(parts, one, batches=1)
     assert in_parts.n_positions == whole.n_positions == BATCHES * ROWS
     assert in_parts.metrics == pytest.approx(whole.metrics, rel=1e-5, nan_ok=True)

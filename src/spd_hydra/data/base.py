@@ -1,7 +1,6 @@
 """What a data source must offer: batches that are a pure function of a key and the rows asked for."""
 
 import dataclasses
-from typing import Protocol
 
 from jaxtyping import Int32
 from torch import Tensor
@@ -10,18 +9,30 @@ from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import Section
 
 
-class Batches(Protocol):
+class Batches:
     """The stream of one data source, cut to fit one target.
 
-    `traceable`: calling it is pure tensor arithmetic, so that it may run inside a compiled step.
     A stream that loads in worker processes starts them inside `stop.kept_from_children()`.
+
+    Attributes:
+        traceable: calling it is pure tensor arithmetic, so that it may run inside a compiled step.
+        ordered: rows number the places of one endless stream, in which nothing comes twice before all came
+            once; else a batch is a draw of its own, and its rows count from 0.
+        padded: batches hold token ids, negative ones at positions that are padding.
     """
 
-    traceable: bool
+    traceable = False
+    ordered = False
+    padded = False
 
     def __call__(self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"]) -> Tensor:
-        """The given rows of the batch that belongs to the key; the same arguments give the same batch."""
-        ...
+        """The given rows of the batch that belongs to the key; the same arguments give the same batch.
+
+        Args:
+            key: of the purpose and step; of an ordered stream, of the purpose alone.
+            rows: indices in the global batch, or in the ordered stream.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,3 +46,10 @@ class DataSource(Section):
             ConfigError: this data source cannot feed that kind of target.
         """
         raise NotImplementedError
+
+    def bind_eval(self, target: TargetSpec) -> Batches:
+        """The stream of held-out batches.
+
+        Where batches are drawn from a distribution it is that of training: other keys give other draws.
+        """
+        return self.bind(target)

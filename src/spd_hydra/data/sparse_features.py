@@ -8,13 +8,13 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from spd_hydra import rng
-from spd_hydra.data.base import DataSource
+from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseFeatureBatches:
+class SparseFeatureBatches(Batches):
     """The stream of sparse feature vectors for one number of features."""
 
     n_features: int

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_hydra.ci_fn.sigmoid import CausalImportance
@@ -27,6 +28,7 @@ class LossInputs:
         draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
+        valid: False at positions that are padding and count nowhere; None: all count.
     """
 
     model: DecomposedModel
@@ -36,11 +38,15 @@ class LossInputs:
     draws: Float[Tensor, "*positions columns"]
     divergence: Divergence
     schedule: Mapping[str, Tensor]
+    valid: Bool[Tensor, "*positions"] | None = None
 
     @property
-    def n_positions(self) -> int:
-        """Number of positions in the batch."""
-        return next(iter(self.ci.values())).lower[..., 0].numel()
+    def n_positions(self) -> Float[Tensor, ""]:
+        """Number of positions in the batch, without padding."""
+        if self.valid is not None:
+            return self.valid.sum(dtype=torch.float32)
+        one_site = next(iter(self.ci.values())).lower
+        return torch.tensor(float(one_site[..., 0].numel()), device=one_site.device)
 
     @property
     def clean(self) -> CleanPass:

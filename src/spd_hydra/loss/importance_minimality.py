@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
@@ -51,10 +51,10 @@ class ImportanceMinimality(Loss):
 
     def statistics(self, inputs: LossInputs) -> Statistics:
         sums = {
-            f"sum/{site}": _sum_over_positions(self._power(ci.upper.float(), inputs))
+            f"sum/{site}": sum_over_positions(self._power(ci.upper.float(), inputs), inputs.valid)
             for site, ci in inputs.ci.items()
         }
-        return sums | {"count": inputs.draws.new_tensor(float(inputs.n_positions))}
+        return sums | {"count": inputs.n_positions}
 
     def _power(self, g: Tensor, inputs: LossInputs) -> Tensor:
         if not self._is_constant:
@@ -69,8 +69,15 @@ class ImportanceMinimality(Loss):
         return (f * (1 + self.beta * torch.log2(1 + reference_positions * f))).sum()
 
 
-def _sum_over_positions(x: Float[Tensor, "*positions C"]) -> Float[Tensor, " C"]:
-    """Sum in two levels: a compiled sum adds one term after another, and thousands of float32 terms drift."""
+def sum_over_positions(
+    x: Float[Tensor, "*positions C"], valid: Bool[Tensor, "*positions"] | None = None
+) -> Float[Tensor, " C"]:
+    """Sum over positions, padding left out.
+
+    In two levels: a compiled sum adds one term after another, and thousands of float32 terms drift.
+    """
+    if valid is not None:
+        x = x.where(valid[..., None], 0)
     flat = x.flatten(0, -2)
     rows = max(1, min(_POSITIONS_PER_SUM, len(flat)))
     padded = nn.functional.pad(flat, (0, 0, 0, -len(flat) % rows))

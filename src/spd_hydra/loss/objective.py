@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from spd_hydra import distributed, rng
@@ -55,15 +55,23 @@ class Objective:
         losses: all terms with their coefficients.
         precision: of the forward passes.
         ci_threshold: g above which a subcomponent counts as active in L0.
+        padded: batches are tokens, of which negative ones are padding.
     """
 
     def __init__(
-        self, model: DecomposedModel, losses: LossSet, *, precision: Precision, ci_threshold: float
+        self,
+        model: DecomposedModel,
+        losses: LossSet,
+        *,
+        precision: Precision,
+        ci_threshold: float,
+        padded: bool = False,
     ) -> None:
         self.model = model
         self.losses = losses
         self.precision = precision
         self.ci_threshold = ci_threshold
+        self.padded = padded
 
     def __call__(
         self,
@@ -109,9 +117,10 @@ class Objective:
             batch=batch,
             reuse=Reuse(clean, activations, products={}),
             ci=ci,
-            draws=batch.new_zeros(()),
+            draws=torch.zeros((), device=batch.device),
             divergence=self.losses.divergence,
             schedule={},
+            valid=batch >= 0 if self.padded else None,
         )
 
     def statistics(
@@ -152,10 +161,16 @@ class Objective:
         """Number of active subcomponents by site, summed over positions, and the number of positions."""
         with torch.no_grad():
             active = {
-                site: (ci.lower > self.ci_threshold).sum(dtype=torch.float32)
-                for site, ci in inputs.ci.items()
+                site: _counted(ci.lower > self.ci_threshold, inputs.valid) for site, ci in inputs.ci.items()
             }
-        return active | {"positions": inputs.draws.new_tensor(float(inputs.n_positions))}
+        return active | {"positions": inputs.n_positions}
+
+
+def _counted(
+    active: Bool[Tensor, "*positions C"], valid: Bool[Tensor, "*positions"] | None
+) -> Float[Tensor, ""]:
+    counted = active if valid is None else active & valid[..., None]
+    return counted.sum(dtype=torch.float32)
 
 
 def over_ranks(statistics: dict[str, Statistics]) -> dict[str, Statistics]:

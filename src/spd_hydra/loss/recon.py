@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from spd_hydra.decomposition import masks, routing
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -41,7 +42,7 @@ class Recon(Loss):
     def statistics(self, inputs: LossInputs) -> Statistics:
         model = inputs.model
         total = inputs.draws.new_zeros(())
-        count = 0
+        count: Tensor | int = 0
         for draws in inputs.draws.chunk(self.n_samples, dim=-1):
             route_draws, *mask_draws = torch.split(draws, self._widths(model), dim=-1)
             site_masks = {
@@ -59,7 +60,9 @@ class Recon(Loss):
             ):
                 chosen = {site: site_masks[site]._replace(route=route) for site, route in routed.items()}
                 output = model(inputs.batch, chosen, reuse=inputs.reuse)
-                divergence, size = divergence_sum(inputs.divergence, output, inputs.clean.output)
+                divergence, size = divergence_sum(
+                    inputs.divergence, output, inputs.clean.output, inputs.valid
+                )
                 total = total + divergence
-                count += size
-        return {"sum": total, "count": torch.full_like(total, count)}
+                count = count + size
+        return {"sum": total, "count": total.new_zeros(()) + count}

@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_hydra import distributed
@@ -34,10 +34,12 @@ class Activity:
     sites: dict[str, SiteActivity] = dataclasses.field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, ci: dict[str, Float[Tensor, "*positions C"]]) -> None:
-        """Count one batch of lower causal importances, by site."""
+    def add(
+        self, ci: dict[str, Float[Tensor, "*positions C"]], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> None:
+        """Count one batch of lower causal importances, by site, without the positions that are not valid."""
         for site, values in ci.items():
-            g = values.float().flatten(0, -2)
+            g = (values if valid is None else values[valid]).float().flatten(0, -2)
             new = SiteActivity(
                 g.sum(0),
                 (g > self.threshold).float().sum(0),
@@ -53,7 +55,8 @@ class Activity:
                     old.histogram + new.histogram,
                 )
             self.sites[site] = new
-        self.positions += next(iter(ci.values()))[..., 0].numel()
+        positions = next(iter(ci.values()))[..., 0].numel() if valid is None else int(valid.sum())
+        self.positions += positions
 
     def over_ranks(self) -> "Activity":
         """The counts of all ranks together."""

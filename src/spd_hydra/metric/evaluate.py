@@ -51,7 +51,7 @@ def evaluate(
     for number in range(batches):
         batch, draws = sampler(number)
         inputs = objective.inputs(batch)
-        activity.add({site: ci.lower for site, ci in inputs.ci.items()})
+        activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
         for name, found in objective.statistics(inputs, terms, draws, schedule).items():
             totals[name] = (
                 {key: totals[name][key] + value for key, value in found.items()} if name in totals else found

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_hydra import rng
 from spd_hydra.section import Section
 
 
@@ -54,6 +55,10 @@ class TargetSpec(Section):
     def build(self, generator: torch.Generator) -> nn.Module:
         """The untrained module, its weights drawn from the generator."""
         raise NotImplementedError
+
+    def skeleton(self) -> nn.Module:
+        """A module of the same shapes whose weights are nobody's: to check sites, or to load weights into."""
+        return self.build(rng.generator(0, "untrained_target"))
 
     def certify(self, module: nn.Module) -> list[Measurement]:
         """Measurements that decide whether a trained target is fit for decomposition; empty: no checks."""
