@@ -30,6 +30,7 @@ STEPS = 33
 # Learning rates of which float32 has the exact value, as a graph reads them: 2^-10 · (1 - k/32).
 EXACT = ("train.lr=0.0009765625", "train.lr_schedule.kind=linear", "train.log_every=8")
 CASES = {
+    "adversarial": ["loss.pgd_recon.coeff=1"],
     "annealed": ["loss.importance_minimality.p_end=0.5"],
     "clipped, subsets": [
         "train.clip_components=0.01",
@@ -327,18 +328,19 @@ def test_a_replayed_loss_that_breaks_stops_the_run_before_the_update(make: Make,
 
 
 @pytest.mark.parametrize(
-    ("compiled", "from_keys", "ranks", "reason"),
+    ("compiled", "from_keys", "lasting", "ranks", "reason"),
     [
-        (True, True, 1, None),
-        (False, True, 1, "it is not compiled"),
-        (True, False, 1, "its data are not drawn on the device"),
-        (True, True, 4, "4 ranks exchange messages in it"),
+        (True, True, False, 1, None),
+        (False, True, False, 1, "it is not compiled"),
+        (True, False, False, 1, "its data are not drawn on the device"),
+        (True, True, True, 1, "adversaries that last are trained along, with optimisers of their own"),
+        (True, True, False, 4, "4 ranks exchange messages in it"),
     ],
 )
 def test_what_keeps_a_step_from_being_recorded_is_named(
-    compiled: bool, from_keys: bool, ranks: int, reason: str | None
+    compiled: bool, from_keys: bool, lasting: bool, ranks: int, reason: str | None
 ) -> None:
-    assert obstacle(compiled=compiled, from_keys=from_keys, ranks=ranks) == reason
+    assert obstacle(compiled=compiled, from_keys=from_keys, lasting=lasting, ranks=ranks) == reason
 
 
 def test_on_a_cpu_nothing_is_recorded_and_nothing_is_said(

@@ -118,6 +118,12 @@ class RunConfig(Section):
                 f"got {self.train.replicas} with {ranks} ranks; replicas share one process. Give each GPU a "
                 "job of its own: a sweep over seeds, with launcher.gpus=1",
             )
+        if self.train.replicas > 1 and self.loss.lasting_terms():
+            yield Problem(
+                "train.replicas",
+                f"got {self.train.replicas} with {', '.join(self.loss.lasting_terms())}, whose sources last, "
+                "must be 1; make runs of their own with a sweep over seeds",
+            )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
         if not self.decomposition.sites:

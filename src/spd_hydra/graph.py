@@ -236,7 +236,12 @@ def graphed_step(
     device = objective.model.device
     if device.type != "cuda" or not wanted:
         return None
-    reason = obstacle(compiled=step.is_compiled, from_keys=sampler.from_keys, ranks=distributed.world_size())
+    reason = obstacle(
+        compiled=step.is_compiled,
+        from_keys=sampler.from_keys,
+        lasting=bool(objective.adversary.terms),
+        ranks=distributed.world_size(),
+    )
     if reason is not None:
         logger.info("the step is launched kernel by kernel, not replayed as a CUDA graph: %s", reason)
         return None
@@ -250,12 +255,14 @@ def graphed_step(
     )
 
 
-def obstacle(*, compiled: bool, from_keys: bool, ranks: int) -> str | None:
+def obstacle(*, compiled: bool, from_keys: bool, lasting: bool, ranks: int) -> str | None:
     """Why a step on a GPU cannot be recorded, if so."""
     if not compiled:
         return "it is not compiled"
     if not from_keys:
         return "its data are not drawn on the device"
+    if lasting:
+        return "adversaries that last are trained along, with optimisers of their own"
     if ranks > 1:
         return f"{ranks} ranks exchange messages in it"
     return None

@@ -17,12 +17,13 @@ from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.loss.objective import Objective, Precision, StepLoss
+from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
-from spd_hydra.step import Step
+from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
 
@@ -77,6 +78,8 @@ class Trainer:
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
+        self.adversary = objective.adversary
+        self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
         self._is_prepared = False
         self._graph: GraphedStep | None = None
@@ -117,16 +120,19 @@ class Trainer:
         return result
 
     def set_state(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], *, step: int) -> None:
-        """Go on from a step with these parameters and optimiser moments (none: a new optimiser)."""
+        """Go on from a step with these parameters, optimiser moments and adversaries (none: new ones)."""
         self.model.load_trainable_state(parameters)
+        self.adversary.set_state(optimizer)
+        moments = {name: value for name, value in optimizer.items() if not is_adversarys(name)}
         with nullcontext() if self._graph is None else in_same_memory(self.optimizer):
             self.optimizer.state.clear()
-            load_state_tensors(self.optimizer, self._named_parameters(), optimizer)
+            load_state_tensors(self.optimizer, self._named_parameters(), moments)
         self.step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and optimiser moments, as `set_state` takes them; the training goes on changing them."""
-        return self.model.trainable_state(), state_tensors(self.optimizer, self._named_parameters())
+        """Parameters, and moments with adversaries, as `set_state` takes them; training changes them."""
+        moments = state_tensors(self.optimizer, self._named_parameters())
+        return self.model.trainable_state(), moments | self.adversary.state()
 
     def take_from_rank_0(self) -> None:
         """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little."""
@@ -208,12 +214,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         batch, draws = self.sampler(self.step)
+        for left in range(self.adversary.extra_ascents, 0, -1):
+            self.adversary_gradients(batch, draws)
+            self.adversary.ascend(left)
         return self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
 
     def _update(self) -> None:
         self._clip(self.components, self.training.clip_components)
         self._clip(self.ci_fn, self.training.clip_ci_fn)
         self.optimizer.step()
+        self.adversary.ascend()
 
     def fit_weights(self) -> None:
         """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""

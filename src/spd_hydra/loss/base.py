@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +29,7 @@ class LossInputs:
         draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
+        sources: this term's own lasting sources by site, if it has any (see `loss/persistent_recon.py`).
         valid: False at positions that are padding and count nowhere; None: all count.
     """
 
@@ -38,6 +40,7 @@ class LossInputs:
     draws: Float[Tensor, "*positions columns"]
     divergence: Divergence
     schedule: Mapping[str, Tensor]
+    sources: Mapping[str, Float[Tensor, "n_sources columns"]] = dataclasses.field(default_factory=dict)
     valid: Bool[Tensor, "*positions"] | None = None
 
     @property
@@ -60,7 +63,12 @@ class Loss(Section):
 
     `statistics` adds up over a batch; statistics of several batches or ranks may be added; `value`
     then gives the number. So the value is that of all the data, however it was cut.
+
+    Attributes:
+        always_measured: whether evaluations measure the term also where it is not trained on.
     """
+
+    always_measured: ClassVar[bool] = True
 
     coeff: float = option(0.0, "weight of the term in the training loss; 0: not computed", ge=0)
 
