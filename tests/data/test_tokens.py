@@ -34,7 +34,9 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens(name: Path | str, tmp_path: Path, **more: Any) -> Tokens:
-    return Tokens(name=str(name), cache_dir=str(tmp_path / "cache"), **({"length": 16} | more))
+    return Tokens(
+        name=str(name), cache_dir=str(tmp_path / "cache"), **({"length": 16, "eval_fraction": 0.3} | more)
+    )
 
 
 def texts_of(batches: Any, number: int) -> list[str]:
@@ -154,7 +156,11 @@ def test_several_processes_give_the_same_rows_as_one(spec: Any, tmp_path: Path) 
     write_jsonl(tmp_path / "a.jsonl")
     one = tokens(tmp_path / "a.jsonl", tmp_path).bind(spec)
     two = Tokens(
-        name=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "other"), length=16, processes=2
+        name=str(tmp_path / "a.jsonl"),
+        cache_dir=str(tmp_path / "other"),
+        length=16,
+        eval_fraction=0.3,
+        processes=2,
     ).bind(spec)
     assert texts_of(one, 20) == texts_of(two, 20)
 

@@ -142,7 +142,10 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
         if kind == "text":
             return {"text": True}
         try:
-            first = next(iter(load_dataset(kind, split="train", streaming=True, **arguments)))
+            if kind == "csv":
+                first = _first_row(files[0])
+            else:
+                first = next(iter(load_dataset(kind, split="train", streaming=True, **arguments)))
         except StopIteration:
             raise ConfigError(f"data.name: {_shortened(names)} holds nothing") from None
         except Exception as error:
@@ -159,6 +162,13 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
         load=load,
         stream=functools.partial(load, streaming=True),
     )
+
+
+def _first_row(file: Path) -> dict[str, Any]:
+    """Of a table of comma-separated values, which a stream that is given up would leave open."""
+    import pandas
+
+    return next(iter(pandas.read_csv(file, nrows=1).to_dict("records")))
 
 
 def _on_hub(name: str, config_name: str | None, revision: str | None, split: str) -> TextSource:
