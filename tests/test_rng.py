@@ -248,3 +248,35 @@ def test_a_compiled_draw_in_given_rows_and_columns_equals_the_eager_one() -> Non
             arguments = (rng.key(0, "masks", 2), rows(100, start), columns)
             for n, fused, eager in zip((5, 21, 200), compiled(*arguments), drawn(*arguments), strict=True):
                 assert torch.equal(fused, eager), f"{n} columns"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 65, 1000])
+def test_a_permutation_has_every_place_exactly_once(size: int) -> None:
+    places = torch.arange(size)
+    images = rng.permuted(rng.key(0, "order"), places, size, torch.full_like(places, 3))
+    assert images.sort().values.tolist() == list(range(size))
+
+
+def test_a_place_is_permuted_as_among_all_of_them() -> None:
+    key, places = rng.key(0, "order"), torch.arange(1000)
+    whole = rng.permuted(key, places, 1000, torch.zeros_like(places))
+    assert torch.equal(
+        rng.permuted(key, places[300:310], 1000, torch.zeros(10, dtype=torch.int64)), whole[300:310]
+    )
+
+
+def test_permutations_put_every_place_everywhere_equally_often() -> None:
+    places = torch.arange(10)
+    rounds = torch.arange(4000)[:, None].expand(-1, 10)
+    images = rng.permuted(rng.key(0, "order"), places.expand(4000, -1), 10, rounds)
+    counts = torch.stack([(images == image).sum(dim=0) for image in range(10)]).double()
+    assert (counts - 400).abs().max() < 5 * (4000 * 0.1 * 0.9) ** 0.5
+
+
+def test_a_permutation_of_more_places_than_32_bits_hold_stays_in_range_and_repeats_nothing() -> None:
+    size = 3 * 2**40
+    places = torch.cat([torch.arange(1000), size - 1 - torch.arange(1000)])
+    images = rng.permuted(rng.key(0, "order"), places, size, torch.zeros_like(places))
+    assert len(images.unique()) == 2000
+    assert images.min() >= 0
+    assert images.max() < size

@@ -166,6 +166,7 @@ def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | N
         seed=config.seed,
         device=device,
         cache_dir=Path(config.cache_dir).expanduser(),
+        held_out=config.data.bind_eval(config.model),
         progress=progress,
     )
 

@@ -23,7 +23,7 @@ from spd_hydra.plan import Plan, make_plan
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
 
-_IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.sweep_status}
+_IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.prefetch, WhatToDo.sweep_status}
 
 
 def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> int:

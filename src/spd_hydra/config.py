@@ -41,6 +41,7 @@ class Task(Enum):
     train_target = "train_target"
     analyse = "analyse"
     check = "check"
+    prefetch = "prefetch"
     sweep_status = "sweep_status"
 
 
@@ -64,7 +65,9 @@ class RunConfig(Section):
     """One run."""
 
     name: str = option(help="names the folder of the run's outputs and its row in a sweep table")
-    task: Task = option(Task.decompose, "decompose | train_target | analyse | check | sweep_status")
+    task: Task = option(
+        Task.decompose, "decompose | train_target | analyse | check | prefetch | sweep_status"
+    )
     seed: int = option(0, "seed of the target, the data, the masks and the initial values", ge=0)
     device: Device = option(Device.auto, "auto | cpu | cuda; auto takes a GPU if there is one")
     threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0)

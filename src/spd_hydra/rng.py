@@ -7,18 +7,25 @@ compiler fuses into the kernel that uses the numbers.
 """
 
 import hashlib
+import struct
 import zlib
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
+
+_FEISTEL_ROUNDS = 6
 
 
 def key(seed: int, purpose: str, step: int = 0) -> Int32[Tensor, "2"]:
     """The key of one purpose at one step, on the CPU."""
+    return torch.tensor(key_words(seed, purpose, step), dtype=torch.int32)
+
+
+def key_words(seed: int, purpose: str, step: int = 0) -> list[int]:
+    """The two words of `key`, for those who make one tensor of many keys."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
-    return torch.tensor(words, dtype=torch.int32)
+    return list(struct.unpack("<ii", digest))
 
 
 def derived_seed(seed: int, purpose: str, number: int = 0) -> int:
@@ -54,6 +61,39 @@ def columns(purpose: str, number: int) -> Int32[Tensor, " number"]:
     """The columns of one purpose: they do not depend on what else is drawn with the same key."""
     start = zlib.crc32(purpose.encode())
     return torch.arange(start, start + number, dtype=torch.int64).to(torch.int32)
+
+
+def permuted(
+    key: Int32[Tensor, "2"], places: Int64[Tensor, "*any"], size: int, round: Int64[Tensor, "*any"]
+) -> Int64[Tensor, "*any"]:
+    """The images of places under a pseudo-random permutation of 0 … size - 1, one of each key and round.
+
+    A Feistel network permutes the numbers of an even number of bits, the fewest that hold `size` of them; an
+    image outside the range is permuted again until it lies inside, which is a permutation of the range.
+    So an image is found alone, without a table of all.
+
+    Args:
+        key: from `key`.
+        places: in [0, size).
+        size: of the range, < 2^62.
+        round: number of the permutation, for each place.
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    low = (1 << half) - 1
+    seeds = [_mix(_mix(_word(round)) ^ key[number % 2]) + number for number in range(_FEISTEL_ROUNDS)]
+    found, outside = places, torch.ones_like(places, dtype=torch.bool)
+    while bool(outside.any()):
+        left, right = found >> half, found & low
+        for seed in seeds:
+            left, right = right, left ^ (_mix(_mix(_word(right)) ^ seed).long() & low)
+        found = torch.where(outside, (left << half) | right, found)
+        outside = found >= size
+    return found
+
+
+def _word(number: Int64[Tensor, "*any"]) -> Int32[Tensor, "*any"]:
+    """The low 32 bits of a number below 2^32."""
+    return (((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
 def _mix(word: Int32[Tensor, "*any"]) -> Int32[Tensor, "*any"]:

@@ -18,6 +18,7 @@ from spd_hydra.config import Device, RunConfig, Task, differences, load_config, 
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.pipeline import check, decompose
+from spd_hydra.prefetch import prefetch
 from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas
 from spd_hydra.result import Outcome
@@ -31,10 +32,12 @@ _MAY_CHANGE_ON_RESUME = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.compile",
+    "train.cuda_graphs",
     "eval.",
     "logger",
     "out_dir",
     "cache_dir",
+    "data.cache_dir",
     "task",
     "run",
     "resume",
@@ -66,6 +69,8 @@ def run(
     distributed.set_threads(config.threads)
     if config.task is Task.check:
         return Outcome(None, check(config))
+    if config.task is Task.prefetch:
+        return Outcome(None, prefetch(config))
     if config.task is Task.analyse:  # the work of one rank
         return analyse(config) if distributed.leads() else Outcome(None, {})
     signals = StopSignals()

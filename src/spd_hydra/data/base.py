@@ -58,3 +58,7 @@ class DataSource(Section):
         Where batches are drawn from a distribution it is that of training: other keys give other draws.
         """
         return self.bind(target)
+
+    def prefetch(self, target: TargetSpec) -> list[str]:
+        """Fetch and prepare all that batches need, and say in a line for each thing where it lies."""
+        return []

@@ -60,6 +60,7 @@ def obtain_target(
     seed: int,
     device: torch.device | str,
     cache_dir: Path | str | None,
+    held_out: BatchSource | None = None,
     progress: TargetProgress | None = None,
 ) -> TrainedTarget:
     """Build a target; train it if it has a recipe, with the next derived seed until one is certified.
@@ -70,6 +71,7 @@ def obtain_target(
         seed: of the run; try n uses `rng.derived_seed(seed, "target", n)` for weights and data.
         device: where to train and to put the module.
         cache_dir: holds `targets/<key>.safetensors`; None for no cache.
+        held_out: data on which the loss of a trained target is measured; None: `batches`, with another key.
         progress: called now and then during training.
 
     Returns:
@@ -82,7 +84,7 @@ def obtain_target(
     path = _cache_path(spec, batches, seed, device, cache_dir)
     target = _read_cache(spec, path, device, started) if path is not None else None
     if target is None:
-        target = _train_until_certified(spec, batches, seed, device, progress, started)
+        target = _train_until_certified(spec, batches, held_out or batches, seed, device, progress, started)
         if path is not None:
             _write_cache(target, path)
     if not target.certified:
@@ -103,6 +105,7 @@ def _untrained(spec: TargetSpec, seed: int, device: torch.device, started: float
 def _train_until_certified(
     spec: TrainableTarget,
     batches: BatchSource,
+    held_out: BatchSource,
     seed: int,
     device: torch.device,
     progress: TargetProgress | None,
@@ -122,7 +125,7 @@ def _train_until_certified(
         key = rng.key(this_seed, "target_data")
         if not train(spec, module, batches, key, may_give_up=not last_chance, report=report):
             continue
-        loss = fresh_loss(spec, module, batches, rng.key(this_seed, "target_loss"))
+        loss = fresh_loss(spec, module, held_out, rng.key(this_seed, "target_loss"))
         target = _judged(
             spec, _frozen(module), loss, seed=this_seed, tries=number + 1, cached=False, started=started
         )

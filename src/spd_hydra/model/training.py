@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int32
@@ -21,7 +22,7 @@ _EAGER_BLOCK = 65_536  # numbers drawn at once: small enough for the cache, many
 _COMPILE_ABOVE = 500_000_000  # numbers drawn in all: eager drawing takes longer than compiling from here on
 _SINGLE_THREAD_BELOW = 65_536  # numbers per batch: waking a second thread costs more than it does
 _LOOKS = 20  # looks per run at whether it can still succeed
-_LOSS_ROWS = 65_536
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,6 +53,7 @@ class TrainableTarget(TargetSpec):
     """A toy target that is trained in the process, from a seed."""
 
     training: TargetTraining = option(default_factory=TargetTraining, help="how the target is trained")
+    held_out_rows: ClassVar[int] = 65_536  # on which the loss of a trained target is measured
 
     def training_loss(self, module: nn.Module, batch: Tensor) -> Float[Tensor, ""]:
         """The loss of one batch that training minimises."""
@@ -115,10 +117,11 @@ def train(
 def fresh_loss(
     spec: TrainableTarget, module: nn.Module, batches: BatchSource, key: Int32[Tensor, "2"]
 ) -> float:
-    """The training loss on 65,536 rows that no step has seen."""
+    """The training loss on rows that no step has seen, as many as the spec says."""
     device = next(module.parameters()).device
-    rows = torch.arange(_LOSS_ROWS, dtype=torch.int32, device=device)
-    losses = [spec.training_loss(module, batches(key.to(device), part)) for part in torch.split(rows, 4096)]
+    rows = torch.arange(spec.held_out_rows, dtype=torch.int32, device=device)
+    parts = torch.split(rows, _ROWS_AT_ONCE)
+    losses = [spec.training_loss(module, batches(key.to(device), part)) for part in parts]
     return torch.stack(losses).mean().item()
 
 
@@ -188,9 +191,10 @@ def _width(batches: BatchSource, key: Int32[Tensor, "2"]) -> int:
 def _suitable_threads(
     spec: TrainableTarget, batches: BatchSource, key: Int32[Tensor, "2"], device: torch.device
 ) -> Iterator[None]:
-    """One thread for tiny batches."""
+    """One thread for tiny batches of vectors; a token, which becomes a vector, costs more than a number."""
     before = torch.get_num_threads()
-    if device.type == "cpu" and spec.training.batch_size * _width(batches, key) < _SINGLE_THREAD_BELOW:
+    is_small = spec.training.batch_size * _width(batches, key) < _SINGLE_THREAD_BELOW
+    if device.type == "cpu" and is_small and spec.vocab_size() is None:
         torch.set_num_threads(1)
     try:
         yield

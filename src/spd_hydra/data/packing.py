@@ -1,0 +1,113 @@
+"""Documents of token ids, written as the rows of a file: concatenated and cut, or one document a row."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from spd_hydra.section import ConfigError
+
+PADDING = -1
+_CHUNK = 1 << 20  # tokens written at once
+
+Document = Int[np.ndarray, " tokens"]
+Rows = Int[np.ndarray, "rows length"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How documents become rows.
+
+    Attributes:
+        length: tokens per row.
+        pack: documents are concatenated, each with `end` behind it, and cut into rows, of which the last,
+            incomplete one is left out; else a row is the start of one document, filled up with -1.
+        end: token behind every document when they are packed; None: nothing.
+        vocab_size: ids must be below it.
+    """
+
+    length: int
+    pack: bool
+    end: int | None
+    vocab_size: int
+
+    @property
+    def dtype(self) -> np.dtype[np.signedinteger | np.unsignedinteger]:
+        """Of a file of rows: two bytes where they hold every id."""
+        small = self.pack and self.vocab_size <= 1 << 16
+        return np.dtype(np.uint16 if small else np.int32)
+
+    def rows(self, documents: Iterable[Document], *, at_once: int = _CHUNK) -> Iterator[Rows]:
+        """The rows of these documents, as many at a time as hold about `at_once` tokens.
+
+        Raises:
+            ConfigError: a token id is none of the target's.
+        """
+        checked = (self._checked(document) for document in documents)
+        return self._packed(checked, at_once) if self.pack else self._padded(checked, at_once)
+
+    def _checked(self, document: Document) -> Document:
+        wrong = document[(document < 0) | (document >= self.vocab_size)]
+        if len(wrong):
+            raise ConfigError(
+                f"data: the text has the token id {wrong[0]}, but the target takes ids below "
+                f"{self.vocab_size}; choose the target's own tokenizer, data.tokenizer=<name or directory>"
+            )
+        return document
+
+    def _packed(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
+        end = np.array([] if self.end is None else [self.end], dtype=np.int64)
+        waiting: list[Document] = []
+        n_waiting = 0
+        for document in documents:
+            waiting += [document, end]
+            n_waiting += len(document) + len(end)
+            if n_waiting >= max(at_once, self.length):
+                whole, rest = self._cut(waiting)
+                yield whole
+                waiting, n_waiting = [rest], len(rest)
+        if n_waiting >= self.length:
+            yield self._cut(waiting)[0]
+
+    def _cut(self, parts: list[Document]) -> tuple[Rows, Document]:
+        tokens = np.concatenate(parts)
+        whole = len(tokens) // self.length * self.length
+        return tokens[:whole].reshape(-1, self.length), tokens[whole:]
+
+    def _padded(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
+        rows: list[Document] = []
+        for document in documents:
+            if len(document) < 2:  # it has no next token
+                continue
+            row = np.full(self.length, PADDING, dtype=np.int64)
+            row[: len(document)] = document[: self.length]
+            rows.append(row)
+            if len(rows) * self.length >= at_once:
+                yield np.stack(rows)
+                rows = []
+        if rows:
+            yield np.stack(rows)
+
+
+def write_rows(path: Path, documents: Iterable[Document], layout: Layout) -> int:
+    """Write the rows of documents, one behind the other, and return how many there are."""
+    number = 0
+    with path.open("wb") as file:
+        for rows in layout.rows(documents):
+            rows.astype(layout.dtype).tofile(file)
+            number += len(rows)
+    return number
+
+
+def fingerprint(document: Document) -> int:
+    """64 bits that tell a document from others."""
+    data = np.ascontiguousarray(document, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document is among the held-out share: it follows from its tokens, so copies stay together."""
+    return fingerprint(document) < fraction * 2.0**64

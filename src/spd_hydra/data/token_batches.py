@@ -1,0 +1,69 @@
+"""Batches of token ids from rows in the cache, every row once per epoch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from spd_hydra import rng
+from spd_hydra.data.base import Batches
+from spd_hydra.data.token_store import TokenStore
+from spd_hydra.data.tokenizing import decoded
+
+OpenStore = Callable[[], TokenStore]
+LoadTokenizer = Callable[[], Any]
+
+
+@dataclasses.dataclass(kw_only=True)
+class TokenBatches(Batches):
+    """The stream of one part of a text: every epoch its rows in another order, each exactly once.
+
+    Place i of the stream belongs to epoch e = i // N and is row π_e(i mod N) of the N rows, where π_e is a
+    permutation that follows from the key and e. So a run that is resumed, and a rank that takes its share of
+    the places, need no state.
+
+    Attributes:
+        digest: of everything that the rows depend on.
+        part: which of the rows.
+        length: tokens per row.
+        padded: whether rows may end in padding.
+    """
+
+    digest: str
+    part: str
+    length: int
+    padded: bool
+    open_store: dataclasses.InitVar[OpenStore]
+    load_tokenizer: dataclasses.InitVar[LoadTokenizer]
+    ordered = True
+
+    def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
+        self._open_store, self._load_tokenizer = open_store, functools.cache(load_tokenizer)
+        self._rows: np.ndarray | None = None
+
+    def __call__(
+        self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]
+    ) -> Int64[Tensor, "batch length"]:
+        """Token ids at these places of the stream; -1 is padding.
+
+        Args:
+            key: of the purpose.
+            rows: places.
+        """
+        if rows.is_meta:  # a check before the run: nothing is read for it
+            return torch.empty(len(rows), self.length, dtype=torch.int64, device=rows.device)
+        if self._rows is None:
+            self._rows = self._open_store().rows(self.part)
+        number = len(self._rows)
+        places = rows.cpu().long()
+        found = rng.permuted(key.cpu(), places % number, number, places // number)
+        tokens = np.asarray(self._rows[found.numpy()], dtype=np.int64)
+        return torch.from_numpy(tokens).to(rows.device)
+
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        return decoded(self._load_tokenizer(), ids)

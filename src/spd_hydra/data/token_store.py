@@ -1,0 +1,172 @@
+"""Rows of tokens in the cache: made once, by one process, and either whole or not there."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Int
+
+from spd_hydra import atomic
+from spd_hydra.data.packing import Document, Layout, fingerprint, is_held_out, write_rows
+from spd_hydra.section import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TRAIN, HELD_OUT = "train", "eval"
+_FACTS = "facts.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """A directory of the cache that holds the rows of one text.
+
+    Attributes:
+        directory: holds `train.bin`, `eval.bin`, `facts.json`.
+        facts: `rows` by part, `length`, `dtype`, `documents`, `overlap`.
+    """
+
+    directory: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Self | None:
+        """The rows in a directory; None where they are not, or not whole."""
+        try:
+            store = cls(directory, json.loads((directory / _FACTS).read_text(encoding="utf-8")))
+            for part in (TRAIN, HELD_OUT):
+                store.rows(part)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The tokens in %s cannot be used and are made again: %s", directory, error)
+            return None
+        return store
+
+    def rows(self, part: str) -> Int[np.ndarray, "rows length"]:
+        """The rows of a part, mapped into memory."""
+        number, length = self.facts["rows"][part], self.facts["length"]
+        path, dtype = self.directory / f"{part}.bin", np.dtype(self.facts["dtype"])
+        if path.stat().st_size != number * length * dtype.itemsize:
+            raise ValueError(f"{path.name} is not as long as it was")
+        if not number:
+            return np.zeros((0, length), dtype)
+        return np.memmap(path, dtype, mode="r", shape=(number, length))
+
+    def describe(self) -> str:
+        """One line about what is there."""
+        rows = self.facts["rows"]
+        return (
+            f"tokens: {rows[TRAIN]:,} rows of {self.facts['length']} to train on, {rows[HELD_OUT]:,} held "
+            f"out, in {self.directory}"
+        )
+
+
+def write_store(
+    directory: Path,
+    layout: Layout,
+    documents: Callable[[], Iterable[Document]],
+    held_out: Callable[[], Iterable[Document]] | None,
+    held_out_fraction: float,
+) -> TokenStore:
+    """Write the rows of documents to train on and of held-out ones, which have no document in common.
+
+    Args:
+        directory: exists.
+        layout: how documents become rows.
+        documents: gives a new iteration over all documents.
+        held_out: the same over held-out ones; None: they are the share `held_out_fraction` of `documents`.
+        held_out_fraction: chosen by the documents' tokens, so that copies are not on both sides.
+
+    Raises:
+        ConfigError: a part has no row, or a token id is none of the target's.
+    """
+    overlap = 0
+    if held_out is None:
+        kept = (one for one in documents() if not is_held_out(one, held_out_fraction))
+        others: Iterable[Document] = (one for one in documents() if is_held_out(one, held_out_fraction))
+    else:
+        wanted = {fingerprint(one) for one in held_out()}
+        shared = wanted.intersection(fingerprint(one) for one in documents())
+        kept = iter(documents())
+        others = (one for one in held_out() if fingerprint(one) not in shared)
+        overlap = len(shared)
+        if overlap:
+            logger.warning(
+                "data: %d of %d held-out documents are also among those to train on; they are left out of "
+                "the evaluation",
+                overlap,
+                len(wanted),
+            )
+    rows = {
+        part: write_rows(directory / f"{part}.bin", own, layout)
+        for part, own in ((TRAIN, kept), (HELD_OUT, others))
+    }
+    _require_rows(rows, layout, overlap, held_out is not None)
+    facts = {"rows": rows, "length": layout.length, "dtype": layout.dtype.name, "overlap": overlap}
+    atomic.replace(directory / _FACTS, json.dumps(facts, indent=1))
+    return TokenStore(directory, facts)
+
+
+def _require_rows(rows: dict[str, int], layout: Layout, overlap: int, has_own: bool) -> None:
+    if not rows[TRAIN]:
+        raise ConfigError(
+            f"data.length: got {layout.length}, but the whole text has fewer tokens; take a smaller length "
+            "or more text"
+        )
+    if not rows[HELD_OUT]:
+        own = "data.eval_split" if has_own else "data.eval_fraction"
+        why = f"after leaving out {overlap} documents that are trained on" if overlap else "of that length"
+        raise ConfigError(
+            f"{own}: not one held-out row {why} is left; hold out more, take a smaller data.length, or for a "
+            "text in one piece data.text_unit=paragraph or line"
+        )
+
+
+def open_or_make(directory: Path, make: Callable[[Path], TokenStore]) -> TokenStore:
+    """The rows in a directory of the cache, made there if they are not.
+
+    Several processes may ask at once: one makes them, the others wait for it. Where files cannot be locked
+    each makes its own, and the first to finish is the one that counts.
+
+    Args:
+        directory: named by everything that the rows depend on.
+        make: writes them into the directory that it is given.
+    """
+    if (store := TokenStore.open(directory)) is not None:
+        return store
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.with_name(f"{directory.name}.lock")):
+        if (store := TokenStore.open(directory)) is not None:
+            return store
+        temporary = directory.with_name(f".{directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            make(temporary)
+            if directory.exists():  # damaged, or another process was faster
+                directory.rename(temporary / "replaced")
+            temporary.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(directory / "replaced", ignore_errors=True)
+        store = TokenStore.open(directory)
+    if store is None:
+        raise ConfigError(f"cache_dir: what was written to {directory} cannot be read back")
+    return store
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until nobody else is in this block; where the file system has no locks, do not wait."""
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,202 @@
+"""From a dataset to documents of token ids: tokenised by many processes, or read as they are."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spd_hydra.data.packing import Document
+from spd_hydra.section import ConfigError
+from spd_hydra.stop import kept_from_children
+
+_TOKENS = "tokens"
+_AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How documents are read from a dataset.
+
+    Attributes:
+        column: holds texts, or token ids where they are `tokenised` already.
+        tokeniser: name of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        special_tokens: whether a text begins and ends as the tokenizer would have it.
+        processes: that tokenise.
+    """
+
+    column: str
+    tokenised: bool
+    name: str | None
+    special_tokens: bool
+    processes: int
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, if there is one."""
+        return None if self.name is None else _tokenizer(self.name)
+
+    def end(self) -> int | None:
+        """The id behind every document: the end of the text, or the token that separates texts."""
+        tokenizer = self.tokenizer()
+        if tokenizer is None:
+            return None
+        end = tokenizer.eos_token_id
+        found: int | None = tokenizer.sep_token_id if end is None else end
+        return found
+
+    def identity(self) -> list[Any]:
+        """Everything about reading that the ids depend on."""
+        tokenizer = None if self.tokenised else _digest(self.tokenizer())
+        return [self.column, tokenizer, self.special_tokens]
+
+    def documents(self, dataset: Any, cache_file: Path) -> Callable[[], Iterator[Document]]:
+        """New iterations over the documents of a dataset, which is tokenised now.
+
+        Args:
+            dataset: of the library `datasets`.
+            cache_file: where its tokens may be kept meanwhile.
+        """
+        if not self.tokenised:
+            dataset = self._tokenised(dataset, cache_file)
+        return functools.partial(_documents, dataset, self.column if self.tokenised else _TOKENS)
+
+    def streamed(self, dataset: Any) -> Iterator[Document]:
+        """The documents of a dataset that is read on the way."""
+        for batch in dataset.select_columns([self.column]).iter(_FEW):
+            ids = batch[self.column] if self.tokenised else self._tokenise()(batch)[_TOKENS]
+            for tokens in ids:
+                yield np.array(tokens, dtype=np.int64)
+
+    def _tokenise(self) -> Callable[[dict[str, list[str]]], dict[str, list[list[int]]]]:
+        return functools.partial(
+            _tokenise, tokenizer=self.tokenizer(), column=self.column, special_tokens=self.special_tokens
+        )
+
+    def _tokenised(self, dataset: Any, cache_file: Path) -> Any:
+        from datasets import Features, List, Value
+
+        with _progress_on_terminals(), kept_from_children():
+            return dataset.map(
+                self._tokenise(),
+                batched=True,
+                num_proc=self.processes if self.processes > 1 else None,
+                remove_columns=dataset.column_names,
+                features=Features({_TOKENS: List(Value("int32"))}),
+                cache_file_name=str(cache_file),
+                desc="tokenising",
+            )
+
+
+def make_reader(
+    columns: Mapping[str, bool],
+    *,
+    text_column: str | None,
+    token_column: str | None,
+    tokenizer: str | None,
+    special_tokens: bool,
+    processes: int,
+) -> Reader:
+    """Find the column to read and the tokenizer for it.
+
+    Args:
+        columns: of the dataset, with whether they hold text.
+
+    Raises:
+        ConfigError: there is no such column, or no tokenizer.
+    """
+    if token_column is not None:
+        _require_column("token_column", token_column, columns)
+    elif text_column is not None:
+        _require_column("text_column", text_column, columns)
+    else:
+        texts = [name for name, is_text in columns.items() if is_text]
+        text_column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+        if text_column is None:
+            raise ConfigError(
+                f"data.text_column: got null, and {'more than one' if texts else 'no'} column holds text; "
+                f"name one of {', '.join(columns)}, or data.token_column for token ids"
+            )
+    if tokenizer is None and token_column is None:
+        raise ConfigError(
+            "data.tokenizer: got null, and the target has none of its own; name one, or data.token_column "
+            "for data that are tokenised already"
+        )
+    return Reader(
+        column=token_column or text_column or "",
+        tokenised=token_column is not None,
+        name=tokenizer,
+        special_tokens=special_tokens,
+        processes=processes,
+    )
+
+
+def _require_column(key: str, name: str, columns: Mapping[str, bool]) -> None:
+    if name not in columns:
+        raise ConfigError(
+            f"data.{key}: got {name}, which the data do not have; name one of {', '.join(columns)}"
+        )
+
+
+def _documents(dataset: Any, column: str) -> Iterator[Document]:
+    for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
+        for chunk in table[column].chunks:
+            starts = chunk.offsets.to_numpy()
+            tokens = chunk.values.to_numpy()
+            for first, last in itertools.pairwise(starts):
+                yield np.asarray(tokens[first:last])
+
+
+def _tokenise(
+    batch: dict[str, list[str]], *, tokenizer: Any, column: str, special_tokens: bool
+) -> dict[str, list[list[int]]]:
+    texts = [text or "" for text in batch[column]]
+    return {_TOKENS: tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]}
+
+
+@functools.cache
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).exists() else name)
+    except Exception as error:  # of several libraries, all about finding or reading it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"data.tokenizer: {name} cannot be loaded ({reason}); give a local directory, or fetch it with "
+            "`spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there is "
+            "none"
+        ) from error
+
+
+def _digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
+    """The text of each token by itself; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return [tokenizer.decode([token]) if token >= 0 else "" for token in ids]
+
+
+@contextlib.contextmanager
+def _progress_on_terminals() -> Iterator[None]:
+    """The progress bars of `datasets`, but not into files."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_shown = not are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            enable_progress_bars()

@@ -1,0 +1,65 @@
+"""Documents as rows: what is in them, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spd_hydra.data.packing import Layout, fingerprint, is_held_out, write_rows
+from spd_hydra.section import ConfigError
+
+
+def documents(*texts: list[int]) -> list[np.ndarray]:
+    return [np.array(text, dtype=np.int32) for text in texts]
+
+
+def rows(layout: Layout, texts: list[np.ndarray], at_once: int = 1 << 20) -> list[list[int]]:
+    return [row.tolist() for some in layout.rows(texts, at_once=at_once) for row in some]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_packed_rows_are_the_documents_with_an_end_behind_each_cut_where_they_are_full(at_once: int) -> None:
+    layout = Layout(length=4, pack=True, end=9, vocab_size=10)
+    texts = documents([1, 2, 3], [], [4], [5, 6, 7, 8, 1, 2])
+    # 1 2 3 9 | 9 4 9 5 | 6 7 8 1 | 2 9, which is not full
+    assert rows(layout, texts, at_once) == [[1, 2, 3, 9], [9, 4, 9, 5], [6, 7, 8, 1]]
+
+
+def test_without_an_end_documents_follow_each_other() -> None:
+    layout = Layout(length=2, pack=True, end=None, vocab_size=10)
+    assert rows(layout, documents([1, 2, 3], [4, 5])) == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_unpacked_rows_are_one_document_each_cut_or_padded_with_minus_one(at_once: int) -> None:
+    layout = Layout(length=3, pack=False, end=None, vocab_size=10)
+    texts = documents([1, 2], [3], [4, 5, 6, 7])  # the one of a single token has no next one
+    assert rows(layout, texts, at_once) == [[1, 2, -1], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("pack", "vocab_size", "dtype"),
+    [(True, 65_536, "uint16"), (True, 65_537, "int32"), (False, 10, "int32")],
+)
+def test_a_file_holds_every_id_and_padding(pack: bool, vocab_size: int, dtype: str, tmp_path: Path) -> None:
+    layout = Layout(length=2, pack=pack, end=None, vocab_size=vocab_size)
+    assert layout.dtype == np.dtype(dtype)
+    assert write_rows(tmp_path / "rows", documents([vocab_size - 1, 0, 1, 2]), layout) == (2 if pack else 1)
+    assert np.fromfile(tmp_path / "rows", dtype)[:2].tolist() == [vocab_size - 1, 0]
+
+
+@pytest.mark.parametrize("token", [10, -1])
+def test_an_id_that_the_target_does_not_have_is_refused(token: int) -> None:
+    layout = Layout(length=2, pack=True, end=None, vocab_size=10)
+    with pytest.raises(
+        ConfigError, match=rf"the token id {token}, but the target takes ids below 10; choose"
+    ):
+        rows(layout, documents([1, token, 3, 4]))
+
+
+def test_copies_of_a_document_are_on_the_same_side_and_the_share_held_out_is_as_asked() -> None:
+    texts = [np.array([number, 7]) for number in range(4000)]
+    held_out = [is_held_out(text, 0.25) for text in texts]
+    assert held_out == [is_held_out(text.astype(np.int32), 0.25) for text in texts]
+    assert sum(held_out) == pytest.approx(1000, abs=5 * (4000 * 0.25 * 0.75) ** 0.5)
+    assert len({fingerprint(text) for text in texts}) == 4000

@@ -1,0 +1,87 @@
+"""The order of rows: all of them once per epoch, the same for every number of ranks and after a restart."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spd_hydra import rng
+from spd_hydra.data.packing import Layout
+from spd_hydra.data.token_batches import TokenBatches
+from spd_hydra.data.token_store import TRAIN, open_or_make, write_store
+from spd_hydra.sampler import Sampler
+
+ROWS = 101
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> TokenBatches:
+    """Rows [n, n] for n = 0 … 100."""
+    layout = Layout(length=2, pack=True, end=None, vocab_size=1000)
+    documents = [np.array([number, number]) for number in range(ROWS)]
+    held_out = [np.array([500, 500])]
+
+    def open_store() -> object:
+        return open_or_make(
+            tmp_path / "a", lambda path: write_store(path, layout, lambda: documents, lambda: held_out, 0.5)
+        )
+
+    return TokenBatches(
+        digest="a",
+        part=TRAIN,
+        length=2,
+        padded=False,
+        open_store=open_store,  # type: ignore[arg-type]
+        load_tokenizer=lambda: None,
+    )
+
+
+def sampled(batches: TokenBatches, steps: range, *, size: int, ranks: int = 1, seed: int = 0) -> list[int]:
+    """What all ranks together see in these steps, each rank's rows in their order."""
+    shares = [torch.arange(size, dtype=torch.int32).tensor_split(ranks)[rank] for rank in range(ranks)]
+    samplers = [
+        Sampler(
+            batches,
+            seed=seed,
+            purpose="train",
+            rows=rows,
+            rows_per_step=size,
+            columns=torch.zeros(0, dtype=torch.int32),
+        )
+        for rows in shares
+    ]
+    return [int(row[0]) for step in steps for sampler in samplers for row in sampler.batch(step)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("size", [7, 10])
+def test_every_epoch_has_every_row_exactly_once(batches: TokenBatches, ranks: int, size: int) -> None:
+    seen = sampled(batches, range(3 * ROWS // size), size=size, ranks=ranks)
+    for epoch in range(2):
+        assert sorted(seen[epoch * ROWS : (epoch + 1) * ROWS]) == list(range(ROWS))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(batches: TokenBatches) -> None:
+    seen = sampled(batches, range(2), size=ROWS)
+    first, second = seen[:ROWS], seen[ROWS:]
+    other = sampled(batches, range(1), size=ROWS, seed=1)
+    for order, another in ((first, second), (first, other), (first, list(range(ROWS)))):
+        # Two random orders agree at one place in expectation.
+        assert sum(a == b for a, b in zip(order, another, strict=True)) < 8
+
+
+def test_ranks_read_disjoint_shards_of_the_batch_that_one_process_reads(batches: TokenBatches) -> None:
+    assert sampled(batches, range(9), size=12, ranks=3) == sampled(batches, range(9), size=12)
+
+
+def test_a_restart_in_the_middle_of_an_epoch_goes_on_where_it_was(batches: TokenBatches) -> None:
+    whole = sampled(batches, range(20), size=8)
+    assert whole[: 5 * 8] + sampled(batches, range(5, 20), size=8) == whole
+
+
+def test_a_check_before_the_run_reads_nothing(batches: TokenBatches, tmp_path: Path) -> None:
+    found = batches(rng.key(0, "example").to("meta"), torch.arange(8, dtype=torch.int32, device="meta"))
+    assert found.shape == (8, 2)
+    assert found.dtype == torch.int64
+    assert not (tmp_path / "a").exists()

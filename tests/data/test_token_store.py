@@ -1,0 +1,133 @@
+"""Rows in the cache: whole or not there, made once, parts that share nothing."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spd_hydra.data.packing import Layout
+from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
+from spd_hydra.section import ConfigError
+
+LAYOUT = Layout(length=2, pack=True, end=None, vocab_size=1000)
+
+
+def texts(*numbers: int) -> Callable[[], Iterable[np.ndarray]]:
+    return lambda: [np.array([number, number]) for number in numbers]
+
+
+def written(directory: Path) -> TokenStore:
+    return write_store(directory, LAYOUT, texts(*range(100)), None, 0.2)
+
+
+def test_a_share_of_the_documents_is_held_out_and_none_is_lost(tmp_path: Path) -> None:
+    store = written(tmp_path)
+    train, held_out = (store.rows(part)[:, 0].tolist() for part in (TRAIN, HELD_OUT))
+    assert sorted(train + held_out) == list(range(100))
+    assert 5 <= len(held_out) <= 40
+
+
+def test_held_out_documents_that_are_trained_on_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = write_store(tmp_path, LAYOUT, texts(1, 2, 3, 4), texts(9, 2, 8, 4, 7), 0.5)
+    assert store.rows(TRAIN)[:, 0].tolist() == [1, 2, 3, 4]
+    assert store.rows(HELD_OUT)[:, 0].tolist() == [9, 8, 7]
+    assert store.facts["overlap"] == 2
+    assert "2 of 5 held-out documents are also among those to train on; they are left out" in caplog.text
+
+
+def test_where_all_held_out_documents_are_trained_on_nothing_can_be_evaluated(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.eval_split: not one held-out row after leaving out 2 documents"
+    ):
+        write_store(tmp_path, LAYOUT, texts(1, 2, 3), texts(1, 2), 0.5)
+
+
+def test_a_text_in_one_piece_has_nothing_to_hold_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.eval_fraction: not one held-out row .* data.text_unit="):
+        write_store(tmp_path, LAYOUT, texts(1), None, 1e-9)
+
+
+def test_a_text_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
+    layout = Layout(length=50, pack=True, end=None, vocab_size=1000)
+    with pytest.raises(
+        ConfigError, match=r"data.length: got 50, but the whole text has fewer tokens; take a"
+    ):
+        write_store(tmp_path, layout, texts(1, 2), texts(3), 0.5)
+
+
+def test_it_is_made_once_and_then_read(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(directory: Path) -> TokenStore:
+        made.append(directory)
+        return written(directory)
+
+    first = open_or_make(tmp_path / "tokens" / "a", make)
+    again = open_or_make(tmp_path / "tokens" / "a", make)
+    assert len(made) == 1
+    assert np.array_equal(first.rows(TRAIN), again.rows(TRAIN))
+
+
+@pytest.mark.parametrize("file", ["train.bin", "facts.json"])
+def test_what_is_damaged_is_made_again_with_a_warning(
+    file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = open_or_make(tmp_path / "a", written)
+    expected = whole.rows(TRAIN).tolist()
+    path = tmp_path / "a" / file
+    path.write_bytes(path.read_bytes()[:-3])
+    assert open_or_make(tmp_path / "a", written).rows(TRAIN).tolist() == expected
+    assert "cannot be used and are made again" in caplog.text
+
+
+def test_a_failure_leaves_nothing_that_could_be_taken_for_rows(tmp_path: Path) -> None:
+    def fail(directory: Path) -> TokenStore:
+        (directory / "train.bin").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        open_or_make(tmp_path / "a", fail)
+    assert TokenStore.open(tmp_path / "a") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def _slowly(directory: Path, barrier: object, made: object) -> None:
+    def documents() -> Iterator[np.ndarray]:
+        made.value += 1  # type: ignore[attr-defined]
+        yield from texts(*range(100))()
+
+    barrier.wait()  # type: ignore[attr-defined]
+    open_or_make(directory, lambda path: write_store(path, LAYOUT, documents, None, 0.2))
+
+
+def test_of_several_processes_that_start_at_once_one_makes_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, made = context.Barrier(3), context.Value("i", 0)
+    processes = [context.Process(target=_slowly, args=(tmp_path / "a", barrier, made)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert made.value == 2  # one process, which reads the documents once for each part
+    assert len(open_or_make(tmp_path / "a", written).rows(TRAIN)) > 0
+
+
+def test_after_a_kill_while_it_is_made_it_is_made_anew(tmp_path: Path) -> None:
+    def die(directory: Path) -> TokenStore:
+        written(directory)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    process = multiprocessing.get_context("fork").Process(target=open_or_make, args=(tmp_path / "a", die))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert TokenStore.open(tmp_path / "a") is None
+    assert len(open_or_make(tmp_path / "a", written).rows(TRAIN)) > 0

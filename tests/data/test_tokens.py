@@ -1,0 +1,282 @@
+"""Text from files and saved datasets as batches of tokens; what is refused, in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.data.reader import END, ReaderSpec, save_byte_tokenizer
+
+from spd_hydra import rng
+from spd_hydra.data.text_source import TextUnit
+from spd_hydra.data.tokens import Tokens
+from spd_hydra.model.base import TargetSpec
+from spd_hydra.section import ConfigError
+
+TEXTS = [f"text number {number}" for number in range(40)]
+KEY = rng.key(0, "train")
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A target of 257 tokens with a tokenizer of bytes."""
+    directory = save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return ReaderSpec(tokenizer=str(directory))
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def tokens(name: Path | str, tmp_path: Path, **more: Any) -> Tokens:
+    return Tokens(
+        name=str(name), cache_dir=str(tmp_path / "cache"), **({"length": 16, "eval_fraction": 0.3} | more)
+    )
+
+
+def texts_of(batches: Any, number: int) -> list[str]:
+    """The text of rows, in the order of the stream, `|` where a document ends."""
+    rows = batches(KEY, torch.arange(number, dtype=torch.int32)).tolist()
+    return ["".join("|" if t == END else "" if t < 0 else chr(t) for t in row) for row in rows]
+
+
+def all_documents(source: Tokens, spec: Any) -> list[str]:
+    """Every document of unpacked rows, those to train on and those held out."""
+    found = []
+    for batches in (source.bind(spec), source.bind_eval(spec)):
+        number = len(batches._open_store().rows(batches.part))  # type: ignore[attr-defined]
+        found += texts_of(batches, number)
+    return sorted(found)
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)))
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps([{"id": n, "text": text} for n, text in enumerate(TEXTS)]))
+
+
+def write_csv(path: Path) -> None:
+    path.write_text("id,text\n" + "".join(f"{n},{text}\n" for n, text in enumerate(TEXTS)))
+
+
+def write_parquet(path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"id": range(40), "text": TEXTS}).to_parquet(path)
+
+
+def write_saved(path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(path)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "a.txt": lambda path: path.write_text("\n\n".join(TEXTS)) and None,
+    "a.jsonl": write_jsonl,
+    "a.json": write_json,
+    "a.csv": write_csv,
+    "a.parquet": write_parquet,
+    "saved": write_saved,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_document_of_every_kind_of_file_is_read(name: str, spec: Any, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    source = tokens(tmp_path / name, tmp_path, pack=False, length=30, eval_fraction=0.3)
+    assert all_documents(source, spec) == sorted(TEXTS)
+
+
+def test_files_of_a_folder_and_of_a_pattern_are_read_whole_or_by_lines(spec: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    for number, text in enumerate(TEXTS):
+        where = folder if number % 2 else folder / "below"
+        (where / f"{number}.txt").write_text(f"{text}\n\nend")
+    whole = tokens(folder, tmp_path, pack=False, length=40, text_unit=TextUnit.file)
+    assert all_documents(whole, spec) == sorted(f"{text}\n\nend" for text in TEXTS)
+    lines = tokens(folder / "*.txt", tmp_path, pack=False, length=40, text_unit=TextUnit.line)
+    # An empty line has no two tokens; copies of `end` are on one side.
+    assert sorted({*all_documents(lines, spec)}) == sorted([*TEXTS[1::2], "end"])
+
+
+def test_packed_rows_hold_documents_end_to_end_and_positions_are_never_padding(
+    spec: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    batches = tokens(tmp_path / "a.jsonl", tmp_path).bind(spec)
+    rows = batches._open_store().rows("train")  # type: ignore[attr-defined]
+    text = "".join("|" if token == END else chr(token) for token in rows.reshape(-1))
+    documents = text.split("|")[:-1]
+    assert documents == [one for one in TEXTS if one in documents]  # in the order of the file
+    assert not batches.padded
+    assert texts_of(batches, len(rows)) != [text[i : i + 16] for i in range(0, len(text), 16)]
+
+
+def test_a_column_of_tokens_is_taken_as_it_is(spec: Any, tmp_path: Path) -> None:
+    import datasets
+
+    ids = [[number, 200, 100] for number in range(50)]
+    datasets.Dataset.from_dict({"ids": ids, "text": ["x"] * 50}).save_to_disk(tmp_path / "saved")
+    source = tokens(tmp_path / "saved", tmp_path, token_column="ids", length=3)
+    batches = source.bind(ReaderSpec())  # which has no tokenizer
+    rows = batches._open_store().rows("train").tolist()  # type: ignore[attr-defined]
+    assert all(row in ids for row in rows)
+    assert len(rows) > 30
+    assert batches.decode([3]) is None
+
+
+def test_held_out_data_of_their_own_lose_what_is_trained_on(
+    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    parts = {"train": {"text": TEXTS}, "test": {"text": ["new text", TEXTS[3], "another one"]}}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    source = tokens(tmp_path / "saved", tmp_path, eval_split="test", pack=False, length=30)
+    assert sorted(texts_of(source.bind_eval(spec), 2)) == ["another one", "new text"]
+    assert "1 of 3 held-out documents are also among those to train on" in caplog.text
+
+
+def test_tokens_have_their_texts(spec: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    assert tokens(tmp_path / "a.jsonl", tmp_path).bind(spec).decode([104, 105, -1]) == ["h", "i", ""]
+
+
+def test_several_processes_give_the_same_rows_as_one(spec: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    one = tokens(tmp_path / "a.jsonl", tmp_path).bind(spec)
+    two = Tokens(
+        name=str(tmp_path / "a.jsonl"),
+        cache_dir=str(tmp_path / "other"),
+        length=16,
+        eval_fraction=0.3,
+        processes=2,
+    ).bind(spec)
+    assert texts_of(one, 20) == texts_of(two, 20)
+
+
+def test_a_stream_gives_the_documents_and_reads_again_up_to_where_a_run_goes_on(
+    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    source = tokens(tmp_path / "a.jsonl", tmp_path, streaming=True, pack=False, length=30, eval_fraction=0.3)
+    held_out = set(texts_of(source.bind_eval(spec), 5))
+    whole = texts_of(source.bind(spec), 20)
+    assert len(set(whole)) == 20
+    assert not held_out & set(whole)
+    assert held_out | set(whole) <= set(TEXTS)
+    assert not (tmp_path / "cache").exists()
+    again = source.bind(spec)(KEY, torch.arange(12, 20)).tolist()
+    assert ["".join(chr(t) for t in row if t >= 0) for row in again] == whole[12:]
+    assert "reading 12 rows again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text_column": "txt"},
+            r"data.text_column: got txt, which the data do not have; name one of id, text",
+        ),
+        (
+            {"token_column": "ids"},
+            r"data.token_column: got ids, which the data do not have; name one of id, text",
+        ),
+        (
+            {"length": 65},
+            r"data.length: got 65, but the target takes at most 64 tokens; set data.length=64 or",
+        ),
+        (
+            {"tokenizer": "/nowhere/at/all"},
+            r"data.tokenizer: /nowhere/at/all cannot be loaded .*HF_HUB_OFFLINE=1",
+        ),
+        (
+            {"text_column": "text", "token_column": "id"},
+            r"token_column: got id beside text_column=text; give one",
+        ),
+    ],
+)
+def test_mistakes_are_found_when_it_is_bound(
+    changes: dict[str, Any], message: str, spec: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match=message):
+        tokens(tmp_path / "a.jsonl", tmp_path, **changes).bind(spec)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_more_than_one_column_of_text_has_to_be_chosen_from(spec: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(
+        ConfigError, match=r"data.text_column: got null, and more than one column holds text; name"
+    ):
+        tokens(tmp_path / "a.jsonl", tmp_path).bind(spec)
+
+
+def test_a_target_without_tokens_or_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    source = tokens(tmp_path / "a.jsonl", tmp_path)
+    with pytest.raises(ConfigError, match=r"data: tokens cannot feed TargetSpec, which takes none; choose"):
+        source.bind(TargetSpec())
+    with pytest.raises(
+        ConfigError, match=r"data.tokenizer: got null, and the target has none of its own; name"
+    ):
+        source.bind(ReaderSpec())
+
+
+def test_ids_above_what_the_target_knows_are_refused(spec: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    batches = tokens(tmp_path / "a.jsonl", tmp_path).bind(
+        ReaderSpec(vocabulary=101, tokenizer=spec.tokenizer)
+    )
+    with pytest.raises(
+        ConfigError, match=r"the text has the token id \d+, but the target takes ids below 101"
+    ):
+        texts_of(batches, 1)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all.txt", "./missing", "no/such/dataset"])
+def test_a_path_that_is_not_there_is_no_name_of_the_hub(name: str, spec: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"data.name: got {name}, where there is no file of .txt, .md"):
+        tokens(name, tmp_path).bind(spec)
+
+
+def test_files_of_different_kinds_are_refused(spec: Any, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv"):
+        WRITERS[f"a.{name.rpartition('.')[2]}"](tmp_path / name)
+    with pytest.raises(ConfigError, match=r"data.name: got files that are not of one kind"):
+        tokens(tmp_path, tmp_path).bind(spec)
+
+
+def test_a_dataset_that_cannot_be_reached_names_the_command_and_the_variable(
+    spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as caught:
+        tokens("nobody/nothing", tmp_path).bind(spec)
+    assert "data.name: got nobody/nothing, which is no local file and cannot be had from the hub" in str(
+        caught.value
+    )
+    assert "spd-run task=prefetch" in str(caught.value)
+    assert "HF_HUB_OFFLINE=1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_split_names_those_there_are(spec: Any, tmp_path: Path) -> None:
+    write_saved(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"data.split: got test, but .*saved has train"):
+        tokens(tmp_path / "saved", tmp_path, split="test").bind(spec)
