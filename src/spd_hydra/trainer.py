@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra import distributed
+from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
-from spd_hydra.loss.objective import Objective, Precision, StepLoss
+from spd_hydra.loss.objective import Objective, Precision, ScheduledValues, StepLoss
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
-from spd_hydra.sampler import Sampler
+from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.step import Step
 from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
@@ -75,6 +76,10 @@ class Trainer:
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
+        self.accumulated: AccumulatedStep | None = None
+        if training.accumulate > 1:
+            parts = SplitSampler(sampler, training.accumulate)
+            self.accumulated = AccumulatedStep(objective, parts, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
         self.gradient_norms: dict[str, Tensor] = {}
 
@@ -169,19 +174,24 @@ class Trainer:
         progress = self.step / self.training.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
-        batch, draws = self.sampler(self.step)
-        loss = self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
+        loss = self._loss_and_gradients(self.objective.scheduled(progress))
         # Before this step is logged, measured or saved. Norms take as long as a third of a toy's step, and
         # reading the loss waits for the device, which is free on a CPU.
         recorded = self.is_recorded(self.step + 1)
         self.gradient_norms = self._norms() if recorded else {}
-        if recorded or batch.device.type == "cpu":
+        if recorded or self.model.device.type == "cpu":
             self.require_finite(loss)
         self._clip(self.components, self.training.clip_components)
         self._clip(self.ci_fn, self.training.clip_ci_fn)
         self.optimizer.step()
         self.step += 1
         return loss
+
+    def _loss_and_gradients(self, schedule: ScheduledValues) -> StepLoss:
+        if self.accumulated is not None:
+            return self.accumulated(self.step, schedule)
+        batch, draws = self.sampler(self.step)
+        return self.loss_and_gradients(batch, draws, schedule)
 
     def fit_weights(self) -> None:
         """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""

@@ -81,6 +81,11 @@ class Loss(Section):
         """
         return statistics["sum"] / statistics["count"]
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value of a batch is the mean of its parts' values, each weighted with its positions."""
+        return False
+
     def scheduled(self, progress: float) -> dict[str, float]:
         """Parameters that change during training, at `progress` in [0, 1]."""
         return {}

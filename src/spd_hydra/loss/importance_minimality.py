@@ -46,6 +46,10 @@ class ImportanceMinimality(Loss):
         return self.p_start + (self.p_end - self.p_start) * min(max(done, 0.0), 1.0)
 
     @property
+    def is_mean(self) -> bool:
+        return self.beta == 0
+
+    @property
     def _is_constant(self) -> bool:
         return self.p_start == self.p_end
 

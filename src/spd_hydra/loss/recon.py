@@ -39,6 +39,10 @@ class Recon(Loss):
             *(masks.columns_needed(self.masks, shape.C) for shape in shapes),
         ]
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         model = inputs.model
         total = inputs.draws.new_zeros(())
