@@ -107,16 +107,14 @@ def whole_and_parts(
 def require_close(parts: Told, whole: Told) -> None:
     assert parts.keys() == whole.keys()
     for name, value in whole.items():
-        torch.testing.assert_close(
-            parts[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
 
 
 # ---- the whole batch -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overrides", [[], [BETA], [BETA, "loss.stochastic_recon_subset.coeff=1"]])
-@pytest.mark.parametrize("parts", [2, 3, 21])
+@pytest.mark.parametrize("parts", [2, 9])
 def test_parts_have_the_loss_and_the_gradients_of_the_whole_batch(
     toy: Toy, parts: int, overrides: list[str]
 ) -> None:

@@ -124,8 +124,8 @@ class RunConfig(Section):
         if ranks > 1 and self.train.accumulate > max(most, 1):
             yield Problem(
                 "train.accumulate",
-                f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} ranks, "
-                f"must be ≤ {most}: a part has a row at least",
+                f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} "
+                f"ranks, must be ≤ {most}: a part has a row at least",
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
