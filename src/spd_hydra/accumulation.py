@@ -120,8 +120,9 @@ class AccumulatedStep:
         schedule, weights = _nested(self._schedule_keys, given), _nested(self._weight_keys, given)
         values = [p.detach().requires_grad_() for p in given]
         parameters = dict(zip(self._parameters, values, strict=True))
-        added, sums = functional_call(self._module, parameters, (batch, draws, schedule, share, weights))
-        gradients = torch.autograd.grad(added, values, allow_unused=True, materialize_grads=True)
+        sums, gradients = functional_call(
+            self._module, parameters, (batch, draws, schedule, share, weights, values)
+        )
         self._second_keys, flat_sums = _flat(sums)
         return *(value.detach() for value in flat_sums), *(gradient.contiguous() for gradient in gradients)
 
@@ -146,8 +147,9 @@ class _Part(nn.Module):
         schedule: ScheduledValues,
         share: Tensor | None = None,
         weights: Sums | None = None,
-    ) -> Sums | tuple[Tensor, Sums]:
-        """The sums that weights are made of; with weights, what the gradient is taken of, and all sums."""
+        parameters: Sequence[Tensor] = (),
+    ) -> Sums | tuple[Sums, tuple[Tensor, ...]]:
+        """The sums that weights are made of; with weights, all sums and the part's share of the gradients."""
         objective, active = self._objective, self._objective.losses.active_terms()
         inputs = objective.inputs(batch)
         if share is None or weights is None:
@@ -166,7 +168,10 @@ class _Part(nn.Module):
             for name, term in active.items()
             if name not in self.weighted
         ]
-        return torch.stack(parts).sum(), sums | {SPARSITY: objective.sparsity(inputs)}
+        gradients = torch.autograd.grad(
+            torch.stack(parts).sum(), parameters, allow_unused=True, materialize_grads=True
+        )
+        return sums | {SPARSITY: objective.sparsity(inputs)}, gradients
 
 
 def _flat(tree: Mapping[str, Mapping[str, Tensor]]) -> tuple[Keys, list[Tensor]]:

@@ -168,6 +168,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             precision=config.train.precision,
             ci_threshold=config.eval.ci_threshold,
             padded=batches.padded,
+            recompute=config.train.checkpoint_activations,
         ),
         known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),

@@ -58,6 +58,9 @@ class Training(Section):
     )
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
     precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
+    checkpoint_activations: bool = option(
+        False, "keep no activations of masked passes for the backward pass: less memory, more computation"
+    )
     compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
     log_every: int = option(100, "steps between rows of the metrics log", ge=1)
     checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", ge=1)

@@ -28,6 +28,7 @@ class LossInputs:
         draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
+        recompute: masked passes keep nothing for the backward pass, which computes each of them again.
         valid: False at positions that are padding and count nowhere; None: all count.
     """
 
@@ -38,6 +39,7 @@ class LossInputs:
     draws: Float[Tensor, "*positions columns"]
     divergence: Divergence
     schedule: Mapping[str, Tensor]
+    recompute: bool = False
     valid: Bool[Tensor, "*positions"] | None = None
 
     @property

@@ -58,6 +58,7 @@ class Objective:
         precision: of the forward passes.
         ci_threshold: g above which a subcomponent counts as active in L0.
         padded: batches are tokens, of which negative ones are padding.
+        recompute: masked passes keep no activations for the backward pass, which computes each of them again.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Objective:
         precision: Precision,
         ci_threshold: float,
         padded: bool = False,
+        recompute: bool = False,
     ) -> None:
         self.model = model
         self.losses = losses
         self.precision = precision
         self.ci_threshold = ci_threshold
         self.padded = padded
+        self.recompute = recompute
 
     def __call__(
         self,
@@ -126,6 +129,7 @@ class Objective:
             draws=torch.zeros((), device=batch.device),
             divergence=self.losses.divergence,
             schedule={},
+            recompute=self.recompute,
             valid=batch >= 0 if self.padded else None,
         )
 

@@ -1,13 +1,15 @@
 """Reconstruction: with masks on, the output has to stay that of the target."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.decomposition import masks, routing
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.masks import MaskSource, draw_mask
+from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.masks import MaskSource, SiteMask, draw_mask
 from spd_hydra.decomposition.routing import Routing, routes
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.divergence import divergence_sum
@@ -63,10 +65,23 @@ class Recon(Loss):
                 self.routing, model.site_names, draws=route_draws, probability=self.probability
             ):
                 chosen = {site: site_masks[site]._replace(route=route) for site, route in routed.items()}
-                output = model(inputs.batch, chosen, reuse=inputs.reuse)
-                divergence, size = divergence_sum(
-                    inputs.divergence, output, inputs.clean.output, inputs.valid
-                )
+                divergence, size = masked_divergence(inputs, chosen)
                 total = total + divergence
                 count = count + size
         return {"sum": total, "count": total.new_zeros(()) + count}
+
+
+def masked_divergence(inputs: LossInputs, masks: Mapping[str, SiteMask]) -> tuple[Tensor, Tensor | int]:
+    """Divergence of one masked pass, summed over the batch, and the number it has to be divided by."""
+
+    def run(reuse: Reuse) -> tuple[Tensor, Tensor | int]:
+        output = inputs.model(inputs.batch, masks, reuse=reuse)
+        return divergence_sum(inputs.divergence, output, inputs.clean.output, inputs.valid)
+
+    if not (inputs.recompute and torch.is_grad_enabled()):
+        return run(inputs.reuse)
+    # Products that passes share would be there already when a pass is computed again.
+    found: tuple[Tensor, Tensor | int] = checkpoint(
+        lambda: run(inputs.reuse._replace(products={})), use_reentrant=False, preserve_rng_state=False
+    )
+    return found
