@@ -64,7 +64,10 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
-        return cast(Tensor, self.model(input_ids=tokens, use_cache=False).logits)
+        # Given, because a tracer cannot follow how the model makes its own.
+        length = tokens.shape[-1]
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).tril()
+        return cast(Tensor, self.model(input_ids=tokens, attention_mask=causal, use_cache=False).logits)
 
 
 @dataclasses.dataclass(kw_only=True)

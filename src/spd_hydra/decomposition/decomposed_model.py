@@ -244,6 +244,25 @@ class DecomposedModel(nn.Module):
         self.roots = frozenset(name for name, untouched in seen.items() if untouched)
         return self.roots
 
+    def roots_without_values(self, batch: Tensor) -> frozenset[str]:
+        """What `find_roots` would find, on tensors that need have no values; `roots` stays as it is.
+
+        A site whose input has no gradient from any site's output is a root.
+        """
+        found: set[str] = set()
+
+        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
+            x = dense(x)
+            if not x.requires_grad:
+                found.add(name)
+            with torch.no_grad():
+                own = dense(layer(x))
+            return own.requires_grad_()
+
+        with torch.enable_grad():
+            self._run(batch, at_site)
+        return frozenset(found)
+
 
 class Reuse(NamedTuple):
     """What the masked passes of one batch share: the clean pass, and products of parameters."""
