@@ -1,6 +1,7 @@
 """One step on a large batch, taken in parts that need less memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -11,12 +12,30 @@ from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
 from spd_hydra.loss.base import Loss, Statistics
 from spd_hydra.loss.objective import POSITIONS, SPARSITY, Objective, ScheduledValues, StepLoss, over_ranks
-from spd_hydra.sampler import SplitSampler
 
 Sums = dict[str, Statistics]
 """Statistics by term."""
 
 Keys = list[tuple[str, str]]
+
+
+class Parts(Protocol):
+    """What draws the parts of a step: `SplitSampler`.
+
+    Attributes:
+        rows: of each part.
+        rows_per_step: number of rows of the global batch.
+    """
+
+    @property
+    def rows(self) -> Sequence[Tensor]: ...
+
+    @property
+    def rows_per_step(self) -> int: ...
+
+    def __call__(self, step: int, part: int, /) -> tuple[Tensor, Tensor]:
+        """Batch and random numbers of a part."""
+        ...
 
 
 class AccumulatedStep:
@@ -33,7 +52,7 @@ class AccumulatedStep:
         compile: trace and compile what is done with a part; otherwise run it as it is written.
     """
 
-    def __init__(self, objective: Objective, sampler: SplitSampler, *, compile: bool) -> None:
+    def __init__(self, objective: Objective, sampler: Parts, *, compile: bool) -> None:
         self._objective, self._sampler = objective, sampler
         self._module = _Part(objective)
         self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}

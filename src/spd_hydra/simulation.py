@@ -23,7 +23,7 @@ from spd_hydra.step import Step
 
 _PARAMETER_ACCESSES = 8  # gradient written; gradient, parameter and two moments read, the last three written
 _INPUT_ACCESSES = 2  # written when they are drawn, read by the step
-_STEPS = 2  # the first one makes the optimiser's moments
+_PARTS = 2  # that are simulated of an accumulated step: a further one changes no peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,10 @@ class Needs:
     flops: int
     moved: int
 
+    def times(self, replicas: int) -> "Needs":
+        """Of several decompositions that are trained at once, each with a target of its own."""
+        return Needs(**{name: replicas * value for name, value in dataclasses.asdict(self).items()})
+
 
 def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
     """Take steps with these parts, which may be on the meta device, on tensors that hold no values.
@@ -67,18 +71,16 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
         sampler = _Draws(parts, rows, settings.accumulate, example)
         groups = [list(model.component_parameters()), list(model.ci_parameters())]
         optimizer = adamw(groups, lr=settings.lr, weight_decay=0.0)
+        for parameter in (p for group in groups for p in group):
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes the moments, so that the next step is like all further ones
+        watch.begin()
         schedule = parts.objective.scheduled(0.0)
-        whole = Step(parts.objective, compile=False)
-        in_parts = AccumulatedStep(parts.objective, sampler, compile=False)  # type: ignore[arg-type]
-        for _ in range(_STEPS):
-            watch.begin()
-            if settings.accumulate == 1:
-                batch, draws = sampler(0, 0)
-                whole(batch, draws, schedule)
-                del batch, draws
-            else:
-                in_parts(0, schedule)
-            optimizer.step()
+        if settings.accumulate == 1:
+            Step(parts.objective, compile=False)(*sampler(0, 0), schedule)
+        else:
+            AccumulatedStep(parts.objective, sampler, compile=False)(0, schedule)
+        optimizer.step()
         trained = sum(p.numel() for group in groups for p in group)
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         return Needs(
@@ -86,8 +88,9 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
             frozen=frozen,
             resident=watch.live,
             peak=watch.peak,
-            flops=watch.flops,
-            moved=watch.moved + 4 * _PARAMETER_ACCESSES * trained + _INPUT_ACCESSES * sampler.drawn,
+            flops=round(watch.flops * sampler.scale),
+            moved=round((watch.moved + _INPUT_ACCESSES * sampler.drawn) * sampler.scale)
+            + 4 * _PARAMETER_ACCESSES * trained,
         )
 
 
@@ -134,23 +137,28 @@ class _Watch(TorchDispatchMode):
 
 
 class _Draws:
-    """Batches and random numbers of the right shapes, in parts, as `SplitSampler` gives them."""
+    """Batches and random numbers of the right shapes, in parts, as `SplitSampler` gives them.
+
+    Attributes:
+        scale: the work of all parts over that of the simulated ones.
+        drawn: bytes of batches and random numbers in one pass over the parts.
+    """
 
     def __init__(self, parts: Parts, rows: int, number: int, example: "_Example") -> None:
-        self.rows = torch.arange(rows, dtype=torch.int32, device=parts.model.device).tensor_split(number)
+        device = parts.model.device
+        self.rows = torch.arange(rows, dtype=torch.int32, device=device).tensor_split(number)[:_PARTS]
         self.rows_per_step = parts.config.train.batch_size
-        self.drawn = 0  # bytes
+        self.scale = rows / sum(len(own) for own in self.rows)
+        self.drawn = 0
         self._example, self._shape = example, parts.position_shape
-        self._columns = parts.objective.columns(parts.config.loss.active_terms()).to(parts.model.device)
-        self._key = rng.key(0, "shapes").to(parts.model.device)
+        self._columns = parts.objective.columns(parts.config.loss.active_terms()).to(device)
+        self._key = rng.key(0, "shapes").to(device)
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, Tensor]:
         rows = self.rows[part]
         batch = self._example(len(rows))
         draws = rng.uniform(self._key, position_index(rows, self._shape), self._columns)
-        if part == 0:
-            self.drawn = 0
-        self.drawn += batch.nbytes + draws.nbytes
+        self.drawn = batch.nbytes + draws.nbytes + (self.drawn if part else 0)
         return batch, draws
 
 
