@@ -62,7 +62,7 @@ class AccumulatedStep:
         self._weight_keys: Keys = []
         self._first_keys: Keys = []  # of what each pass sums
         self._second_keys: Keys = []
-        self._sees_positions: bool | None = None
+        self._is_by_position: bool | None = None if objective.padded else True
 
     def __call__(self, step: int, schedule: ScheduledValues) -> StepLoss:
         """Loss, terms and L0 of the batch of a step; every parameter's `.grad` is that of the total."""
@@ -85,13 +85,12 @@ class AccumulatedStep:
 
     def _terms_that_are_no_means(self, step: int) -> dict[str, Loss]:
         """Active terms whose gradient needs the sums over the whole batch."""
-        if self._sees_positions is None:
+        if self._is_by_position is None:
             batch, _ = self._sampler(step, 0)
-            output = self._objective.model.clean_pass(batch).output
-            self._sees_positions = output.shape[:-1] == batch.shape or not self._objective.padded
+            self._is_by_position = self._objective.model.clean_pass(batch).output.shape[:-1] == batch.shape
         active = self._objective.losses.active_terms()
         # With padding, an output that is not per position is a mean over rows, while others are over tokens.
-        return {name: term for name, term in active.items() if not (term.is_mean and self._sees_positions)}
+        return {name: term for name, term in active.items() if not (term.is_mean and self._is_by_position)}
 
     def _shares(self, step: int) -> list[Float[Tensor, ""]]:
         """The share of the global batch that each part is: of its positions, without padding."""
