@@ -9,16 +9,18 @@ from typing import cast
 
 from torch import nn
 
+from spd_hydra.decomposition.blocks import BlockSwitch, wrap_blocks
 from spd_hydra.factored import Activation, keep_factors
 
 AtSite = Callable[[str, nn.Module, Activation], Activation]
 """Called in place of a site's layer with its name, the layer and the input; gives the output."""
 
 
-class Switch:
-    """What the wrapped sites of one patched copy do at the moment; None: what the target does."""
+class Switch(BlockSwitch):
+    """What the wrapped sites and blocks of one patched copy do now; None: what the target does."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.at_site: AtSite | None = None
 
 
@@ -44,5 +46,6 @@ def patched_copy(target: nn.Module, sites: tuple[str, ...], switch: Switch) -> n
         if id(layer) in wrappers:
             parent, _, attribute = path.rpartition(".")
             setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
+    wrap_blocks(patched, switch)
     keep_factors(patched)
     return patched
