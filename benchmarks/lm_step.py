@@ -112,7 +112,7 @@ def made(way: str, run: RunConfig, sample: Sample) -> Variant:
     variant = make("compiled" if way == "compiled" else "eager", dataclasses.replace(run, train=train))
     take = variant.step
     # All on one batch, for random numbers are not what is compared.
-    variant.step = lambda given=None: take(sample if given is None else given)  # type: ignore[assignment]
+    variant.step = lambda given=None: take(sample if given is None else given)
     return variant
 
 

@@ -11,7 +11,7 @@ from spd_hydra import estimate as estimates
 from spd_hydra.build import assemble, preflight, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
-from spd_hydra.decomposition.config import Init
+from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.objective import Precision
 from spd_hydra.simulation import Needs, simulate
 from spd_hydra.trainer import Trainer
@@ -38,7 +38,7 @@ def most_bytes_in_a_step(trainer: Trainer) -> int:
     assert seen.profiler is not None
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return 4 * (4 * trained + frozen) + max(itertools.accumulate(sizes))
+    return 4 * (4 * trained + frozen) + int(max(itertools.accumulate(sizes)))
 
 
 LARGE = ["train.batch_size=2048", "train.log_every=1000"]

@@ -94,11 +94,11 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
         )
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes of tensors that are alive, operations, and bytes that products read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.flops = self.moved = 0
         self._known: set[int] = set()
 
@@ -184,10 +184,10 @@ def _without_values(model: DecomposedModel, device: torch.device) -> Iterator[No
             made[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
         return made[id(tensor)]
 
-    before = []
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in [*model.modules(), *model.patched.modules()]:
-        for own in (module._parameters, module._buffers):
-            before.append((own, dict(own)))
+        tables: list[Any] = [module._parameters, module._buffers]
+        before += [(own, dict(own)) for own in tables]
     for own, tensors in before:
         own.update({name: None if tensor is None else empty(tensor) for name, tensor in tensors.items()})
     roots = model.roots
