@@ -104,3 +104,9 @@ def make(toy: Toy, tmp_path: Path) -> Iterator[Make]:
     yield build
     for directory in opened:
         directory.close()
+
+
+@pytest.fixture(scope="session")
+def language(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    """The small language model of language.py, which lies beside this file."""
+    return load_module(Path(__file__).with_name("language.py"))

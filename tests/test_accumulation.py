@@ -88,9 +88,11 @@ def language_model(*, pools: bool, beta: float, rows: int) -> tuple[Objective, S
     return objective, sampler
 
 
-def told(loss: StepLoss, model: DecomposedModel) -> Told:
+def told(loss: StepLoss, objective: Objective) -> Told:
     """Everything that a step gives."""
-    gradients = {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model = objective.model
+    trained = [*model.named_parameters(), *objective.adversary.named_parameters()]
+    gradients = {f"grad {name}": p.grad for name, p in trained if p.grad is not None}
     return {"total": loss.total, **loss.terms, **{f"l0 {site}": n for site, n in loss.l0.items()}} | gradients
 
 
@@ -98,10 +100,10 @@ def whole_and_parts(
     objective: Objective, sampler: Sampler, parts: int, *, compile: bool = False
 ) -> tuple[Told, Told]:
     schedule = objective.scheduled(0.3)
-    whole = told(Step(objective, compile=False)(*sampler(2), schedule), objective.model)
+    whole = told(Step(objective, compile=False)(*sampler(2), schedule), objective)
     step = AccumulatedStep(objective, SplitSampler(sampler, parts), compile=compile)
     step(1, schedule)  # what it keeps of one step must not change the next
-    return whole, told(step(2, schedule), objective.model)
+    return whole, told(step(2, schedule), objective)
 
 
 def require_close(parts: Told, whole: Told) -> None:
@@ -113,7 +115,17 @@ def require_close(parts: Told, whole: Told) -> None:
 # ---- the whole batch -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overrides", [[], [BETA], [BETA, "loss.stochastic_recon_subset.coeff=1"]])
+ADVERSARIES = [
+    "loss.pgd_recon={coeff:1.0,scope:per_datapoint}",
+    "loss.persistent_pgd_recon={coeff:0.5}",
+    "loss.hidden_acts_recon={coeff:0.5}",
+    "loss.smooth_l0={coeff:0.1,frequency_coeff:0.5,frequency_scale:30.0}",
+]
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], [BETA], [BETA, "loss.stochastic_recon_subset.coeff=1"], ADVERSARIES]
+)
 @pytest.mark.parametrize("parts", [2, 9])
 def test_parts_have_the_loss_and_the_gradients_of_the_whole_batch(
     toy: Toy, parts: int, overrides: list[str]
@@ -187,7 +199,7 @@ def of_a_rank(rank: int, size: int, port: int, config: RunConfig, out: Path) -> 
     with distributed.process_group(torch.device("cpu")):
         made = assemble(config, untrained_target(config), torch.device("cpu"))
         step = AccumulatedStep(made.objective, SplitSampler(made.train_sampler(), 2), compile=False)
-        torch.save(told(step(0, made.objective.scheduled(0.3)), made.model), out / f"{rank}.pt")
+        torch.save(told(step(0, made.objective.scheduled(0.3)), made.objective), out / f"{rank}.pt")
 
 
 @pytest.mark.slow
@@ -196,7 +208,7 @@ def test_two_ranks_in_parts_have_the_gradients_of_the_whole_batch(toy: Toy, tmp_
     made = assemble(config, untrained_target(config), torch.device("cpu"))
     whole = told(
         Step(made.objective, compile=False)(*made.train_sampler()(0), made.objective.scheduled(0.3)),
-        made.model,
+        made.objective,
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -214,6 +226,14 @@ def test_two_ranks_in_parts_have_the_gradients_of_the_whole_batch(toy: Toy, tmp_
     [
         (["train.batch_size=4", "train.accumulate=5"], "accumulate: got 5, must be ≤ batch_size, which is 4"),
         (["train.accumulate=2", "train.replicas=3"], "accumulate: got 2 with train.replicas=3, must be 1"),
+        (
+            ["train.accumulate=2", "loss.pgd_recon.coeff=1"],
+            "train.accumulate: got 2 with pgd_recon, must be 1: their adversary looks at the whole batch",
+        ),
+        (
+            ["train.checkpoint_activations=true", "train.replicas=3"],
+            "checkpoint_activations: got true with train.replicas=3, must be false",
+        ),
         (["train.accumulate=0"], "train.accumulate: got 0, must be ≥ 1"),
     ],
 )

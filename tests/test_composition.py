@@ -243,7 +243,7 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ("debug=null", "debug: got null; debug=none switches it off; otherwise choose one of none, smoke"),
         ("logger=null", "logger: got null; choose one of files, wandb"),
         ("data=tm", "data: got tm; did you mean tms? Choose one of resid_mlp, tms"),
-        ("eval=", "eval: got nothing; must be one of coarse, default"),
+        ("eval=", "eval: got nothing; must be one of coarse, default, language"),
         ("+experiment=tms_5-2", "experiment: is chosen without +: experiment=tms_5-2"),
         ("+seed=1", "seed: is there already, write it without +: seed=1"),
         ("~train.lr", "train.lr: cannot be removed, only set to another value"),

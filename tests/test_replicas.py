@@ -38,6 +38,14 @@ CASES = {
     ],
     "identity, shared_mlp": ["experiment=tms_5-2-id", "ci_fn=shared_mlp", "ci_fn.hidden=[8]"],
     "frequency, vector_mlp": ["ci_fn=vector_mlp", "loss.importance_minimality.beta=0.5"],
+    "global_mlp": ["experiment=tms_5-2-id", "ci_fn=global_mlp", "ci_fn.hidden=[8]"],
+    "global_transformer": [
+        "ci_fn=global_transformer",
+        "ci_fn.d_model=8",
+        "ci_fn.n_heads=2",
+        "ci_fn.n_layers=1",
+        "ci_fn.d_mlp=8",
+    ],
     "residual": [
         "experiment=resid_mlp1",
         "model.d_embed=20",

@@ -198,6 +198,7 @@ def test_training_lowers_the_loss(toy: Toy) -> None:
     [
         ["ci_fn=vector_mlp"],
         ["ci_fn=shared_mlp"],
+        ["ci_fn=global_transformer", "ci_fn.d_model=8", "ci_fn.d_mlp=8", "train.precision=bf16"],
         ["train.precision=bf16"],
         ["loss.importance_minimality={p_start:2.0,p_end:0.5}"],
         ["decomposition=tms_5-2-untied"],

@@ -86,6 +86,22 @@ def test_an_ordered_stream_goes_on_where_the_step_before_ended_also_for_a_slice(
     assert torch.equal(draws, sampler(rows(2, 6))(2)[1])
 
 
+@pytest.mark.parametrize("batches", [BATCHES, None])
+def test_the_batch_alone_is_that_of_the_step(batches: Batches | None) -> None:
+    own = sampler(rows(2, 6), batches=batches or Counted())
+    assert torch.equal(own.batch(3), own(3)[0])
+
+
+def test_numbers_drawn_when_needed_are_slices_of_the_whole_and_of_no_other_purpose() -> None:
+    whole, part = sampler(rows(0, 8), shape=(5,)), sampler(rows(2, 6), shape=(5,))
+    numbers = whole.numbers(3, "random", 4)
+    assert numbers.shape == (8, 5, 4)
+    assert torch.equal(part.numbers(3, "random", 4), numbers[2:6])
+    assert torch.equal(whole.numbers(3, "random", 2), numbers[..., :2])
+    for other in (whole.numbers(3, "other", 4), whole.numbers(4, "random", 4), whole(3)[1]):
+        assert not (other == numbers).any()
+
+
 def test_data_does_not_depend_on_what_the_loss_draws() -> None:
     few = sampler(rows(0, 8), columns=COLUMNS[:1])(2)
     many = sampler(rows(0, 8))(2)

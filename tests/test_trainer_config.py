@@ -1,5 +1,8 @@
 """Defaults and ranges of training and evaluation."""
 
+import re
+from typing import Any
+
 import pytest
 
 from spd_hydra.loss.objective import Precision
@@ -42,7 +45,17 @@ def test_training_values_out_of_range_are_refused(field: str, value: float) -> N
         Training(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("every", 0), ("figures_every", -1), ("ci_threshold", 1.0)])
-def test_evaluation_values_out_of_range_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"^{field}: got {value}, must be"):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("every", 0),
+        ("figures_every", -1),
+        ("ci_threshold", 1.0),
+        ("rounded", [0.0, 1.0]),
+        ("pgd_steps", [20, 0]),
+        ("pgd_step_size", 0),
+    ],
+)
+def test_evaluation_values_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: got {re.escape(str(value))}, must be"):
         Evaluation(**{field: value})

@@ -154,7 +154,7 @@ class _Part(nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.model = objective.model
+        self.model, self.adversary = objective.model, objective.adversary
         self.weighted: tuple[str, ...] = ()
         self._objective = objective
 

@@ -39,12 +39,13 @@ def analyse(config: RunConfig) -> Outcome:
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
+        parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, directory.read_summary() or {})
         summary, _ = conclude(
             directory,
             parts,
             target,
-            parts.evaluate(checkpoint.step, certified=target.certified),
+            parts.evaluate(checkpoint.step, certified=target.certified, last=True),
             seconds=seconds,
             steps_per_second=speed,
             restarts=checkpoint.state["facts"].get("restarts"),

@@ -79,6 +79,15 @@ class Run:
         return RunDirectory.view(self.path).read_summary() or {}
 
     @property
+    def subcomponents(self) -> dict[str, Any]:
+        """Of a model that reads tokens, what the heaviest subcomponents of every site respond to.
+
+        `["sites"][site]` lists them, each with `index`, `mean_ci`, `density`, `tokens` and `contexts`;
+        `["examples"]` are sequences with the number of active subcomponents per token. Empty for others.
+        """
+        return RunDirectory.view(self.path).read_subcomponents() or {}
+
+    @property
     def status(self) -> dict[str, Any]:
         """How far it is: `status`, `step`, `error`, times."""
         return RunDirectory.view(self.path).read_status() or {}

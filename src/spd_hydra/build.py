@@ -11,11 +11,15 @@ from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
+from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Objective
+from spd_hydra.loss.pgd_recon import PGDRecon
+from spd_hydra.metric.ablations import AblationSettings
 from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.text import look
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
 from spd_hydra.sampler import Sampler
@@ -31,7 +35,7 @@ class Parts:
     """What a decomposition is made of.
 
     `known` is the known answer of a toy target, or None; `position_shape` the shape of the positions of
-    one row of data.
+    one row of data; `reads_tokens` whether a row is a sequence of token ids.
     """
 
     config: RunConfig
@@ -41,6 +45,7 @@ class Parts:
     objective: Objective
     known: KnownAnswer | None
     position_shape: tuple[int, ...]
+    reads_tokens: bool
 
     def initial_state(self, number: int) -> dict[str, torch.Tensor]:
         """Untrained subcomponents and causal-importance function of the `number`-th initialisation."""
@@ -66,7 +71,7 @@ class Parts:
         )
 
     def eval_sampler(self) -> Sampler:
-        """Held-out batches, the same for every evaluation, and the random numbers of all loss terms."""
+        """Held-out batches, the same for every evaluation, and the random numbers of the terms measured."""
         config = self.config
         return Sampler(
             self.eval_batches,
@@ -74,16 +79,19 @@ class Parts:
             purpose="eval",
             rows=_own_rows(config.eval.batch_size, self.model.device),
             rows_per_step=config.eval.batch_size,
-            columns=self.objective.columns(config.loss.terms()),
+            columns=self.objective.columns(config.loss.measured_terms()),
             position_shape=self.position_shape,
         )
 
-    def evaluate(self, step: int, *, certified: bool) -> Evaluation:
-        """Measure the model as it is after `step` steps, on held-out data."""
-        config = self.config
-        return evaluate(
+    def evaluate(self, step: int, *, certified: bool, last: bool = False) -> Evaluation:
+        """Measure the model as it is after `step` steps, on held-out data.
+
+        The last evaluation, at the last step or where `last` says so, also looks at the text.
+        """
+        config, sampler = self.config, self.eval_sampler()
+        found = evaluate(
             self.objective,
-            self.eval_sampler(),
+            sampler,
             step=step,
             progress=step / config.train.steps,
             batches=config.eval.batches,
@@ -91,6 +99,35 @@ class Parts:
             known=self.known,
             certified=certified,
             ideal_l0=self.ideal_l0(),
+            ablations=self.ablations(),
+        )
+        if not (self.reads_tokens and config.eval.subcomponents and (last or step == config.train.steps)):
+            return found
+        text = look(
+            self.objective,
+            [sampler.batch(number) for number in range(config.eval.batches)],
+            found.sites,
+            decode=self.batches.decode,
+            subcomponents=config.eval.subcomponents,
+            contexts=config.eval.contexts,
+        )
+        return dataclasses.replace(found, text=text)
+
+    def ablations(self) -> AblationSettings | None:
+        """What evaluations measure of ablated models, if they do."""
+        config = self.config.eval
+        masks = self.reads_tokens if config.ablations is None else config.ablations
+        if not masks and not config.pgd_steps:
+            return None
+        sites, patterns = self.model.site_names, self.config.decomposition.sites
+        return AblationSettings(
+            next_token=self.config.model.predicts_next_token(),
+            rounded=config.rounded,
+            groups=site_groups(sites, patterns) if masks else {},
+            adversaries={
+                f"pgd/{n}": PGDRecon(n_steps=n, step_size=config.pgd_step_size) for n in config.pgd_steps
+            },
+            masks=masks,
         )
 
     def ideal_l0(self) -> dict[str, float]:
@@ -169,9 +206,11 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             ci_threshold=config.eval.ci_threshold,
             padded=batches.padded,
             recompute=config.train.checkpoint_activations,
+            seed=config.seed,
         ),
         known=config.model.known_answer(target) if has_values else None,
         position_shape=tuple(importances.lower.shape[1:-1]),
+        reads_tokens=example.dim() == 2 and not example.is_floating_point(),
     )
 
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+import spd_hydra.ci_fn.global_mlp
+import spd_hydra.ci_fn.global_transformer
 import spd_hydra.ci_fn.mlp
 import spd_hydra.ci_fn.shared_mlp
 import spd_hydra.ci_fn.vector_mlp

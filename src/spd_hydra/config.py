@@ -127,6 +127,19 @@ class RunConfig(Section):
                 f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} "
                 f"ranks, must be ≤ {most}: a part has a row at least",
             )
+        whole = [name for name, term in self.loss.active_terms().items() if term.needs_whole_batch]
+        if self.train.accumulate > 1 and whole:
+            yield Problem(
+                "train.accumulate",
+                f"got {self.train.accumulate} with {', '.join(whole)}, must be 1: their adversary looks "
+                "at the whole batch at once; use scope=per_datapoint, ascents=1, or more ranks",
+            )
+        if self.train.replicas > 1 and self.loss.lasting_terms():
+            yield Problem(
+                "train.replicas",
+                f"got {self.train.replicas} with {', '.join(self.loss.lasting_terms())}, whose sources last, "
+                "must be 1; make runs of their own with a sweep over seeds",
+            )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
         if not self.decomposition.sites:

@@ -3,12 +3,12 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from spd_hydra import report
 from spd_hydra.build import Parts
+from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.distributed import say
 from spd_hydra.figure.base import History, draw_all
 from spd_hydra.metric.diagnosis import diagnose
@@ -69,6 +69,8 @@ def conclude(
     )
     drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
     directory.write_summary(summary)
+    if evaluation.text is not None:
+        directory.write_subcomponents(dataclasses.asdict(evaluation.text))
     with directory.writing("report.html") as path:
         report.write_report(
             path,
@@ -100,10 +102,8 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
     """What the run was given, as far as a diagnosis refers to it."""
     config = parts.config
     patterns, model = config.decomposition.sites, config.model
-    names = {
-        site: next(name for name, one in patterns.items() if fnmatchcase(site, one.pattern))
-        for site in parts.model.site_names
-    }
+    groups = site_groups(parts.model.site_names, patterns)
+    names = {site: name for name, sites in groups.items() for site in sites}
     return Settings(
         steps=config.train.steps,
         restarts=config.train.restarts.number,

@@ -1,7 +1,7 @@
 """The directory of one run: made once, written by one process at a time, every file whole.
 
 config.yaml  environment.json  metrics.jsonl  status.json  summary.json
-checkpoints/  figures/  errors/  report.html
+checkpoints/  figures/  errors/  report.html  subcomponents.json
 """
 
 import contextlib
@@ -29,6 +29,7 @@ _NAME_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _DEEPEST_NAME = 4
 _CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _STATUS, _SUMMARY, _LOCK = "status.json", "summary.json", ".lock"
+_SUBCOMPONENTS = "subcomponents.json"
 
 
 class RunDirectoryError(RuntimeError):
@@ -219,6 +220,10 @@ class RunDirectory:
         """Save the result of the run."""
         self._replace(_SUMMARY, to_json(summary, indent=2))
 
+    def write_subcomponents(self, text: Mapping[str, Any]) -> None:
+        """Save what the subcomponents of a model of text respond to."""
+        self._replace(_SUBCOMPONENTS, to_json(text))
+
     def write_status(
         self, status: Status, step: int, error: str | None = None, traceback: str | None = None
     ) -> None:
@@ -257,6 +262,10 @@ class RunDirectory:
     def read_summary(self) -> dict[str, Any] | None:
         """What was last written by `write_summary`."""
         return self._read_json(_SUMMARY)
+
+    def read_subcomponents(self) -> dict[str, Any] | None:
+        """What was last written by `write_subcomponents`."""
+        return self._read_json(_SUBCOMPONENTS)
 
     def read_environment(self) -> dict[str, Any]:
         """What `write_environment` saved; empty if nothing was."""

@@ -51,9 +51,19 @@ class Sampler:
         """The batch of a step and its random numbers."""
         data_key, mask_key = (key.to(self.rows.device) for key in self.keys(step))
         if self.batches.ordered:
-            batch = self.batches(data_key, self.rows.long() + step * self.rows_per_step)
-            return batch, self._draw_numbers(mask_key)
+            return self.batch(step), self._draw_numbers(mask_key)
         return self._draw(data_key, mask_key)
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of a step alone."""
+        data_key = self.keys(step)[0].to(self.rows.device)
+        rows = self.rows.long() + step * self.rows_per_step if self.batches.ordered else self.rows
+        return self.batches(data_key, rows)
+
+    def numbers(self, step: int, purpose: str, number: int) -> Float[Tensor, "*positions number"]:
+        """Random numbers of a step in columns of their own, for what draws only when it needs them."""
+        mask_key = self.keys(step)[1].to(self.rows.device)
+        return rng.uniform(mask_key, self.positions, rng.columns(purpose, number).to(self.rows.device))
 
     def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
         """The keys of a step's data and of its random numbers, on the CPU."""

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, shared by target training and decomposition."""
+"""Numbers that move during training: learning rates of targets and decompositions, parameters of losses."""
 
 import dataclasses
 import math
@@ -56,3 +56,10 @@ class Schedule(Section):
         else:
             shape = math.cos(math.pi * t / 2)
         return self.final_fraction + (1 - self.final_fraction) * shape
+
+
+def annealed(progress: float, start: float, end: float, begins: float, ends: float) -> float:
+    """A parameter at `progress` in [0, 1] of training: linear between two fractions of it."""
+    span = ends - begins
+    done = float(progress >= ends) if span == 0 else (progress - begins) / span
+    return start + (end - start) * min(max(done, 0.0), 1.0)

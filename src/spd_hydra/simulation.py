@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from spd_hydra import rng
 from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.build import Parts
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.loss.objective import Objective
 from spd_hydra.optimizer import adamw
 from spd_hydra.sampler import position_index
 from spd_hydra.step import Step
@@ -64,7 +64,7 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
     example = _Example(row, device)
     settings = parts.config.train
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, _Watch() as watch, _without_values(parts.model, device):
+    with fake, _Watch() as watch, _without_values(parts.objective, device):
         watch.see([*parts.model.parameters(), *parts.model.buffers()])
         model = parts.model
         model.roots = model.roots_without_values(example(1))
@@ -173,8 +173,9 @@ class _Example:
 
 
 @contextlib.contextmanager
-def _without_values(model: DecomposedModel, device: torch.device) -> Iterator[None]:
+def _without_values(objective: Objective, device: torch.device) -> Iterator[None]:
     """Put tensors without values in place of all parameters and buffers, ties and copies kept."""
+    model = objective.model
     made: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def _without_values(model: DecomposedModel, device: torch.device) -> Iterator[No
         return made[id(tensor)]
 
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for module in [*model.modules(), *model.patched.modules()]:
+    for module in [*model.modules(), *model.patched.modules(), *objective.adversary.modules()]:
         tables: list[Any] = [module._parameters, module._buffers]
         before += [(own, dict(own)) for own in tables]
     for own, tensors in before:

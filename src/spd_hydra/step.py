@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
@@ -77,6 +78,38 @@ class Step:
         return loss.total.detach(), *terms, *l0, *gradients
 
 
+class Ascent:
+    """Computes the gradients of lasting adversaries alone, for ascents between two steps.
+
+    Args:
+        objective: the loss.
+        compile: as for `Step`.
+    """
+
+    def __init__(self, objective: Objective, *, compile: bool) -> None:
+        self._module = _AgainstModule(objective)
+        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self._sources = list(objective.adversary.parameters())
+        self._run = Kernel(self._flat) if compile else self._flat
+
+    def __call__(self, batch: Tensor, draws: Tensor) -> None:
+        """Leave in every source's `.grad` the gradient of its term on a batch, with the draws of the step."""
+        gradients = self._run(batch, draws, *self._parameters.values())
+        for source, gradient in zip(self._sources, gradients, strict=True):
+            source.grad = gradient
+
+    def _flat(self, batch: Tensor, draws: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        sources = {id(source) for source in self._sources}
+        parameters = {
+            name: value.detach().requires_grad_(id(self._parameters[name]) in sources)
+            for name, value in zip(self._parameters, values, strict=True)
+        }
+        total: Tensor = functional_call(self._module, parameters, (batch, draws))
+        wanted = [value for value in parameters.values() if value.requires_grad]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+        return tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
+
+
 class StackedStep:
     """Losses and gradients of several decompositions of one shape, in one step.
 
@@ -141,7 +174,8 @@ class StackedStep:
             loss: StepLoss = functional_call(self._module, own, (batch, draws, schedule))
             return loss
 
-        loss = torch.vmap(one)(parameters | frozen, batch, draws)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention knows no replica axis
+            loss = torch.vmap(one)(parameters | frozen, batch, draws)
         # No replica's loss depends on another's parameters: the gradient of the sum is that of each.
         gradients = torch.autograd.grad(
             loss.total.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -159,7 +193,7 @@ class _LossModule(nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.model = objective.model
+        self.model, self.adversary = objective.model, objective.adversary
         self.patched = objective.model.patched  # shares the target's tensors, which are passed in for both
         self._objective = objective
 
@@ -171,6 +205,13 @@ class _LossModule(nn.Module):
         if not parameters:
             return loss
         return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True, materialize_grads=True)
+
+
+class _AgainstModule(_LossModule):
+    """What the adversary climbs, as a module."""
+
+    def forward(self, batch: Tensor, draws: Tensor) -> Tensor:  # type: ignore[override]
+        return self._objective.against(batch, draws)
 
 
 def _frozen_tensors(module: nn.Module) -> dict[str, Tensor]:

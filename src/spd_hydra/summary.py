@@ -77,4 +77,26 @@ def summarise(
         "steps_per_second": steps_per_second,
         "restarts": None if restarts is None else dict(restarts),
         "replicas": replicas,
+        **_ablated(evaluation.metrics),
     }
+
+
+def _ablated(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """CE and divergence by kind of mask, sparsity and losses by group of sites, adversaries by their steps.
+
+    Nothing where no model was ablated.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {"ablations": {}, "groups": {}}
+    places = {
+        **{quantity: ("ablations", quantity) for quantity in ("ce", "kl", "mse", "ce_recovered")},
+        **{f"{quantity}_subset": ("groups", quantity) for quantity in ("ce", "kl", "mse")},
+        "l0_group": ("groups", "l0"),
+        "alive_group": ("groups", "alive"),
+    }
+    for name, value in metrics.items():
+        group, _, rest = name.partition("/")
+        if group in places:
+            part, quantity = places[group]
+            found[part].setdefault(rest, {})[quantity] = int(value) if quantity == "alive" else value
+    pgd = {name.removeprefix("pgd/"): value for name, value in metrics.items() if name.startswith("pgd/")}
+    return {part: own for part, own in {**found, "pgd": pgd}.items() if own}

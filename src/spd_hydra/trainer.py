@@ -17,12 +17,13 @@ from spd_hydra.compiling import can_compile
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.loss.objective import Objective, Precision, ScheduledValues, StepLoss
+from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler, SplitSampler
-from spd_hydra.step import Step
+from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
 
@@ -80,6 +81,8 @@ class Trainer:
         if training.accumulate > 1:
             parts = SplitSampler(sampler, training.accumulate)
             self.accumulated = AccumulatedStep(objective, parts, compile=compile)
+        self.adversary = objective.adversary
+        self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
         self.gradient_norms: dict[str, Tensor] = {}
 
@@ -117,15 +120,18 @@ class Trainer:
         return result
 
     def set_state(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], *, step: int) -> None:
-        """Go on from a step with these parameters and optimiser moments (none: a new optimiser)."""
+        """Go on from a step with these parameters, optimiser moments and adversaries (none: new ones)."""
         self.model.load_trainable_state(parameters)
+        self.adversary.set_state(optimizer)
         self.optimizer.state.clear()
-        load_state_tensors(self.optimizer, self._named_parameters(), optimizer)
+        moments = {name: value for name, value in optimizer.items() if not is_adversarys(name)}
+        load_state_tensors(self.optimizer, self._named_parameters(), moments)
         self.step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and optimiser moments, as `set_state` takes them; the training goes on changing them."""
-        return self.model.trainable_state(), state_tensors(self.optimizer, self._named_parameters())
+        """Parameters, and moments with adversaries, as `set_state` takes them; training changes them."""
+        moments = state_tensors(self.optimizer, self._named_parameters())
+        return self.model.trainable_state(), moments | self.adversary.state()
 
     def take_from_rank_0(self) -> None:
         """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little."""
@@ -184,6 +190,7 @@ class Trainer:
         self._clip(self.components, self.training.clip_components)
         self._clip(self.ci_fn, self.training.clip_ci_fn)
         self.optimizer.step()
+        self.adversary.ascend()
         self.step += 1
         return loss
 
@@ -191,6 +198,9 @@ class Trainer:
         if self.accumulated is not None:
             return self.accumulated(self.step, schedule)
         batch, draws = self.sampler(self.step)
+        for left in range(self.adversary.extra_ascents, 0, -1):
+            self.adversary_gradients(batch, draws)
+            self.adversary.ascend(left)
         return self.loss_and_gradients(batch, draws, schedule)
 
     def fit_weights(self) -> None:

@@ -80,6 +80,12 @@ class Training(Section):
                 f"got {self.accumulate} with train.replicas={self.replicas}, must be 1: replicas take whole "
                 "batches; use train.replicas=1 and a sweep over seeds, or a smaller batch",
             )
+        if self.checkpoint_activations and self.replicas > 1:
+            yield Problem(
+                "checkpoint_activations",
+                f"got true with train.replicas={self.replicas}, must be false: what is mapped over replicas "
+                "cannot be computed again; use train.replicas=1 and a sweep over seeds",
+            )
         if self.replicas > 1 and self.keep_checkpoints < 2:
             yield Problem(
                 "keep_checkpoints",
@@ -99,3 +105,22 @@ class Evaluation(Section):
     ci_threshold: float = option(
         0.1, "causal importance above which a subcomponent counts as active", ge=0, lt=1
     )
+    ablations: bool | None = option(
+        None, "measure the model with its sites ablated in several ways; null: of models that read tokens"
+    )
+    rounded: list[float] = option(
+        default_factory=lambda: [0.0, 0.5],
+        help="ablations: thresholds of rounded masks, which are 1 where g is above and 0 elsewhere",
+        ge=0,
+        lt=1,
+    )
+    pgd_steps: list[int] = option(
+        default_factory=list,
+        help="steps of adversarial ascents on the masks, each measured apart, e.g. [20,40,80,160,320]",
+        ge=1,
+    )
+    pgd_step_size: float = option(0.1, "length of a step of these ascents", gt=0, le=1)
+    subcomponents: int = option(
+        20, "models that read tokens: subcomponents of each site whose contexts are kept; 0: none", ge=0
+    )
+    contexts: int = option(8, "contexts kept of each of them", ge=1)

@@ -1,4 +1,4 @@
-"""Causal-importance functions: what they compute, how they start, what they refuse."""
+"""Causal-importance functions: what they compute and how they start."""
 
 import math
 
@@ -9,16 +9,20 @@ from torch.nn.functional import gelu
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
+from spd_hydra.ci_fn.global_mlp import GlobalMLPCausalImportance
+from spd_hydra.ci_fn.global_transformer import GlobalTransformerCausalImportance
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.vector_mlp import VectorMLPCausalImportance
-from spd_hydra.section import ConfigError, kind_of, registered
+from spd_hydra.section import ConfigError, registered
 
 SITES = {"embed": SiteShape(d_in=5, C=4), "layers.0.mlp": SiteShape(d_in=3, C=7)}
 KINDS: list[CausalImportanceFn] = [
     MLPCausalImportance(hidden=6),
     VectorMLPCausalImportance(hidden=6),
     SharedMLPCausalImportance(hidden=[6, 8]),
+    GlobalMLPCausalImportance(hidden=[6]),
+    GlobalTransformerCausalImportance(d_model=8, n_heads=2, n_layers=1, d_mlp=6),
 ]
 
 
@@ -26,9 +30,9 @@ def build(spec: CausalImportanceFn, seed: int = 0, sites: dict[str, SiteShape] =
     return spec.build(sites, rng.generator(seed, "ci_fn"))
 
 
-def perturbed(spec: CausalImportanceFn) -> nn.Module:
+def perturbed(spec: CausalImportanceFn, sites: dict[str, SiteShape] = SITES) -> nn.Module:
     """A module whose biases are not zero, so that they matter."""
-    module, generator = build(spec), rng.generator(1, "biases")
+    module, generator = build(spec, sites=sites), rng.generator(1, "biases")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -182,22 +186,88 @@ def test_subcomponents_start_with_networks_of_their_own() -> None:
     assert len({tuple(row) for row in w_in.tolist()}) == 4
 
 
-@pytest.mark.parametrize("spec", KINDS[1:])
-def test_functions_of_the_input_vector_refuse_embeddings(spec: CausalImportanceFn) -> None:
-    sites = {"mlp": SiteShape(3, 4), "wte": SiteShape(100, 4, embedding=True)}
-    kind = str(kind_of(type(spec))).split("/")[1]
-    with pytest.raises(ConfigError) as caught:
-        build(spec, sites=sites)
-    assert str(caught.value) == (
-        f"ci_fn: {kind} reads a site's input vector, but site 'wte' is an embedding, whose input is a token "
-        "id; use ci_fn=mlp, or leave this site out"
-    )
+TOKENS = {"h.0.mlp": SiteShape(3, 4), "wte": SiteShape(11, 5, embedding=True)}
 
 
-def test_mlp_takes_embeddings() -> None:
-    module = build(KINDS[0], sites={"wte": SiteShape(100, 4, embedding=True)})
-    z = module({"wte": SiteActivation(torch.tensor([3, 99]), torch.randn(2, 4))})
-    assert z["wte"].shape == (2, 4)
+def tokens(*positions: int) -> dict[str, SiteActivation]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, positions, generator=generator)
+    vectors = torch.randn(*positions, 3, generator=generator)
+    return {
+        "h.0.mlp": SiteActivation(vectors, torch.randn(*positions, 4, generator=generator)),
+        "wte": SiteActivation(ids, torch.randn(*positions, 5, generator=generator)),
+    }
+
+
+@pytest.mark.parametrize("spec", KINDS)
+def test_every_function_takes_tokens(spec: CausalImportanceFn) -> None:
+    z = build(spec, sites=TOKENS)(tokens(4, 3))
+    assert {name: tuple(own.shape) for name, own in z.items()} == {"h.0.mlp": (4, 3, 4), "wte": (4, 3, 5)}
+
+
+def assert_equal_with_gradients(z: Tensor, wanted: Tensor, parameters: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(z, wanted, atol=3e-6, rtol=1e-5)
+    own = torch.autograd.grad(z.square().sum(), list(parameters.values()))
+    expected = torch.autograd.grad(wanted.square().sum(), list(parameters.values()))
+    for name, gradient, right in zip(parameters, own, expected, strict=True):
+        torch.testing.assert_close(gradient, right, atol=1e-4, rtol=1e-4)
+        assert torch.count_nonzero(gradient) > 0, name
+
+
+def test_shared_mlp_reads_a_token_as_a_one_hot_vector() -> None:
+    module, given = perturbed(SharedMLPCausalImportance(hidden=[6]), TOKENS), tokens(15, 2)
+    p = parameters_of(module, "wte")
+    one_hot = nn.functional.one_hot(given["wte"].input, 11).float()
+    wanted = gelu(one_hot @ p["0.weight"] + p["0.bias"]) @ p["2.weight"].T + p["2.bias"]
+    assert_equal_with_gradients(module(given)["wte"], wanted, p)
+
+
+def test_vector_mlp_reads_a_token_as_a_one_hot_vector() -> None:
+    module, given = perturbed(VectorMLPCausalImportance(hidden=6), TOKENS), tokens(15, 2)
+    p = parameters_of(module, "wte")
+    one_hot = nn.functional.one_hot(given["wte"].input, 11).float()
+    hidden = gelu(torch.einsum("bti,icj->btcj", one_hot, p["w_in"]) + p["b_in"])
+    assert_equal_with_gradients(module(given)["wte"], (hidden * p["w_out"]).sum(-1) + p["b_out"], p)
+
+
+@pytest.mark.parametrize(
+    ("spec", "first"), [(VectorMLPCausalImportance(), "w_in"), (SharedMLPCausalImportance(), "0.weight")]
+)
+def test_weights_that_a_token_reads_start_with_the_variance_of_one_input(
+    spec: CausalImportanceFn, first: str
+) -> None:
+    sites = {"wte": SiteShape(500, 30, embedding=True)}
+    weight = parameters_of(build(spec, sites=sites), "wte")[first].detach()
+    assert abs(weight.square().mean() / 2 - 1) < 4.5 * (2 / weight.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("spec", KINDS)
+def test_a_replica_axis_can_be_mapped_over_tokens(spec: CausalImportanceFn) -> None:
+    modules, given = [build(spec, seed=seed, sites=TOKENS) for seed in (0, 1)], tokens(9)
+    stacked, _ = torch.func.stack_module_state(modules)
+    vectors, ids = given["h.0.mlp"], torch.stack([given["wte"].input, given["wte"].input.flip(0)])
+
+    def mapped(parameters: dict[str, Tensor], own: Tensor) -> Tensor:
+        activations = {"h.0.mlp": vectors, "wte": SiteActivation(own, given["wte"].inner)}
+        z: dict[str, Tensor] = torch.func.functional_call(modules[0], parameters, (activations,))
+        return torch.cat(list(z.values()), dim=-1)
+
+    together = torch.vmap(mapped)(stacked, ids)
+    gradients = torch.autograd.grad(together.square().mean(), list(stacked.values()))
+    for number, module in enumerate(modules):
+        parameters = dict(module.named_parameters())
+        alone = mapped(parameters, ids[number])
+        torch.testing.assert_close(together[number], alone)
+        wanted = torch.autograd.grad(alone.square().mean() / 2, list(parameters.values()))
+        for own, expected in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(own[number], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", KINDS[:4])
+def test_functions_of_each_position_by_itself_ignore_padding(spec: CausalImportanceFn) -> None:
+    module, given = build(spec), activations(2, 3)
+    z, again = module(given), module(given, valid=torch.tensor([[True, False, False]] * 2))
+    assert all(torch.equal(z[name], again[name]) for name in SITES)
 
 
 def test_the_gradient_of_mlp_reaches_the_inner_activation_and_no_other_subcomponent() -> None:
@@ -284,6 +354,8 @@ def test_each_kind_is_registered_under_its_name() -> None:
         ("mlp", MLPCausalImportance),
         ("vector_mlp", VectorMLPCausalImportance),
         ("shared_mlp", SharedMLPCausalImportance),
+        ("global_mlp", GlobalMLPCausalImportance),
+        ("global_transformer", GlobalTransformerCausalImportance),
     }
 
 

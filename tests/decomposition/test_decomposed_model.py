@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spd_hydra.ci_fn.base import CausalImportanceFn
+from spd_hydra.ci_fn.global_mlp import GlobalMLPCausalImportance
+from spd_hydra.ci_fn.global_transformer import GlobalTransformerCausalImportance
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.sigmoid import Sigmoid
@@ -442,6 +444,31 @@ def test_functions_of_the_sites_input_leave_v_alone() -> None:
     z = model.causal_importances(batch)["last"].z.sum()
     (gradient,) = torch.autograd.grad(z, [model.pieces("last").V], allow_unused=True)
     assert gradient is None
+
+
+TRANSFORMER = GlobalTransformerCausalImportance(d_model=8, n_heads=2, n_layers=1, d_mlp=8)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ci_fn", [GlobalMLPCausalImportance(hidden=[4]), TRANSFORMER])
+def test_functions_of_all_sites_at_once_read_whatever_the_sites_of_a_target_see(
+    case: str, ci_fn: CausalImportanceFn
+) -> None:
+    model, positions = make(case, ci_fn=ci_fn), (2, 5) if "tokens" in case else (BATCH,)
+    found = model.causal_importances(batch_of(case, *positions))
+    assert {name: tuple(ci.lower.shape) for name, ci in found.items()} == {
+        name: (*positions, model.pieces(name).C) for name in model.site_names
+    }
+    assert all(ci.z.isfinite().all() for ci in found.values())
+
+
+def test_padding_is_kept_out_of_causal_importances() -> None:
+    model, batch = make("tokens", ci_fn=TRANSFORMER), batch_of("tokens", 2, 5)
+    valid = (torch.arange(5) < 3).expand(2, 5)
+    found = model.importances(model.activations(model.clean_pass(batch)), valid=valid)
+    wanted = model.causal_importances(batch[:, :3])
+    for name in model.site_names:
+        torch.testing.assert_close(found[name].z[:, :3], wanted[name].z, atol=1e-5, rtol=1e-4)
 
 
 def test_roots_are_the_sites_that_no_other_site_feeds() -> None:

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.layers import bias_vector, is_decomposable, is_embedding, weight_matrix
-from spd_hydra.decomposition.sites import check_ties, find_sites
+from spd_hydra.decomposition.sites import check_ties, find_sites, site_groups
 from spd_hydra.model.tms import TMSModel
 from spd_hydra.model.transposed import TransposedLinear
 from spd_hydra.section import ConfigError
@@ -48,6 +48,15 @@ def test_a_star_matches_layers_of_every_kind_that_can_be_decomposed_and_nothing_
         "layers.1.proj",
         "head",
     ]
+
+
+def test_sites_are_grouped_by_the_pattern_that_matches_them() -> None:
+    found = patterns(fc=("layers.*.fc", 3), rest=("layers.*.proj", 2))
+    sites = [*find_sites(Target(), found), "layers.0.identity"]  # the last one of no pattern
+    assert site_groups(sites, found) == {
+        "fc": ["layers.0.fc", "layers.1.fc"],
+        "rest": ["layers.0.proj", "layers.1.proj"],
+    }
 
 
 def test_case_matters() -> None:

@@ -4,7 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from spd_hydra.metric.evaluation import Evaluation, NeuronContributions, SiteCheck, SiteEvaluation
+from spd_hydra.metric.evaluation import (
+    Context,
+    Evaluation,
+    NeuronContributions,
+    SiteCheck,
+    SiteEvaluation,
+    SubcomponentText,
+    Text,
+    TextExample,
+    TokenResponse,
+)
 
 POSITIONS = 100_000
 BINS = 50
@@ -147,7 +157,63 @@ def language_model(*, n_sites: int = 10, C: int = 512, d: int = 64, seed: int = 
         V, U = rng.normal(0, d**-0.5, (d, C)), rng.normal(0, C**-0.5, (C, d)) * (frequency[:, None] > 0)
         order = np.argsort(-frequency, kind="stable")
         sites[f"transformer.h.{index}.attn.c_proj_$x"] = _site((V @ U).T, V, U, None, frequency, order, rng)
-    return Evaluation(step=500, n_positions=8192, ci_threshold=0.0, metrics={"loss/total": 0.2}, sites=sites)
+    return Evaluation(
+        step=500, n_positions=8192, ci_threshold=0.0, metrics={"loss/total": 0.2} | ABLATED, sites=sites,
+        text=_text(sites, rng),
+    )  # fmt: skip
+
+
+# As in a run that went well: what is left of a model with its sites ablated.
+ABLATED = {
+    "ce/target": 3.212, "ce/unmasked": 3.225, "kl/unmasked": 0.021, "ce/stochastic": 3.31,
+    "kl/stochastic": 0.094, "ce/ci": 3.402, "kl/ci": 0.19, "ce/rounded_0": 3.36, "kl/rounded_0": 0.15,
+    "ce/rounded_0.5": 3.75, "kl/rounded_0.5": 0.55, "ce/random": 6.4, "kl/random": 3.3, "ce/zero": 9.7,
+    "kl/zero": 6.5, "ce_recovered/unmasked": 0.998, "ce_recovered/stochastic": 0.985,
+    "ce_recovered/ci": 0.971, "ce_recovered/rounded_0": 0.977, "ce_recovered/rounded_0.5": 0.917,
+    "ce_recovered/random": 0.509, "ce_subset/attn": 3.28, "kl_subset/attn": 0.07, "ce_subset/mlp": 3.34,
+    "kl_subset/mlp": 0.12, "l0_group/attn": 21.5, "l0_group/mlp": 48.25, "alive_group/attn": 600.0,
+    "alive_group/mlp": 900.0, "pgd/20": 0.83, "pgd/320": 4.1,
+}  # fmt: skip
+
+WORDS = [
+    *("the", "a", "of", "to", "in", "is", "that", "it", "for", "as", "def", "return", "self", "None", "else"),
+    *("<b>not</b>", "\n", "\t", "(", ")", ":", "=", ".", ",", "é", "模型", "&amp;", '"quoted"', "function"),
+]
+
+
+def _text(sites: dict[str, SiteEvaluation], rng: np.random.Generator, contexts: int = 8) -> Text:
+    """Random words, to which the heaviest twenty subcomponents of each site respond."""
+
+    def words(number: int) -> list[str]:
+        return [f" {WORDS[place]}" for place in rng.integers(0, len(WORDS), number)]
+
+    def context() -> Context:
+        ci = np.where(rng.random(16) < 0.2, rng.random(16), 0.0)
+        ci[10] = rng.uniform(0.6, 1)
+        return Context(tokens=words(16), ci=[round(float(g), 4) for g in ci], at=10)
+
+    described = {
+        name: [
+            SubcomponentText(
+                index=int(index),
+                mean_ci=float(site.mean_ci[index]),
+                density=float(site.density[index]),
+                tokens=[TokenResponse(token=word, mean_ci=0.9, count=12) for word in words(8)],
+                contexts=[context() for _ in range(contexts)],
+            )
+            for index in site.order[:20]
+        ]
+        for name, site in sites.items()
+    }
+    active = [{name: rng.poisson(2, 128).tolist() for name in sites} for _ in range(4)]
+    examples = [
+        TextExample(
+            tokens=words(128), active=own,
+            total_ci={name: [0.9 * count for count in counts] for name, counts in own.items()},
+        )
+        for own in active
+    ]  # fmt: skip
+    return Text(positions=8192, examples=examples, sites=described)
 
 
 def history(

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 
 from spd_hydra.figure import base, draw_all, figure, figures
+from spd_hydra.figure.ablations import draw as draw_ablations
 from spd_hydra.figure.activation_density import binned
+from spd_hydra.figure.activation_density import draw as draw_density
 from spd_hydra.figure.base import FigureKind
 from spd_hydra.figure.causal_importance import draw as draw_causal_importance
+from spd_hydra.figure.ci_histogram import draw as draw_histogram
 from spd_hydra.figure.columns import columns_of, wrong_entries
 from spd_hydra.figure.curves import series, thinned
 from spd_hydra.figure.losses import draw as draw_losses
+from spd_hydra.figure.mean_ci import draw as draw_mean_ci
 from spd_hydra.figure.neuron_contributions import draw as draw_contributions
+from spd_hydra.figure.sites import draw as draw_sites
 from spd_hydra.figure.sparsity import draw as draw_sparsity
 from spd_hydra.figure.tms_polygon import draw as draw_polygon
 from spd_hydra.figure.tms_polygon import plane_vectors
+from spd_hydra.figure.trade_off import draw as draw_trade_off
 from spd_hydra.figure.weights import balanced
 from spd_hydra.figure.weights import draw as draw_weights
 from spd_hydra.metric.evaluation import SiteCheck, SiteEvaluation
@@ -138,7 +144,33 @@ def test_language_models_and_residual_mlps_are_drawn_without_a_warning(
     mlp = draw_all(synthetic.resid_mlp(), synthetic.history(), tmp_path / "mlp")
     language = draw_all(synthetic.language_model(n_sites=9), [], tmp_path / "lm")
     assert {"neuron_contributions", "causal_importance"} <= {one.name for one in mlp}
-    assert [one.name for one in language] == ["weights", "ci_histogram", "mean_ci", "activation_density"]
+    assert [one.name for one in language] == [
+        "ablations",
+        "sites",
+        "ci_histogram",
+        "mean_ci",
+        "activation_density",
+    ]
+
+
+@pytest.mark.slow
+def test_thirty_sites_are_drawn_readably_and_into_small_files(synthetic: Any, tmp_path: Path) -> None:
+    evaluation = synthetic.language_model(n_sites=30, C=500)
+    history = synthetic.history(sites=tuple(evaluation.sites), C=500)
+    for row in history:
+        if row["split"] == "eval":
+            row |= {"ce/ci": 3.4 + row["step"] / 1e5, "l0/total": 400 - row["step"] / 50}
+    drawn = draw_all(evaluation, history, tmp_path)
+    assert [one.name for one in drawn] == [
+        "ablations", "trade_off", "sites", "ci_histogram", "mean_ci", "activation_density", "losses",
+        "sparsity",
+    ]  # fmt: skip
+    for one in drawn:
+        data = one.path.read_bytes()
+        width, height = struct.unpack(">II", data[16:24])
+        assert width <= 1700, one.name
+        assert height <= 1700, one.name
+        assert len(data) < 400_000, one.name
 
 
 # ---- which apply ------------------------------------------------------------------------------------
@@ -154,6 +186,14 @@ def test_heatmaps_need_probes(synthetic: Any) -> None:
 
 def test_scatter_needs_contributions(synthetic: Any) -> None:
     assert draw_contributions(synthetic.tms(), []) is None
+
+
+def test_ablations_and_sites_are_for_models_without_a_known_answer(synthetic: Any) -> None:
+    tms = synthetic.tms()
+    assert draw_ablations(tms, []) is None
+    assert draw_sites(tms, []) is None
+    assert draw_trade_off(tms, synthetic.history()) is None
+    assert draw_weights(synthetic.language_model(n_sites=5), []) is None
 
 
 def test_curves_need_history(synthetic: Any) -> None:
@@ -263,6 +303,59 @@ def test_sparsity_draws_the_ideal_and_the_expected_counts(synthetic: Any) -> Non
     ]
     assert levels == [{0.25}, {5.0}]
     assert [axes.get_xlim()[0] for axes in picture.axes] == [0, 0]
+
+
+def test_ablations_show_a_point_per_kind_of_mask_and_the_targets_line(synthetic: Any) -> None:
+    evaluation = synthetic.language_model(n_sites=1)
+    picture: Any = draw_ablations(evaluation, [])
+    ce, kl = picture.axes
+    names = [label.get_text() for label in ce.get_yticklabels()]
+    assert names == [
+        "unmasked", "stochastic", "ci", "rounded 0", "rounded 0.5", "random", "zero", "pgd 20", "pgd 320",
+    ]  # fmt: skip
+    points = {names[int(y)]: x for x, y in zip(*next(iter(ce.lines)).get_data(), strict=True)}
+    assert points == {
+        name.removeprefix("ce/").replace("_", " "): value
+        for name, value in evaluation.metrics.items()
+        if name.startswith("ce/") and name != "ce/target"
+    }
+    assert 3.212 in {float(np.atleast_1d(line.get_xdata())[0]) for line in ce.lines[1:]}
+    assert {float(x) for x in kl.lines[0].get_xdata()} >= {0.83, 4.1}
+
+
+def test_the_trade_off_has_a_point_per_evaluation(synthetic: Any) -> None:
+    rows = [
+        {"step": step, "split": "eval", "l0/total": 50.0 - step, "ce/ci": 3.0 + step / 10}
+        for step in (0, 10, 20)
+    ]
+    train = [{"step": 5, "split": "train", "l0/total": 99.0}]
+    picture: Any = draw_trade_off(synthetic.language_model(n_sites=1), [*rows, *train])
+    line = picture.axes[0].lines[0]
+    assert line.get_xdata().tolist() == [50.0, 40.0, 30.0]
+    assert line.get_ydata().tolist() == [3.0, 4.0, 5.0]
+
+
+def test_sites_show_alive_of_all_and_l0(synthetic: Any) -> None:
+    evaluation = synthetic.language_model(n_sites=3, C=40)
+    picture: Any = draw_sites(evaluation, [])
+    left, right = picture.axes
+    widths = [patch.get_width() for patch in left.patches]
+    assert widths == [40] * 3 + [int((site.density > 0).sum()) for site in evaluation.sites.values()]
+    np.testing.assert_allclose(
+        [patch.get_width() for patch in right.patches],
+        [site.density.sum() for site in evaluation.sites.values()],
+    )
+
+
+@pytest.mark.parametrize("draw", [draw_histogram, draw_mean_ci, draw_density])
+def test_many_sites_are_strips_of_one_image(synthetic: Any, draw: Any) -> None:
+    evaluation = synthetic.language_model(n_sites=13, C=30, d=4)
+    picture = draw(evaluation, [])
+    (image,) = [image for axes in picture.axes for image in axes.images if image.get_array().ndim == 2]
+    assert image.get_array().shape[0] == 13
+    assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == [
+        name.replace("$", r"\$") for name in evaluation.sites
+    ]
 
 
 # ---- the arithmetic behind --------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Distances between outputs, worked out by hand."""
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from spd_hydra.loss.divergence import Divergence, divergence_sum
+from spd_hydra.compiling import Kernel
+from spd_hydra.loss import divergence as module
+from spd_hydra.loss.divergence import Divergence, chunked_kl, divergence_by_row, divergence_sum
 
 
 def value(divergence: Divergence, masked: torch.Tensor, target: torch.Tensor) -> float:
@@ -72,3 +76,129 @@ def test_an_output_that_is_not_per_position_counts_whole() -> None:
     masked, target = torch.ones(2, 4), torch.zeros(2, 4)
     total, count = divergence_sum(Divergence.mse, masked, target, torch.zeros(2, 3, dtype=torch.bool))
     assert float(total) / int(count) == 1
+
+
+def test_sums_by_row_are_those_of_each_row_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masked, target = (torch.randn(3, 4, 5, generator=generator) for _ in range(2))
+    valid = torch.rand(3, 4, generator=generator) < 0.7
+    for divergence in Divergence:
+        found = divergence_by_row(divergence, masked, target, valid)
+        wanted = [divergence_sum(divergence, masked[i], target[i], valid[i])[0] for i in range(3)]
+        torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 70)  # of 11 classes: 6 positions at a time
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    masked, target = (4 * torch.randn(*shape, 11, generator=generator) for _ in range(2))
+    return masked.to(dtype).requires_grad_(), target.to(dtype)
+
+
+def in_double(
+    masked: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL at each position, and the gradient of its weighted sum, by the definition."""
+    own = masked.detach().double().requires_grad_()
+    p, q = target.double().softmax(-1), own.softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1)
+    return kl.detach(), torch.autograd.grad((kl * weight).sum(), own)[0]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("shape", [(20,), (2, 7), (1, 1), (4, 25)])
+def test_in_chunks_kl_and_its_gradient_are_those_of_the_whole(shape: tuple[int, ...]) -> None:
+    masked, target = logits(*shape)
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    kl, wanted = in_double(masked, target, weight)
+    found = chunked_kl(masked, target)
+    torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), masked)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=5e-7)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_large_outputs_are_compared_in_chunks_and_padding_still_counts_nowhere() -> None:
+    masked, target = logits(4, 25)
+    valid = torch.rand(4, 25, generator=torch.Generator().manual_seed(1)) < 0.6
+    kl, wanted = in_double(masked, target, valid)
+    total, count = divergence_sum(Divergence.kl, masked, target, valid)
+    assert total.item() == pytest.approx(kl[valid].sum().item(), rel=1e-6)
+    assert int(count) == int(valid.sum())
+    (gradient,) = torch.autograd.grad(total, masked)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=5e-7)
+    assert not gradient[~valid].any()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_of_half_precision_are_compared_in_float32_also_under_autocast() -> None:
+    masked, target = logits(20, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chunked_kl(masked, target)
+    assert found.dtype == torch.float32
+    kl, wanted = in_double(masked, target, torch.ones(20))
+    torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), masked)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.double(), wanted, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_may_be_mapped_over_replicas() -> None:
+    masked, target = logits(3, 20)
+    found = torch.vmap(chunked_kl)(masked, target)
+    kl, wanted = in_double(masked, target, torch.ones(3, 20))
+    torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), masked)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=5e-7)
+    transformed = torch.vmap(torch.func.grad(lambda m, t: chunked_kl(m, t).sum()))(masked.detach(), target)
+    torch.testing.assert_close(transformed, gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_compile() -> None:
+    masked, target = logits(20)
+
+    def both(masked: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own = masked.detach().requires_grad_()
+        kl = chunked_kl(own, target)
+        return kl.detach(), torch.autograd.grad(kl.sum(), own)[0]
+
+    torch.testing.assert_close(Kernel(both)(masked.detach(), target), both(masked, target))
+
+
+def most_allocated(action: Callable[[], object]) -> int:
+    """Most bytes that the tensors made in an action take at a time."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as watched:
+        kept = action()
+    assert watched.profiler is not None
+    assert kept is not None
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def test_chunks_need_less_memory_than_three_copies_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masked, target = (torch.randn(2048, 500, generator=generator) for _ in range(2))
+    copy = 4 * masked.numel()
+
+    def gradient() -> torch.Tensor:
+        own = masked.detach().requires_grad_()
+        total, _ = divergence_sum(Divergence.kl, own, target)
+        return torch.autograd.grad(total, own)[0]
+
+    whole, plain = most_allocated(gradient), gradient()
+    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", masked.numel() // 32)
+    chunks = most_allocated(gradient)
+    torch.testing.assert_close(gradient(), plain)
+    print(f"{whole / copy:.2f} copies of the logits as a whole, {chunks / copy:.2f} in chunks")
+    assert whole > 3 * copy
+    assert chunks < 1.6 * copy  # one of them the gradient

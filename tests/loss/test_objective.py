@@ -14,9 +14,11 @@ from spd_hydra.decomposition.masks import MaskSource
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
+from spd_hydra.loss.hidden_acts_recon import HiddenActsRecon
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
 from spd_hydra.step import Step
 
@@ -67,7 +69,33 @@ def test_the_terms_of_the_set_are_the_grid_of_masks_and_routings() -> None:
         "ci_masked_recon_subset": ("ci", "uniform_k"),
         "unmasked_recon": ("unmasked", "all"),
     }
-    assert LossSet().terms().keys() - grid.keys() == {"faithfulness", "importance_minimality"}
+    adversarial = {name: t.routing.name for name, t in LossSet().terms().items() if isinstance(t, PGDRecon)}
+    assert adversarial == {
+        "pgd_recon": "all",
+        "pgd_recon_layerwise": "layerwise",
+        "pgd_recon_subset": "uniform_k",
+    }
+    assert LossSet().terms().keys() - grid.keys() - adversarial.keys() == {
+        "faithfulness",
+        "importance_minimality",
+        "smooth_l0",
+        "hidden_acts_recon",
+        "persistent_pgd_recon",
+    }
+
+
+def test_what_costs_much_is_measured_only_where_it_is_trained_on() -> None:
+    always = LossSet().measured_terms().keys()
+    assert LossSet().terms().keys() - always == {
+        "smooth_l0",
+        "hidden_acts_recon",
+        "pgd_recon",
+        "pgd_recon_layerwise",
+        "pgd_recon_subset",
+        "persistent_pgd_recon",
+    }
+    losses = LossSet(hidden_acts_recon=HiddenActsRecon(coeff=0.1))
+    assert losses.measured_terms().keys() - always == {"hidden_acts_recon"}
 
 
 def test_every_term_is_off_by_default_and_compares_with_mse() -> None:

@@ -29,7 +29,9 @@ class Scripted(CausalImportanceFn):
         importance = self.importance
 
         class Module(nn.Module):
-            def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
+            def forward(
+                self, activations: Mapping[str, SiteActivation], valid: Tensor | None = None
+            ) -> dict[str, Tensor]:
                 return {
                     site: activation.input @ torch.linalg.lstsq(probes[site], importance[site]).solution
                     for site, activation in activations.items()

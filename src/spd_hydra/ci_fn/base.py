@@ -38,18 +38,19 @@ class CausalImportanceFn(Section):
     def build(self, sites: Mapping[str, SiteShape], generator: torch.Generator) -> nn.Module:
         """A module from `{site: SiteActivation}` to `{site: z}`, the pre-sigmoid values `[..., C]`.
 
+        Its `forward(activations, valid=None)` takes as `valid` which positions are real, `[batch, length]`,
+        true or false: the others are padding, which must not influence z at real positions. A function
+        that reads each position by itself has nothing to do with it. None: all are real.
+
         Args:
             sites: shapes by site.
             generator: source of the initial weights.
-
-        Raises:
-            ConfigError: a site's kind does not fit this function.
         """
         raise NotImplementedError
 
 
 def kaiming_normal(
-    shape: tuple[int, ...], *, fan_in: int, gain: float, generator: torch.Generator
+    shape: tuple[int, ...], *, fan_in: float, gain: float, generator: torch.Generator
 ) -> nn.Parameter:
     """Weights drawn from N(0, gain² / fan_in)."""
     return nn.Parameter(torch.randn(shape, generator=generator) * (gain / fan_in**0.5))

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape, kaiming_normal
+from spd_hydra.ci_fn.layers import site_key
 from spd_hydra.ci_fn.private_gelu import private_gelu_mlp
 from spd_hydra.section import option, register
 
@@ -27,14 +28,13 @@ class _MLP(nn.Module):
     def __init__(self, sites: Mapping[str, SiteShape], hidden: int, generator: torch.Generator) -> None:
         super().__init__()
         self.sites = nn.ModuleDict(
-            {name.replace(".", "/"): _SiteMLP(shape.C, hidden, generator) for name, shape in sites.items()}
+            {site_key(name): _SiteMLP(shape.C, hidden, generator) for name, shape in sites.items()}
         )
 
-    def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
-        return {
-            name: self.sites[name.replace(".", "/")](activation.inner)
-            for name, activation in activations.items()
-        }
+    def forward(
+        self, activations: Mapping[str, SiteActivation], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> dict[str, Tensor]:
+        return {name: self.sites[site_key(name)](own.inner) for name, own in activations.items()}
 
 
 class _SiteMLP(nn.Module):

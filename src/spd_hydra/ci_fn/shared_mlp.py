@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape, kaiming_normal
-from spd_hydra.ci_fn.vector_mlp import refuse_embeddings
+from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
+from spd_hydra.ci_fn.layers import gelu_mlp, site_key
 from spd_hydra.section import option, register
 
 
@@ -28,29 +28,14 @@ class SharedMLPCausalImportance(CausalImportanceFn):
 class _SharedMLP(nn.Module):
     def __init__(self, sites: Mapping[str, SiteShape], hidden: list[int], generator: torch.Generator) -> None:
         super().__init__()
-        refuse_embeddings(sites, "shared_mlp")
         self.sites = nn.ModuleDict(
             {
-                name.replace(".", "/"): gelu_mlp([shape.d_in, *hidden, shape.C], generator)
+                site_key(name): gelu_mlp([shape.d_in, *hidden, shape.C], generator, of_tokens=shape.embedding)
                 for name, shape in sites.items()
             }
         )
 
-    def forward(self, activations: Mapping[str, SiteActivation]) -> dict[str, Tensor]:
-        return {
-            name: self.sites[name.replace(".", "/")](activation.input)
-            for name, activation in activations.items()
-        }
-
-
-def gelu_mlp(widths: list[int], generator: torch.Generator) -> nn.Sequential:
-    """Linear layers of the given widths with exact GELU between them, Kaiming-normal weights, zero biases."""
-    layers: list[nn.Module] = []
-    for index, (d_in, d_out) in enumerate(pairwise(widths)):
-        is_last = index == len(widths) - 2
-        linear = nn.Linear(d_in, d_out, device="meta")
-        gain = 1.0 if is_last else 2**0.5
-        linear.weight = kaiming_normal((d_out, d_in), fan_in=d_in, gain=gain, generator=generator)
-        linear.bias = nn.Parameter(torch.zeros(d_out))
-        layers += [linear] if is_last else [linear, nn.GELU()]
-    return nn.Sequential(*layers)
+    def forward(
+        self, activations: Mapping[str, SiteActivation], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> dict[str, Tensor]:
+        return {name: self.sites[site_key(name)](own.input) for name, own in activations.items()}

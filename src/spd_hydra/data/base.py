@@ -1,6 +1,7 @@
 """What a data source must offer: batches that are a pure function of a key and the rows asked for."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from jaxtyping import Int32
 from torch import Tensor
@@ -33,6 +34,10 @@ class Batches:
             rows: indices in the global batch, or in the ordered stream.
         """
         raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token by itself; None: ids are shown as they are."""
+        return None
 
 
 @dataclasses.dataclass(kw_only=True)

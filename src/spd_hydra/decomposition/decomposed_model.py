@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra import rng
@@ -153,7 +153,12 @@ class DecomposedModel(nn.Module):
                 parameter.copy_(state[name])
 
     def forward(
-        self, batch: Tensor, masks: Mapping[str, SiteMask] | None = None, *, reuse: "Reuse | None" = None
+        self,
+        batch: Tensor,
+        masks: Mapping[str, SiteMask] | None = None,
+        *,
+        reuse: "Reuse | None" = None,
+        outputs: dict[str, Activation] | None = None,
     ) -> Tensor:
         """The model's output with the given sites masked; without masks, the target's own output.
 
@@ -164,6 +169,7 @@ class DecomposedModel(nn.Module):
             batch: input of the target.
             masks: by site; a site that is absent keeps its own layer, on the current input.
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
+            outputs: is filled with the output of every masked site.
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
@@ -176,6 +182,12 @@ class DecomposedModel(nn.Module):
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name not in masks:
                 return cast(Activation, layer(x))
+            y = masked(name, layer, x)
+            if outputs is not None:
+                outputs[name] = y
+            return y
+
+        def masked(name: str, layer: nn.Module, x: Activation) -> Activation:
             if reuse is not None and name in clean_sites:
                 h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
                 return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
@@ -229,9 +241,11 @@ class DecomposedModel(nn.Module):
             for name, x in clean.inputs.items()
         }
 
-    def importances(self, activations: Mapping[str, SiteActivation]) -> dict[str, CausalImportance]:
-        """Causal importances of every site from its clean activations."""
-        pre_sigmoid = self.ci_fn(activations)
+    def importances(
+        self, activations: Mapping[str, SiteActivation], valid: Bool[Tensor, "*positions"] | None = None
+    ) -> dict[str, CausalImportance]:
+        """Causal importances of every site from clean activations; `valid`: positions that are no padding."""
+        pre_sigmoid = self.ci_fn(activations, valid=valid)
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
     def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:

@@ -60,7 +60,25 @@ def draw_mask(
     if source is MaskSource.binomial:
         g = lower(1.05 * ci.z - 0.05 * draws[..., C + 1 :], sigmoid)
         r = (r < 0.5).to(g.dtype)
-    return SiteMask(mask=g + (1 - g) * r, delta=delta if use_delta else None)
+    return _mixed(g, r, delta if use_delta else None)
+
+
+def mask_from_sources(
+    ci: CausalImportance, sources: Float[Tensor, "*#positions columns"], *, use_delta: bool
+) -> SiteMask:
+    """The mask of one site with given sources: m = g + (1 - g)·r.
+
+    Args:
+        ci: causal importances of the site.
+        sources: in [0, 1]: r of each of the C subcomponents, then δ; shared along axes of length 1.
+        use_delta: whether the mask has a δ.
+    """
+    r, delta = sources[..., :-1], sources[..., -1]
+    return _mixed(ci.lower, r, delta.expand(ci.lower.shape[:-1]) if use_delta else None)
+
+
+def _mixed(g: Tensor, r: Tensor, delta: Tensor | None) -> SiteMask:
+    return SiteMask(mask=g + (1 - g) * r, delta=delta)
 
 
 def columns_needed(source: MaskSource, C: int) -> int:

@@ -1,7 +1,7 @@
 """From patterns to sites: which modules of the target are decomposed."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -34,6 +34,15 @@ def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[s
                 )
             matched_by[name] = key
     return {name: patterns[matched_by[name]].C for name in candidates if name in matched_by}
+
+
+def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:
+    """The sites that each pattern stands for, by the pattern's name; a site of no pattern is in no group."""
+    sites = list(sites)
+    found = {
+        name: [site for site in sites if fnmatchcase(site, one.pattern)] for name, one in patterns.items()
+    }
+    return {name: own for name, own in found.items() if own}
 
 
 def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: list[str]) -> str:

@@ -1,6 +1,9 @@
 """Pictures of an evaluation. The order of the imports below is their order in the report."""
 
 from spd_hydra.figure import (  # noqa: I001
+    ablations,
+    trade_off,
+    sites,
     tms_polygon,
     causal_importance,
     weights,
@@ -16,6 +19,7 @@ from spd_hydra.figure.base import Drawn, FigureKind, draw_all, figure, figures
 __all__ = [
     "Drawn",
     "FigureKind",
+    "ablations",
     "activation_density",
     "causal_importance",
     "ci_histogram",
@@ -25,7 +29,9 @@ __all__ = [
     "losses",
     "mean_ci",
     "neuron_contributions",
+    "sites",
     "sparsity",
     "tms_polygon",
+    "trade_off",
     "weights",
 ]

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import (
     FAINT,
     MUTED,
@@ -38,6 +39,8 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     sites = evaluation.sites
     if not sites:
         return None
+    if len(sites) > MOST_PANELS:
+        return _draw_strips(evaluation)
     across = min(len(sites), PER_ROW)
     down = -(-len(sites) // across)
     picture = new_figure(height=2.5 * down + 0.35)
@@ -55,6 +58,23 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
             panel.set_ylabel("subcomponents")
         if place + across >= len(sites):
             panel.set_xlabel("share of positions")
+    return picture
+
+
+def _draw_strips(evaluation: Evaluation) -> "Figure":
+    sites = evaluation.sites
+    found = [binned(site.density, evaluation.n_positions) for site in sites.values()]
+    _, edges, _ = found[0]
+    rows = np.stack([np.concatenate([[dead, 0, 0], counts]) for dead, _, counts in found]).astype(float)
+    picture, axes = strips(list(sites), rows, "subcomponents")
+    picture.suptitle(
+        f"active: g > {evaluation.ci_threshold:g}, {counted(evaluation.n_positions, 'position')}",
+        fontsize=10,
+        color=MUTED,
+    )
+    decades = range(0, len(edges), BINS_PER_DECADE)
+    axes.set_xticks([0, *[2.5 + place for place in decades]], ["dead", *[f"{edges[p]:.3g}" for p in decades]])
+    axes.set_xlabel("share of positions")
     return picture
 
 

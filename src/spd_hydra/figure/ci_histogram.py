@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import INK, MUTED, colour_of, counted, new_figure, panels, plain, shortened
-from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,12 +21,14 @@ PER_ROW = 3
     "at 0 and at 1 and little between, while a broad middle means that it is still undecided what matters.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
-    """Counts of g in equal bins over [0, 1] with the alive threshold, one panel per site."""
+    """Counts of g in equal bins over [0, 1] with the alive threshold, one panel or strip per site."""
     from matplotlib.ticker import NullLocator
 
     sites = {name: site for name, site in evaluation.sites.items() if site.histogram.sum() > 0}
     if not sites:
         return None
+    if len(sites) > MOST_PANELS:
+        return _draw_strips(evaluation, sites)
     across = min(len(sites), PER_ROW)
     down = -(-len(sites) // across)
     picture = new_figure(height=2.5 * down + 0.35)
@@ -47,4 +50,17 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
             panel.set_ylabel("count")
         if place + across >= len(sites):
             panel.set_xlabel("causal importance g")
+    return picture
+
+
+def _draw_strips(evaluation: Evaluation, sites: dict[str, SiteEvaluation]) -> "Figure":
+    counts = np.stack([site.histogram for site in sites.values()]).astype(float)
+    picture, axes = strips(list(sites), counts, "count")
+    picture.suptitle(f"g over {counted(evaluation.n_positions, 'position')}", fontsize=10, color=MUTED)
+    bins = counts.shape[1]
+    places = np.linspace(0, 1, 6)
+    axes.set_xticks(places * bins - 0.5, [f"{place:g}" for place in places])
+    if evaluation.ci_threshold > 0:
+        axes.axvline(evaluation.ci_threshold * bins - 0.5, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    axes.set_xlabel("causal importance g")
     return picture

@@ -6,6 +6,7 @@ import numpy as np
 
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.columns import expected_of
+from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import MUTED, colour_of, counted, new_figure, panels, plain, shortened
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
@@ -26,6 +27,8 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     sites = evaluation.sites
     if not sites:
         return None
+    if len(sites) > MOST_PANELS:
+        return _draw_strips(evaluation)
     pairs = 1 if len(sites) <= WIDE_UP_TO else 2
     down = -(-len(sites) // pairs)
     picture = new_figure(height=(2.3 if pairs == 1 else 2.5) * down + 0.4)
@@ -46,6 +49,23 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
         linear.set_title(f"{plain(shortened(name, 30))}{between}{_count(site, expected)}")
         linear.set_ylabel("mean g")
         _make_logarithmic(logarithmic, site, evaluation)
+    return picture
+
+
+def _draw_strips(evaluation: Evaluation) -> "Figure":
+    sites = evaluation.sites
+    most = max(len(site.mean_ci) for site in sites.values())
+    means = np.zeros((len(sites), most))
+    for row, site in enumerate(sites.values()):
+        means[row, : len(site.mean_ci)] = np.sort(site.mean_ci)[::-1]
+    surely_dead = max(evaluation.ci_threshold, 1e-3) / max(evaluation.n_positions, 1)
+    picture, axes = strips(list(sites), np.where(means > surely_dead, means, 0.0), "mean g")
+    picture.suptitle(
+        f"mean g over {counted(evaluation.n_positions, 'position')}, white below {surely_dead:.1g}",
+        fontsize=10,
+        color=MUTED,
+    )
+    axes.set_xlabel("rank")
     return picture
 
 

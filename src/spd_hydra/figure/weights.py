@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SITES = 12
+MOST_UNKNOWN = 4  # without a known answer: the matrices of a large model are noise to the eye
 MOST_ROWS = 1024
 PANEL_WIDTH = (WIDTH - 2.0) / 2
 
@@ -28,7 +29,7 @@ PANEL_WIDTH = (WIDTH - 2.0) / 2
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """V (in the basis of the features where it is known) and U, red positive, blue negative."""
     names = list(evaluation.sites)[:MOST_SITES]
-    if not names:
+    if not names or (not evaluation.checks and len(evaluation.sites) > MOST_UNKNOWN):
         return None
     matrices = {name: _matrices(evaluation, name) for name in names}
     heights = [max(_height(m.shape) for m in (read, write)) + 1.1 for read, write, _ in matrices.values()]

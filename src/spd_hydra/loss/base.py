@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,6 +30,7 @@ class LossInputs:
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
         recompute: masked passes keep nothing for the backward pass, which computes each of them again.
+        sources: this term's own lasting sources by site, if it has any (see `loss/persistent_recon.py`).
         valid: False at positions that are padding and count nowhere; None: all count.
     """
 
@@ -40,6 +42,7 @@ class LossInputs:
     divergence: Divergence
     schedule: Mapping[str, Tensor]
     recompute: bool = False
+    sources: Mapping[str, Float[Tensor, "n_sources columns"]] = dataclasses.field(default_factory=dict)
     valid: Bool[Tensor, "*positions"] | None = None
 
     @property
@@ -62,7 +65,12 @@ class Loss(Section):
 
     `statistics` adds up over a batch; statistics of several batches or ranks may be added; `value`
     then gives the number. So the value is that of all the data, however it was cut.
+
+    Attributes:
+        always_measured: whether evaluations measure the term also where it is not trained on.
     """
+
+    always_measured: ClassVar[bool] = True
 
     coeff: float = option(0.0, "weight of the term in the training loss; 0: not computed", ge=0)
 
@@ -86,6 +94,11 @@ class Loss(Section):
     @property
     def is_mean(self) -> bool:
         """Whether the value of a batch is the mean of its parts' values, each weighted with its positions."""
+        return False
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the statistics of a part would differ if the rest of the batch were there too."""
         return False
 
     def scheduled(self, progress: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.schedule import annealed
 from spd_hydra.section import Problem, option
 
 _POSITIONS_PER_SUM = 256
@@ -41,9 +42,7 @@ class ImportanceMinimality(Loss):
 
     def p(self, progress: float) -> float:
         """The exponent at `progress` in [0, 1] of training: linear between the two fractions."""
-        span = self.anneal_to - self.anneal_from
-        done = float(progress >= self.anneal_to) if span == 0 else (progress - self.anneal_from) / span
-        return self.p_start + (self.p_end - self.p_start) * min(max(done, 0.0), 1.0)
+        return annealed(progress, self.p_start, self.p_end, self.anneal_from, self.anneal_to)
 
     @property
     def is_mean(self) -> bool:

@@ -9,13 +9,22 @@ from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.base import Loss
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
+from spd_hydra.loss.hidden_acts_recon import HiddenActsRecon
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
+from spd_hydra.loss.persistent_recon import PersistentPGDRecon
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
+from spd_hydra.loss.smooth_l0 import SmoothL0
 from spd_hydra.section import Problem, Section, option
 
 
 def _recon(masks: MaskSource, routing: Routing, meaning: str) -> Recon:
     recon: Recon = option(default_factory=partial(Recon, masks=masks, routing=routing), help=meaning)
+    return recon
+
+
+def _pgd(routing: Routing, meaning: str) -> PGDRecon:
+    recon: PGDRecon = option(default_factory=partial(PGDRecon, routing=routing), help=meaning)
     return recon
 
 
@@ -30,6 +39,7 @@ class LossSet(Section):
     importance_minimality: ImportanceMinimality = option(
         default_factory=ImportanceMinimality, help="Σ of causal importances to the power p"
     )
+    smooth_l0: SmoothL0 = option(default_factory=SmoothL0, help="Σ of softly counted causal importances")
     stochastic_recon: Recon = _recon(MaskSource.stochastic, Routing.all, "random masks at all sites at once")
     stochastic_recon_layerwise: Recon = _recon(
         MaskSource.stochastic, Routing.layerwise, "random masks at one site at a time"
@@ -45,6 +55,15 @@ class LossSet(Section):
         MaskSource.ci, Routing.uniform_k, "the same, random subsets of sites"
     )
     unmasked_recon: Recon = _recon(MaskSource.unmasked, Routing.all, "all subcomponents on, no weight delta")
+    hidden_acts_recon: HiddenActsRecon = option(
+        default_factory=HiddenActsRecon, help="outputs of all sites, under random masks at all of them"
+    )
+    pgd_recon: PGDRecon = _pgd(Routing.all, "the worst masks found, at all sites at once")
+    pgd_recon_layerwise: PGDRecon = _pgd(Routing.layerwise, "the same, one site at a time")
+    pgd_recon_subset: PGDRecon = _pgd(Routing.uniform_k, "the same, random subsets of sites")
+    persistent_pgd_recon: PersistentPGDRecon = option(
+        default_factory=PersistentPGDRecon, help="masks of an adversary that is trained along"
+    )
     extra: dict[str, Loss] = option(default_factory=dict, help="further terms, e.g. from plug-ins")
 
     def problems(self) -> Iterator[Problem]:
@@ -62,3 +81,12 @@ class LossSet(Section):
     def active_terms(self) -> dict[str, Loss]:
         """The terms that are trained on."""
         return {name: term for name, term in self.terms().items() if term.coeff > 0}
+
+    def measured_terms(self) -> dict[str, Loss]:
+        """The terms that evaluations measure: all but those that cost much and are not trained on."""
+        return {name: term for name, term in self.terms().items() if term.always_measured or term.coeff > 0}
+
+    def lasting_terms(self) -> dict[str, PersistentPGDRecon]:
+        """The terms that are trained on against an adversary that lasts."""
+        active = self.active_terms()
+        return {name: term for name, term in active.items() if isinstance(term, PersistentPGDRecon)}

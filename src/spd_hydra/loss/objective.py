@@ -11,8 +11,10 @@ from torch import Tensor
 
 from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.loss_set import LossSet
+from spd_hydra.loss.persistent_recon import Adversary
 
 ScheduledValues = dict[str, dict[str, Tensor]]
 """Scheduled parameters at one step: by term, by parameter, as scalars on the device."""
@@ -59,6 +61,10 @@ class Objective:
         ci_threshold: g above which a subcomponent counts as active in L0.
         padded: batches are tokens, of which negative ones are padding.
         recompute: masked passes keep no activations for the backward pass, which computes each of them again.
+        seed: where lasting adversaries start.
+
+    Attributes:
+        adversary: lasting sources of the active terms that have some.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Objective:
         ci_threshold: float,
         padded: bool = False,
         recompute: bool = False,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.losses = losses
@@ -77,6 +84,7 @@ class Objective:
         self.ci_threshold = ci_threshold
         self.padded = padded
         self.recompute = recompute
+        self.adversary = Adversary(model, losses.lasting_terms(), seed=seed)
 
     def __call__(
         self,
@@ -107,6 +115,23 @@ class Objective:
         l0 = {site: active / positions for site, active in sparsity.items()}
         return StepLoss(total, {name: term.detach() for name, term in terms.items()}, l0)
 
+    def against(self, batch: Tensor, draws: Float[Tensor, "*positions columns"]) -> Float[Tensor, ""]:
+        """What the adversary climbs: Σ coeff · term over the terms that have lasting sources.
+
+        Args:
+            batch: input of the target.
+            draws: as for the training loss.
+        """
+        active = self.losses.active_terms()
+        widths = [term.columns(self.model) for term in active.values()]
+        own = dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
+        terms = self.adversary.terms
+        inputs = self.inputs(batch)
+        draws = torch.cat([own[name] for name in terms], dim=-1)
+        statistics = over_ranks(self.statistics(inputs, terms, draws, {}))
+        values = [term.coeff * term.value(statistics[name], 1) for name, term in terms.items()]
+        return torch.stack(values).sum()
+
     def columns(self, terms: Mapping[str, Loss]) -> Int32[Tensor, " columns"]:
         """What random numbers the given terms take per position, in that order, as columns of `rng.uniform`.
 
@@ -117,10 +142,11 @@ class Objective:
 
     def inputs(self, batch: Tensor) -> LossInputs:
         """The clean pass and the causal importances of a batch, which all terms share."""
+        valid = batch >= 0 if self.padded else None
         with self._autocast():
             clean = self.model.clean_pass(batch)
             activations = self.model.activations(clean)
-            ci = self.model.importances(activations)
+            ci = self.model.importances(activations, valid=valid)
         return LossInputs(
             model=self.model,
             batch=batch,
@@ -130,8 +156,13 @@ class Objective:
             divergence=self.losses.divergence,
             schedule={},
             recompute=self.recompute,
-            valid=batch >= 0 if self.padded else None,
+            valid=valid,
         )
+
+    def output(self, inputs: LossInputs, masks: Mapping[str, SiteMask]) -> Tensor:
+        """The output of a masked pass on a batch, in the precision of training."""
+        with self._autocast():
+            return self.model(inputs.batch, masks, reuse=inputs.reuse)  # type: ignore[no-any-return]
 
     def statistics(
         self,
@@ -144,7 +175,12 @@ class Objective:
         found = {}
         widths = [term.columns(self.model) for term in terms.values()]
         for (name, term), own_draws in zip(terms.items(), torch.split(draws, widths, dim=-1), strict=True):
-            own = dataclasses.replace(inputs, draws=own_draws, schedule=schedule.get(name, {}))
+            own = dataclasses.replace(
+                inputs,
+                draws=own_draws,
+                schedule=schedule.get(name, {}),
+                sources=self.adversary.of(name),
+            )
             with self._autocast():
                 found[name] = term.statistics(own)
         return found
@@ -152,7 +188,7 @@ class Objective:
     def scheduled(self, progress: float) -> ScheduledValues:
         """Parameters of the terms that change during training, at `progress` in [0, 1]."""
         device = self.model.device
-        values = {name: term.scheduled(progress) for name, term in self.losses.terms().items()}
+        values = {name: term.scheduled(progress) for name, term in self.losses.measured_terms().items()}
         return {
             name: {parameter: torch.tensor(value, device=device) for parameter, value in own.items()}
             for name, own in values.items()

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,9 +16,32 @@ from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.divergence import divergence_sum
 from spd_hydra.section import option
 
+Route = Mapping[str, Bool[Tensor, "*positions"] | None]
+"""The sites that one forward pass masks, and at which positions; None: at all of them."""
+
 
 @dataclasses.dataclass(kw_only=True)
-class Recon(Loss):
+class RoutedRecon(Loss):
+    """A divergence between the target's output and that of passes in which routed sites are masked.
+
+    One row of the grid of mask sources × {all, layerwise, uniform_k, static}; a subclass is a mask source, or
+    several of them.
+    """
+
+    routing: Routing = option(Routing.all, "all | layerwise | uniform_k | static: sites masked together")
+    probability: float = option(0.5, "chance that a site is masked, for routing=static", gt=0, le=1)
+
+    def route_columns(self, model: DecomposedModel) -> int:
+        """Random numbers per position that one draw of routes takes."""
+        return routing.columns_needed(self.routing, len(model.site_names))
+
+    def routes(self, model: DecomposedModel, draws: Float[Tensor, "*positions columns"]) -> list[Route]:
+        """One draw of routes: the masked passes to make."""
+        return list(routes(self.routing, model.site_names, draws=draws, probability=self.probability))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Recon(RoutedRecon):
     """Mean divergence between the target's output and that of masked passes.
 
     One point of the grid {unmasked, ci, stochastic, binomial} × {all, layerwise, subset}. Mean over
@@ -26,56 +50,64 @@ class Recon(Loss):
     """
 
     masks: MaskSource = option(MaskSource.stochastic, "unmasked | ci | stochastic | binomial")
-    routing: Routing = option(Routing.all, "all | layerwise | uniform_k | static: sites masked together")
     n_samples: int = option(1, "independent draws of masks and routes per batch", ge=1)
-    probability: float = option(0.5, "chance that a site is masked, for routing=static", gt=0, le=1)
 
     def columns(self, model: DecomposedModel) -> int:
-        return self.n_samples * sum(self._widths(model))
-
-    def _widths(self, model: DecomposedModel) -> list[int]:
-        """Columns of one sample: those of the routing, then those of each site's mask."""
-        shapes = model.site_shapes().values()
-        return [
-            routing.columns_needed(self.routing, len(shapes)),
-            *(masks.columns_needed(self.masks, shape.C) for shape in shapes),
-        ]
+        return self.n_samples * (self.route_columns(model) + mask_columns(self.masks, model))
 
     @property
     def is_mean(self) -> bool:
         return True
 
     def statistics(self, inputs: LossInputs) -> Statistics:
-        model = inputs.model
         total = inputs.draws.new_zeros(())
         count: Tensor | int = 0
+        widths = [self.route_columns(inputs.model), mask_columns(self.masks, inputs.model)]
         for draws in inputs.draws.chunk(self.n_samples, dim=-1):
-            route_draws, *mask_draws = torch.split(draws, self._widths(model), dim=-1)
-            site_masks = {
-                site: draw_mask(
-                    self.masks,
-                    inputs.ci[site],
-                    draws=site_draws,
-                    use_delta=model.config.use_delta,
-                    sigmoid=model.config.sigmoid,
-                )
-                for site, site_draws in zip(model.site_names, mask_draws, strict=True)
-            }
-            for routed in routes(
-                self.routing, model.site_names, draws=route_draws, probability=self.probability
-            ):
-                chosen = {site: site_masks[site]._replace(route=route) for site, route in routed.items()}
-                divergence, size = masked_divergence(inputs, chosen)
+            route_draws, mask_draws = torch.split(draws, widths, dim=-1)
+            drawn = draw_masks(self.masks, inputs, mask_draws)
+            for route in self.routes(inputs.model, route_draws):
+                divergence, size = masked_divergence(inputs, drawn, route)
                 total = total + divergence
                 count = count + size
         return {"sum": total, "count": total.new_zeros(()) + count}
 
 
-def masked_divergence(inputs: LossInputs, masks: Mapping[str, SiteMask]) -> tuple[Tensor, Tensor | int]:
+def mask_columns(source: MaskSource, model: DecomposedModel) -> int:
+    """Random numbers per position that `draw_masks` takes."""
+    return sum(masks.columns_needed(source, shape.C) for shape in model.site_shapes().values())
+
+
+def draw_masks(
+    source: MaskSource, inputs: LossInputs, draws: Float[Tensor, "*positions columns"]
+) -> dict[str, SiteMask]:
+    """One draw of masks for every site."""
+    model = inputs.model
+    widths = [masks.columns_needed(source, shape.C) for shape in model.site_shapes().values()]
+    return {
+        site: draw_mask(
+            source,
+            inputs.ci[site],
+            draws=site_draws,
+            use_delta=model.config.use_delta,
+            sigmoid=model.config.sigmoid,
+        )
+        for site, site_draws in zip(model.site_names, torch.split(draws, widths, dim=-1), strict=True)
+    }
+
+
+def routed_masks(site_masks: Mapping[str, SiteMask], route: Route) -> dict[str, SiteMask]:
+    """The masks of one forward pass."""
+    return {site: site_masks[site]._replace(route=where) for site, where in route.items()}
+
+
+def masked_divergence(
+    inputs: LossInputs, site_masks: Mapping[str, SiteMask], route: Route
+) -> tuple[Tensor, Tensor | int]:
     """Divergence of one masked pass, summed over the batch, and the number it has to be divided by."""
 
     def run(reuse: Reuse) -> tuple[Tensor, Tensor | int]:
-        output = inputs.model(inputs.batch, masks, reuse=reuse)
+        output = inputs.model(inputs.batch, routed_masks(site_masks, route), reuse=reuse)
         return divergence_sum(inputs.divergence, output, inputs.clean.output, inputs.valid)
 
     if not (inputs.recompute and torch.is_grad_enabled()):

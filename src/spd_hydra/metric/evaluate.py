@@ -1,5 +1,8 @@
 """One evaluation: every loss term, sparsity and the comparison with the known answer."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +10,7 @@ from torch import Tensor
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.base import Statistics
 from spd_hydra.loss.objective import Objective, over_ranks
+from spd_hydra.metric.ablations import Ablations, AblationSettings
 from spd_hydra.metric.activity import Activity
 from spd_hydra.metric.contributions import agreement_metrics, neuron_contributions
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
@@ -27,6 +31,7 @@ def evaluate(
     known: KnownAnswer | None,
     certified: bool,
     ideal_l0: dict[str, float],
+    ablations: AblationSettings | None = None,
 ) -> Evaluation:
     """Measure a decomposition on held-out data; several ranks measure their rows and add up.
 
@@ -43,10 +48,12 @@ def evaluate(
         known: the known answer, or None.
         certified: whether the target is fit to be decomposed; an uncertified one is never solved.
         ideal_l0: expected L0 of a perfect decomposition, by site, where known.
+        ablations: what to measure of ablated models; None: nothing.
     """
-    model, terms = objective.model, objective.losses.terms()
+    model, terms = objective.model, objective.losses.measured_terms()
     schedule = objective.scheduled(progress)
     activity = Activity(objective.ci_threshold)
+    ablated = None if ablations is None else Ablations(objective, ablations)
     totals: dict[str, Statistics] = {}
     for number in range(batches):
         batch, draws = sampler(number)
@@ -56,11 +63,15 @@ def evaluate(
             totals[name] = (
                 {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
             )
+        if ablated is not None:
+            ablated.add(inputs, partial(sampler.numbers, number))
     activity, totals = activity.over_ranks(), over_ranks(totals)
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
     contributions = neuron_contributions(model)
     metrics = _metrics(objective, losses, activity, verdict) | agreement_metrics(contributions)
+    if ablations is not None and ablated is not None:
+        metrics |= ablated.metrics() | _by_group(ablations.groups, activity)
     return Evaluation(
         step=step,
         n_positions=activity.positions,
@@ -100,6 +111,14 @@ def _metrics(
             for site, own in verdict.per_site.items():
                 metrics |= {f"recovery/mmcs/{site}": own.mmcs, f"recovery/ml2r/{site}": own.ml2r}
     return metrics
+
+
+def _by_group(groups: Mapping[str, Sequence[str]], activity: Activity) -> dict[str, float]:
+    """L0 and alive subcomponents of each group of sites."""
+    l0, alive = activity.l0(), activity.alive()
+    return {f"l0_group/{name}": sum(l0[site] for site in sites) for name, sites in groups.items()} | {
+        f"alive_group/{name}": float(sum(alive[site] for site in sites)) for name, sites in groups.items()
+    }
 
 
 def _site(

@@ -54,11 +54,65 @@ class NeuronContributions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Context:
+    """A place in a text where a subcomponent is needed: tokens around it, with g at each of them."""
+
+    tokens: list[str]
+    ci: list[float]
+    at: int  # which of the tokens is the place itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenResponse:
+    """How much a subcomponent is needed at one token of the vocabulary: mean g over its occurrences."""
+
+    token: str
+    mean_ci: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubcomponentText:
+    """What one subcomponent responds to: the places, and the tokens, of largest g.
+
+    `mean_ci` and `density` are over the evaluation data, as in SiteEvaluation.
+    """
+
+    index: int
+    mean_ci: float
+    density: float
+    tokens: list[TokenResponse]
+    contexts: list[Context]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExample:
+    """A sequence; by site, at every token, how many subcomponents are active and the sum of their g."""
+
+    tokens: list[str]
+    active: dict[str, list[int]]
+    total_ci: dict[str, list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Examples and contexts from the evaluation data of a model that reads tokens.
+
+    Of several ranks, those of rank 0's rows: `positions` of them.
+    """
+
+    positions: int
+    examples: list[TextExample]
+    sites: dict[str, list[SubcomponentText]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Everything that one evaluation measured.
 
     `metrics` are the numbers of the metrics log (`loss/<term>`, `l0/<site>`, `alive/<site>`,
-    `recovery/mmcs`, …). `mmcs`, `ml2r` and `solved` are None where there is no known answer.
+    `recovery/mmcs`, …). `mmcs`, `ml2r` and `solved` are None where there is no known answer,
+    `text` where the model reads no tokens, or where nobody looked.
     """
 
     step: int
@@ -73,3 +127,4 @@ class Evaluation:
     ml2r_plain: float | None = None
     solved: bool | None = None
     strict: bool | None = None
+    text: Text | None = None

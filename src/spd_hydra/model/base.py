@@ -67,3 +67,7 @@ class TargetSpec(Section):
     def known_answer(self, module: nn.Module) -> KnownAnswer | None:
         """The known answer for this trained target, or None where nobody knows it."""
         return None
+
+    def predicts_next_token(self) -> bool:
+        """Whether the output at position t are logits of token t + 1: then there is a cross-entropy."""
+        return False

@@ -11,11 +11,15 @@ from typing import Any
 from spd_hydra import atomic
 from spd_hydra.figure.base import Drawn, History
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.report import ablations
+from spd_hydra.report.contexts import text_section
 from spd_hydra.report.html import render
 from spd_hydra.report.numbers import NOTHING, duration, number
 from spd_hydra.report.verdict import (
+    certificate,
     findings,
     fit,
+    has_known_answers,
     headline,
     initialisation,
     reasons,
@@ -26,6 +30,8 @@ from spd_hydra.report.verdict import (
 
 _STATE: dict[Any, str] = {True: "solved", False: "unsolved"}
 CSS_PIXELS = 96 / 160  # figures have 160 dots per inch, a page has 96
+_COSTS_BY_MASK = {"ce", "kl", "mse", "ce_subset", "kl_subset", "mse_subset", "pgd"}
+_FIXED_MASKS = {"target", "random", "zero"}  # no aim of training
 LONGEST_BLOCK = 60_000  # characters of a diff or a list
 IN_HEADER = ("command", "device", "device_name", "cpu", "python", "torch", "platform", "host")
 
@@ -67,8 +73,15 @@ def write_report(
         findings=findings(summary),
         tolerances=tolerances(summary),
         sites=site_rows(summary),
+        known_answers=has_known_answers(summary),
+        masks=ablations.masks_rows(summary),
+        groups=ablations.group_rows(summary),
+        with_ce=ablations.has_ce(summary),
+        divergence=ablations.divergence_name(summary),
+        pgd=summary.get("pgd") or {},
+        text=None if evaluation.text is None else text_section(evaluation.text),
         key_numbers=_key_numbers(summary, evaluation),
-        target=_target(summary.get("target") or {}),
+        target=_target(summary.get("target") or {}, certificate(summary)),
         losses=summary.get("losses") or {},
         thresholds=summary.get("thresholds") or {},
         evaluation=evaluation,
@@ -110,7 +123,9 @@ def metric_rows(history: History) -> list[dict[str, Any]]:
 
 def _cost(name: str) -> Any:
     """What to minimise to find the best value of a quantity; None where neither way is better."""
-    last = name.rpartition("/")[2]
+    group, _, last = name.rpartition("/")
+    if group in _COSTS_BY_MASK:
+        return (lambda value: value) if last not in _FIXED_MASKS else None
     if last.startswith("ml2r") or "/neuron_" in name:
         return lambda value: abs(value - 1)
     if last.startswith("mmcs") or "recovered" in name:
@@ -129,6 +144,7 @@ def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dic
     ideal = [v for k, v in evaluation.metrics.items() if k.startswith("l0_ideal/") and k != "l0_ideal/total"]
     plain = f"; plain {number(evaluation.ml2r_plain)}" if evaluation.ml2r_plain is not None else ""
     cards = [
+        *ablations.cards(summary),
         (
             "MMCS",
             number(summary.get("mmcs")),
@@ -179,7 +195,7 @@ def _parts(seconds: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total")
 
 
-def _target(target: Mapping[str, Any]) -> dict[str, Any]:
+def _target(target: Mapping[str, Any], certified: bool | None) -> dict[str, Any]:
     """The certificate: whether it holds, its plain facts, and its measurements where there are some."""
     measured = [dict(m) for m in target.get("measurements") or [] if isinstance(m, Mapping)]
     for measurement in measured:
@@ -189,7 +205,7 @@ def _target(target: Mapping[str, Any]) -> dict[str, Any]:
         measurement["allowed"] = _interval(lower, upper)
     facts = {k: v for k, v in target.items() if k not in {"certified", "measurements"}}
     return {
-        "certified": target.get("certified"),
+        "certified": certified,
         "facts": {
             k: number(v) if isinstance(v, float) else _as_text(v)
             for k, v in facts.items()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spd_hydra.report import ablations
 from spd_hydra.report.numbers import NOTHING, clipped, duration, number, text_table
 
 WIDTH = 100
@@ -15,10 +16,11 @@ GREEN, RED, RESET = "\033[1;32m", "\033[1;31m", "\033[0m"
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The verdict in one sentence: solved, not solved, or that nobody knows the answer."""
+    """The verdict in one sentence: solved, not solved, or, where nobody knows the answer, what was kept."""
     solved = summary.get("solved")
     if solved is None:
-        return "No known answer: this target has none to compare with."
+        unknown = "No known answer: this target has none to compare with."
+        return ablations.sentence(summary) or unknown
     if not solved:
         return "Not solved: the decomposition is not the known answer."
     if summary.get("strict"):
@@ -78,6 +80,20 @@ def tolerances(summary: Mapping[str, Any]) -> list[float]:
     return sorted({check["tolerance"] for check in summary.get("checks") or []})
 
 
+def has_known_answers(summary: Mapping[str, Any]) -> bool:
+    """Whether a column for them is worth its place: of models that were ablated nobody knows any."""
+    return bool(summary.get("checks")) or not summary.get("ablations")
+
+
+def certificate(summary: Mapping[str, Any]) -> bool | None:
+    """Whether the target is certified; None where nothing was measured that could tell."""
+    target = summary.get("target") or {}
+    if not target.get("measurements") and not has_known_answers(summary):
+        return None
+    certified: bool | None = target.get("certified")
+    return certified
+
+
 def site_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per site: known answer, errors by tolerance, alive subcomponents, L0."""
     alive, l0 = summary.get("alive") or {}, summary.get("l0") or {}
@@ -116,12 +132,15 @@ def verdict_table(
         word, rest = first.split(":", 1)
         first = f"{GREEN if summary['solved'] else RED}{word}{RESET}:{rest}"
     name, seed, steps = summary.get("experiment", "run"), summary.get("seed", NOTHING), summary.get("steps")
-    lines = ["", clipped(f"{name}, seed {seed}, {number(steps)} steps", WIDTH), first]
+    lines = ["", clipped(f"{name}, seed {seed}, {number(steps)} steps", WIDTH)]
+    lines += [first] if colour else textwrap.wrap(first, WIDTH)
     for reason in reasons(summary):
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  · ", subsequent_indent="    ")
     for finding in findings(summary):
         lines += textwrap.wrap(finding, WIDTH, initial_indent="  → ", subsequent_indent="    ")
-    lines += ["", *_site_table(summary), "", *_facts(summary)]
+    for table in (_site_table(summary), ablations.tables(summary)):
+        lines += ["", *table] if table else []
+    lines += ["", *_facts(summary)]
     if report is not None:
         lines += ["", f"  report  {report}"]
     return "\n".join([*lines, ""])
@@ -133,12 +152,13 @@ def _strictest(summary: Mapping[str, Any]) -> str:
 
 
 def _site_table(summary: Mapping[str, Any]) -> list[str]:
-    columns = tolerances(summary)
-    header = ["site", "known answer", *(f"error at {t:g}" for t in columns), "alive", "L0"]
+    columns, known = tolerances(summary), has_known_answers(summary)
+    header = ["site", *(["known answer"] if known else []), *(f"error at {t:g}" for t in columns)]
+    header += ["alive", "L0"]
     rows = [
         [
             row["site"],
-            row["known"],
+            *([row["known"]] if known else []),
             *(number(row["errors"].get(t)) for t in columns),
             number(row["alive"]),
             number(row["l0"]),
@@ -149,7 +169,7 @@ def _site_table(summary: Mapping[str, Any]) -> list[str]:
         return []
     others = sum(max(len(line[i]) for line in [header, *rows]) + 2 for i in range(1, len(header)))
     rows = [[clipped(row[0], WIDTH - 2 - others), *row[1:]] for row in rows]
-    return text_table(header, rows, left=2)
+    return text_table(header, rows, left=2 if known else 1)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
@@ -167,10 +187,11 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         topics.append(("neurons", [f"{layer}: {fit(one)}" for layer, one in contributions.items()]))
     if restarts := summary.get("restarts"):
         topics.append(("start", [f"initialisation {initialisation(restarts)}", *restart_losses(restarts)]))
+    topics += ablations.topics(summary)
     if losses:
         topics.append(("losses", [f"{name} {number(value)}" for name, value in losses.items()]))
     if target:
-        certified = _CERTIFIED.get(target.get("certified"), "not checked")
+        certified = _CERTIFIED.get(certificate(summary), "not checked")
         seed = [f"seed {target['seed']}"] if "seed" in target else []
         topics.append(("target", [certified, *seed]))
     if seconds:

@@ -1,0 +1,39 @@
+"""Many sites in one picture: a row of colours for each, where panels of their own would be too many."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from spd_hydra.figure.style import SEQUENTIAL, new_figure, plain, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_PANELS = 12  # sites; beyond, they are strips
+
+
+def strips(
+    names: Sequence[str], values: Float[np.ndarray, "sites columns"], label: str
+) -> "tuple[Figure, Axes]":
+    """An image with a row per site on a logarithmic colour scale; what is not above 0 stays white.
+
+    Args:
+        names: of the sites.
+        values: what is shown, a column per bin or rank.
+        label: of the colour bar.
+    """
+    from matplotlib.colors import LogNorm
+
+    shown: Any = np.ma.masked_less_equal(values, 0.0)
+    positive = values[values > 0]
+    norm = LogNorm(float(positive.min()), float(positive.max())) if len(positive) else None
+    picture = new_figure(height=0.2 * len(names) + 1.2)
+    axes = picture.subplots()
+    image = axes.imshow(shown, cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(names)), [plain(shortened(name, 40)) for name in names])
+    axes.tick_params(axis="y", length=0)
+    picture.colorbar(image, ax=axes, label=label, aspect=40, pad=0.015)
+    return picture, axes

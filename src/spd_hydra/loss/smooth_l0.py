@@ -1,0 +1,67 @@
+"""Smooth L0: the number of subcomponents in use, counted softly."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.importance_minimality import sum_over_positions
+from spd_hydra.schedule import annealed
+from spd_hydra.section import Problem, option
+
+
+@dataclasses.dataclass(kw_only=True)
+class SmoothL0(Loss):
+    """Σ_l Σ_c f_c (1 + κ·log2(1 + a·f_c)), f_c = mean over positions of ψ(g_upper), ψ(g) = g² / (g² + γ²).
+
+    For γ → 0 ψ counts what is above 0, so that Σ f is L0. γ falls during training, as p does in
+    `importance_minimality`, for which this term can stand: its slope is bounded by 0.65 / γ, where that of
+    g^p, p < 1, is not bounded near 0 and can make a decomposition collapse late.
+
+    κ is `frequency_coeff`, a is `frequency_scale`. Where `importance_minimality` has the number of positions
+    of a batch, a is a number of its own: the value does not depend on the size of the batch. Summed over
+    sites and subcomponents, not divided by the number of sites. Range: ≥ 0. Later practice.
+    """
+
+    always_measured = False  # an alternative, with numbers that mean little beside those of the other
+
+    gamma_start: float = option(1.0, "γ at the beginning: the importance that counts half", gt=0)
+    gamma_end: float = option(0.01, "γ at the end", gt=0)
+    anneal_from: float = option(0.0, "fraction of training at which γ begins to move", ge=0, le=1)
+    anneal_to: float = option(1.0, "fraction of training at which γ reaches gamma_end", ge=0, le=1)
+    frequency_coeff: float = option(0.0, "κ, weight of the frequency term f·log2(1 + a·f)", ge=0)
+    frequency_scale: float = option(1.0, "a: subcomponents rarer than 1 / a are hardly charged by it", gt=0)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.anneal_from > self.anneal_to:
+            yield Problem(
+                "anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}"
+            )
+
+    def scheduled(self, progress: float) -> dict[str, float]:
+        return {"gamma": self.gamma(progress)}
+
+    def gamma(self, progress: float) -> float:
+        """γ at `progress` in [0, 1] of training: linear between the two fractions."""
+        return annealed(progress, self.gamma_start, self.gamma_end, self.anneal_from, self.anneal_to)
+
+    @property
+    def is_mean(self) -> bool:
+        return self.frequency_coeff == 0
+
+    def statistics(self, inputs: LossInputs) -> Statistics:
+        squared = inputs.schedule["gamma"] ** 2
+        sums = {}
+        for site, ci in inputs.ci.items():
+            g = ci.upper.float()
+            sums[f"sum/{site}"] = sum_over_positions(g**2 / (g**2 + squared), inputs.valid)
+        return sums | {"count": inputs.n_positions}
+
+    def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
+        count = statistics["count"]
+        f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
+        return (f * (1 + self.frequency_coeff * torch.log2(1 + self.frequency_scale * f))).sum()
