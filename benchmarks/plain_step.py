@@ -109,7 +109,7 @@ class PlainStep:
             clean = self._run(batch, {})
             inputs = {name: site.seen for name, site in self.sites.items()}
         z = {name: self._pre_sigmoid(name, x) for name, x in inputs.items()}
-        lower: dict[str, Tensor] = {name: _LowerLeaky.apply(value) for name, value in z.items()}  # type: ignore[no-untyped-call]
+        lower: dict[str, Tensor] = {name: LowerLeaky.apply(value) for name, value in z.items()}  # type: ignore[no-untyped-call]
         terms: dict[str, Tensor] = {}
         if self.config.loss.faithfulness.coeff > 0:
             terms["faithfulness"] = self._faithfulness()
@@ -173,7 +173,7 @@ class PlainStep:
         prefix = f"ci_fn.sites.{name.replace('.', '/')}."
         own = {key.removeprefix(prefix): p for key, p in self.parameters.items() if key.startswith(prefix)}
         if self.ci_kind is SharedMLPCausalImportance:
-            return _mlp(own, x)
+            return mlp(own, x)
         if self.ci_kind is VectorMLPCausalImportance:
             before = torch.einsum("bi,ich->bch", x, own["w_in"])
         else:
@@ -216,16 +216,16 @@ class _Site(nn.Module):
         return y if mask.rows is None else torch.where(mask.rows, y, self.layer(x))
 
 
-def _mlp(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+def mlp(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     """Linear layers with GELU between them; the parameters are numbered as in `nn.Sequential`."""
     numbers = sorted({int(key.partition(".")[0]) for key in parameters})
     for number in numbers:
-        x = torch.einsum("bi,oi->bo", x, parameters[f"{number}.weight"]) + parameters[f"{number}.bias"]
+        x = torch.einsum("...i,oi->...o", x, parameters[f"{number}.weight"]) + parameters[f"{number}.bias"]
         x = x if number == numbers[-1] else nn.functional.gelu(x)
     return x
 
 
-class _LowerLeaky(torch.autograd.Function):
+class LowerLeaky(torch.autograd.Function):
     """clamp(z, 0, 1); below 0 a negative gradient passes with the leak."""
 
     @staticmethod

@@ -82,12 +82,12 @@ class Variant:
         self.step = step
         self.device = device
         self.first_steps = first_steps
-        self._parameters = parameters
+        self.parameters = parameters
 
     def losses_and_gradients(self, sample: Sample) -> tuple[Numbers, dict[str, Tensor]]:
         """Take a step on the given data: every term and `total`, and the gradient of `total` by parameter."""
         losses = self.step(sample)
-        gradients = {name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         return {name: value.item() for name, value in losses.items()}, gradients
 
 

@@ -50,11 +50,19 @@ def measure(variant: Variant) -> Memory:
         variant.step()
     process = _peak(variant.device)
     sizes = _sizes_in_a_step(variant)
-    if variant.device.type == "cuda":
-        allocated = _allocated_on_gpu(variant)
-    else:
-        allocated = max(itertools.accumulate(sizes), default=0)
+    allocated = _allocated_on_gpu(variant) if variant.device.type == "cuda" else _most(sizes)
     return Memory(process=process, before=before, allocated=allocated, largest=max(sizes, default=0))
+
+
+def allocated_in_a_step(variant: Variant) -> int:
+    """Most bytes that the tensors made within one step take at a time."""
+    if variant.device.type == "cuda":
+        return _allocated_on_gpu(variant)
+    return _most(_sizes_in_a_step(variant))
+
+
+def _most(sizes: Sequence[int]) -> int:
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def _sizes_in_a_step(variant: Variant) -> list[int]:

@@ -252,9 +252,12 @@ def test_check_says_how_large_it_is_and_leaves_nothing_behind(
     assert not (tmp_path / "runs").exists()
     # Tied: V [5, 20] and U [20, 2] once; per site 20 private MLPs of 16 hidden units.
     trainable = 20 * (5 + 2) + 2 * 20 * (3 * 16 + 1)
-    assert outcome.summary == {"experiment": "tms_5-2", "trainable_parameters": trainable}
+    assert outcome.summary["experiment"] == "tms_5-2"
+    assert outcome.summary["trainable_parameters"] == trainable
     said = capsys.readouterr().out
-    assert f"{trainable:,}" in said
+    assert f"parameters: {trainable:,} trained, 15 frozen" in said
+    for what in ("memory: ", "arithmetic: ", "time: at least "):
+        assert f"\n  {what}" in said
     assert "embed: 2 x 5, C = 20" in said
     assert "unembed: 5 x 2, C = 20" in said
 

@@ -212,6 +212,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
             precision=config.train.precision,
             ci_threshold=config.eval.ci_threshold,
             padded=batches.padded,
+            recompute=config.train.checkpoint_activations,
             seed=config.seed,
         ),
         known=config.model.known_answer(target) if has_values else None,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import yaml
 from omegaconf import MISSING, OmegaConf
 
+from spd_hydra import distributed
 from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
@@ -120,6 +121,21 @@ class RunConfig(Section):
                 "train.replicas",
                 f"got {self.train.replicas} with {ranks} ranks; replicas share one process. Give each GPU a "
                 "job of its own: a sweep over seeds, with launcher.gpus=1",
+            )
+        ranks = max(ranks, distributed.started_with())
+        most = self.train.batch_size // ranks
+        if ranks > 1 and self.train.accumulate > max(most, 1):
+            yield Problem(
+                "train.accumulate",
+                f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} "
+                f"ranks, must be ≤ {most}: a part has a row at least",
+            )
+        whole = [name for name, term in self.loss.active_terms().items() if term.needs_whole_batch]
+        if self.train.accumulate > 1 and whole:
+            yield Problem(
+                "train.accumulate",
+                f"got {self.train.accumulate} with {', '.join(whole)}, must be 1: their adversary looks "
+                "at the whole batch at once; use scope=per_datapoint, ascents=1, or more ranks",
             )
         if self.train.replicas > 1 and self.loss.lasting_terms():
             yield Problem(

@@ -11,6 +11,7 @@ from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
 from spd_hydra.distributed import say
+from spd_hydra.estimate import estimate
 from spd_hydra.figure.base import draw_all
 from spd_hydra.logger.base import Logger
 from spd_hydra.metric.evaluation import Evaluation
@@ -27,16 +28,16 @@ from spd_hydra.trainer import Trainer, TrainingError
 
 
 def check(config: RunConfig) -> dict[str, Any]:
-    """Build everything without training and say how large it is."""
+    """Build everything without training and say how large it is and what a step takes."""
     parts = preflight(config)
-    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    found = estimate(config, parts)
     say(f"{config.name}: the configuration is sound")
     for site, shape in parts.model.site_shapes().items():
         say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
-    memory = trainable * 16 / 2**20
-    say(f"  trainable parameters: {trainable:,} ({memory:.1f} MiB with gradients and AdamW's moments)")
     say(f"  loss terms: {', '.join(config.loss.active_terms())}")
-    return {"experiment": config.name, "trainable_parameters": trainable}
+    for line in found.lines(compiled=config.train.compile):
+        say(f"  {line}")
+    return {"experiment": config.name, **found.facts()}
 
 
 def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:

@@ -45,6 +45,7 @@ class Sampler:
         self.rows, self.columns = rows, columns.to(rows.device)
         self.rows_per_step = rows_per_step
         self._places = rows.cpu().long() if batches.ordered else rows
+        self.position_shape, self.compile = position_shape, compile
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
         self.draw: Draw = Kernel(self.draw_all) if fused else self.draw_all
@@ -95,6 +96,45 @@ class Sampler:
     def draw_numbers(self, mask_key: Tensor) -> Float[Tensor, "*positions columns"]:
         """Random numbers of this key."""
         return rng.uniform(mask_key, self.positions, self.columns)
+
+
+class SplitSampler:
+    """Draws the rows of a sampler in parts, each of which is a slice of what the sampler draws at once.
+
+    Args:
+        sampler: whose rows are cut, into contiguous parts of which the first have a row more if need be.
+        parts: how many, at most as many as there are rows.
+    """
+
+    def __init__(self, sampler: Sampler, parts: int) -> None:
+        assert parts <= len(sampler.rows), "every part has rows"
+        self._sampler = sampler
+        self.rows = sampler.rows.tensor_split(parts)
+        device = sampler.rows.device.type
+        can_fuse = sampler.compile and can_compile(device)
+        self._draw = Kernel(self._draw_all) if can_fuse and sampler.batches.traceable else self._draw_all
+        self._draw_numbers = Kernel(self._numbers) if can_fuse else self._numbers
+
+    def __call__(self, step: int, part: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
+        """The batch of a part of a step and its random numbers."""
+        rows, batches = self.rows[part], self._sampler.batches
+        data_key, mask_key = (key.to(rows.device) for key in self._sampler.keys(step))
+        if batches.ordered:
+            batch = batches(data_key, rows.long() + step * self._sampler.rows_per_step)
+            return batch, self._draw_numbers(mask_key, rows)
+        return self._draw(data_key, mask_key, rows)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the global batch."""
+        return self._sampler.rows_per_step
+
+    def _draw_all(self, data_key: Tensor, mask_key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._sampler.batches(data_key, rows), self._numbers(mask_key, rows)
+
+    def _numbers(self, mask_key: Tensor, rows: Tensor) -> Float[Tensor, "*positions columns"]:
+        positions = position_index(rows, self._sampler.position_shape)
+        return rng.uniform(mask_key, positions, self._sampler.columns)
 
 
 class StackedSampler:

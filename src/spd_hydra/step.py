@@ -87,8 +87,8 @@ class Step:
             schedule.setdefault(term, {})[name] = value
         values = [p.detach().requires_grad_() for p in others[len(scheduled) :]]
         parameters = dict(zip(self._parameters, values, strict=True))
-        loss: StepLoss = functional_call(self._module, parameters, (batch, draws, schedule))
-        gradients = torch.autograd.grad(loss.total, values, allow_unused=True, materialize_grads=True)
+        # Inside, gradients too: what a checkpoint computes again has to see the same parameters.
+        loss, gradients = functional_call(self._module, parameters, (batch, draws, schedule, values))
         gradients = tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
         terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
         l0 = [loss.l0[site] for site in self._objective.model.site_names]
@@ -230,8 +230,14 @@ class _LossModule(nn.Module):
         self.patched = objective.model.patched  # shares the target's tensors, which are passed in for both
         self._objective = objective
 
-    def forward(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
-        return self._objective(batch, draws, schedule)
+    def forward(
+        self, batch: Tensor, draws: Tensor, schedule: ScheduledValues, parameters: Sequence[Tensor] = ()
+    ) -> StepLoss | tuple[StepLoss, tuple[Tensor, ...]]:
+        """The loss, and its gradients if parameters are given."""
+        loss = self._objective(batch, draws, schedule)
+        if not parameters:
+            return loss
+        return loss, torch.autograd.grad(loss.total, parameters, allow_unused=True, materialize_grads=True)
 
 
 class _AgainstModule(_LossModule):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra import distributed
+from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.graph import GraphedStep, graphed_step
@@ -22,7 +23,7 @@ from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
-from spd_hydra.sampler import Sampler
+from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
@@ -78,6 +79,10 @@ class Trainer:
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
+        self.accumulated: AccumulatedStep | None = None
+        if training.accumulate > 1:
+            parts = SplitSampler(sampler, training.accumulate)
+            self.accumulated = AccumulatedStep(objective, parts, compile=compile)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
@@ -198,7 +203,7 @@ class Trainer:
         if self._is_to_be_compiled:
             logger.info("compiling the training step")
         self._graph = graphed_step(
-            self.training.cuda_graphs,
+            self.training.cuda_graphs and self.accumulated is None,
             sampler=self.sampler,
             step=self.loss_and_gradients,
             objective=self.objective,
@@ -213,6 +218,8 @@ class Trainer:
             return self._graph.gradients(self.step, lr=self.lr, progress=progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        if self.accumulated is not None:
+            return self.accumulated(self.step, self.objective.scheduled(progress))
         batch, draws = self.sampler(self.step)
         for left in range(self.adversary.extra_ascents, 0, -1):
             self.adversary_gradients(batch, draws)

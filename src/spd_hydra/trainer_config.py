@@ -39,6 +39,9 @@ class Training(Section):
 
     steps: int = option(10_000, "training steps; schedules and anneals stretch over them", ge=1)
     batch_size: int = option(4096, "rows of the global batch", ge=1)
+    accumulate: int = option(
+        1, "parts that each rank's rows are taken in, one after the other, to save memory", ge=1
+    )
     lr: float = option(1e-3, "learning rate of AdamW", gt=0)
     lr_schedule: Schedule = option(
         default_factory=lambda: Schedule(kind=ScheduleKind.cosine), help="how the learning rate moves"
@@ -55,6 +58,9 @@ class Training(Section):
     )
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
     precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
+    checkpoint_activations: bool = option(
+        False, "keep no activations of masked passes for the backward pass: less memory, more computation"
+    )
     compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
     cuda_graphs: bool = option(True, "replay the compiled step as CUDA graphs, on a GPU")
     log_every: int = option(100, "steps between rows of the metrics log", ge=1)
@@ -63,6 +69,24 @@ class Training(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        if self.accumulate > self.batch_size:
+            yield Problem(
+                "accumulate",
+                f"got {self.accumulate}, must be ≤ batch_size, which is {self.batch_size}: a part has a row "
+                "at least",
+            )
+        if self.accumulate > 1 and self.replicas > 1:
+            yield Problem(
+                "accumulate",
+                f"got {self.accumulate} with train.replicas={self.replicas}, must be 1: replicas take whole "
+                "batches; use train.replicas=1 and a sweep over seeds, or a smaller batch",
+            )
+        if self.checkpoint_activations and self.replicas > 1:
+            yield Problem(
+                "checkpoint_activations",
+                f"got true with train.replicas={self.replicas}, must be false: what is mapped over replicas "
+                "cannot be computed again; use train.replicas=1 and a sweep over seeds",
+            )
         if self.replicas > 1 and self.keep_checkpoints < 2:
             yield Problem(
                 "keep_checkpoints",

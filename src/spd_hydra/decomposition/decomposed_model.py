@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
+from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
@@ -26,11 +27,12 @@ from spd_hydra.factored import Activation, Factored, Products, dense, selected, 
 
 
 class CleanPass(NamedTuple):
-    """The target's output for a batch, and each site's input and own output on the way."""
+    """The target's output for a batch, and each site's input, each site's and block's output on the way."""
 
     output: Tensor
     inputs: dict[str, Activation]
     outputs: dict[str, Activation]
+    blocks: CleanBlocks
 
 
 class DecomposedModel(nn.Module):
@@ -207,32 +209,43 @@ class DecomposedModel(nn.Module):
             h = inner_activation(x, self.pieces(name).V, is_embedding(layer))
             return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: layer(x))
 
-        return self._run(batch, at_site, None if reuse is None else reuse.products)
+        if reuse is None:
+            return self._run(batch, at_site)
+        at_block = reuse.clean.blocks.reused_before(next(iter(masks))) if len(masks) == 1 else None
+        return self._run(batch, at_site, at_block, reuse.products)
 
-    def _run(self, batch: Tensor, at_site: AtSite, products: Products | None = None) -> Tensor:
-        self._switch.at_site = at_site
+    def _run(
+        self,
+        batch: Tensor,
+        at_site: AtSite,
+        at_block: AtBlock | None = None,
+        products: Products | None = None,
+    ) -> Tensor:
+        self._switch.at_site, self._switch.at_block = at_site, at_block
         try:
             with sharing(products):
                 return cast(Tensor, self.patched(batch))
         finally:
-            self._switch.at_site = None
+            self._switch.at_site = self._switch.at_block = None
 
     @torch.no_grad()
     def clean_pass(self, batch: Tensor) -> CleanPass:
         """The target's own forward pass, with the input and output of every site."""
         inputs: dict[str, Activation] = {}
         outputs: dict[str, Activation] = {}
+        blocks = CleanBlocks()
 
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name in inputs:
                 raise ValueError(f"site {name!r} runs more than once per forward pass; leave it out")
+            blocks.site_begins(name)
             inputs[name], outputs[name] = x, layer(x)
             return outputs[name]
 
-        output = self._run(batch, at_site)
+        output = self._run(batch, at_site, blocks.record)
         if idle := [name for name in self.site_names if name not in inputs]:
             raise ValueError(f"sites that do not run in the target's forward pass: {idle}; leave them out")
-        return CleanPass(output, inputs, outputs)
+        return CleanPass(output, inputs, outputs, blocks)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
@@ -272,6 +285,25 @@ class DecomposedModel(nn.Module):
         self._run(batch, at_site)
         self.roots = frozenset(name for name, untouched in seen.items() if untouched)
         return self.roots
+
+    def roots_without_values(self, batch: Tensor) -> frozenset[str]:
+        """What `find_roots` would find, on tensors that need have no values; `roots` stays as it is.
+
+        A site whose input has no gradient from any site's output is a root.
+        """
+        found: set[str] = set()
+
+        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
+            x = dense(x)
+            if not x.requires_grad:
+                found.add(name)
+            with torch.no_grad():
+                own = dense(layer(x))
+            return own.requires_grad_()
+
+        with torch.enable_grad():
+            self._run(batch, at_site)
+        return frozenset(found)
 
 
 class Reuse(NamedTuple):

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import nn
 
+from spd_hydra.decomposition.blocks import BlockSwitch, wrap_blocks
 from spd_hydra.decomposition.identities import SUFFIX, insert
 from spd_hydra.factored import Activation, keep_factors
 
@@ -16,10 +17,11 @@ AtSite = Callable[[str, nn.Module, Activation], Activation]
 """Called in place of a site's layer with its name, the layer and the input; gives the output."""
 
 
-class Switch:
-    """What the wrapped sites of one patched copy do at the moment; None: what the target does."""
+class Switch(BlockSwitch):
+    """What the wrapped sites and blocks of one patched copy do now; None: what the target does."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.at_site: AtSite | None = None
 
 
@@ -56,5 +58,6 @@ def patched_copy(
             setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
     for name, layer in identities.items():  # after the wrappers: an identity also acts before a masked layer
         insert(patched.get_submodule(name.removesuffix(f".{SUFFIX}")), _SiteWrapper(name, layer, switch))
+    wrap_blocks(patched, switch)
     keep_factors(patched)
     return patched

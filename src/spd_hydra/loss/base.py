@@ -29,6 +29,7 @@ class LossInputs:
         draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
+        recompute: masked passes keep nothing for the backward pass, which computes each of them again.
         sources: this term's own lasting sources by site, if it has any (see `loss/persistent_recon.py`).
         valid: False at positions that are padding and count nowhere; None: all count.
     """
@@ -40,6 +41,7 @@ class LossInputs:
     draws: Float[Tensor, "*positions columns"]
     divergence: Divergence
     schedule: Mapping[str, Tensor]
+    recompute: bool = False
     sources: Mapping[str, Float[Tensor, "n_sources columns"]] = dataclasses.field(default_factory=dict)
     valid: Bool[Tensor, "*positions"] | None = None
 
@@ -88,6 +90,16 @@ class Loss(Section):
             reference_positions: positions in a global training batch, for terms that depend on it.
         """
         return statistics["sum"] / statistics["count"]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value of a batch is the mean of its parts' values, each weighted with its positions."""
+        return False
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the statistics of a part would differ if the rest of the batch were there too."""
+        return False
 
     def scheduled(self, progress: float) -> dict[str, float]:
         """Parameters that change during training, at `progress` in [0, 1]."""

@@ -17,6 +17,10 @@ class Faithfulness(Loss):
     parameters, its code as here). Range: ≥ 0. Paper, §2.1.
     """
 
+    @property
+    def is_mean(self) -> bool:
+        return True  # every part has the value of the whole
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         return faithfulness_statistics(inputs.model)
 

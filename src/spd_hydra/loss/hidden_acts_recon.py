@@ -31,6 +31,10 @@ class HiddenActsRecon(Loss):
     def columns(self, model: DecomposedModel) -> int:
         return self.n_samples * mask_columns(MaskSource.stochastic, model)
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         errors: list[Tensor] = []
         counts: list[Tensor | int] = []

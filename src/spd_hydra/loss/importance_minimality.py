@@ -45,6 +45,10 @@ class ImportanceMinimality(Loss):
         return annealed(progress, self.p_start, self.p_end, self.anneal_from, self.anneal_to)
 
     @property
+    def is_mean(self) -> bool:
+        return self.beta == 0
+
+    @property
     def _is_constant(self) -> bool:
         return self.p_start == self.p_end
 

@@ -21,7 +21,10 @@ ScheduledValues = dict[str, dict[str, Tensor]]
 """Scheduled parameters at one step: by term, by parameter, as scalars on the device."""
 
 
-_SPARSITY = "sparsity"
+SPARSITY = "sparsity"
+"""Stands beside the names of the terms, for the sums of `Objective.sparsity`."""
+
+POSITIONS = "positions"
 
 
 class Precision(Enum):
@@ -58,6 +61,7 @@ class Objective:
         precision: of the forward passes.
         ci_threshold: g above which a subcomponent counts as active in L0.
         padded: batches are tokens, of which negative ones are padding.
+        recompute: masked passes keep no activations for the backward pass, which computes each of them again.
         seed: where lasting adversaries start.
 
     Attributes:
@@ -72,6 +76,7 @@ class Objective:
         precision: Precision,
         ci_threshold: float,
         padded: bool = False,
+        recompute: bool = False,
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -79,6 +84,7 @@ class Objective:
         self.precision = precision
         self.ci_threshold = ci_threshold
         self.padded = padded
+        self.recompute = recompute
         self.adversary = Adversary(model, losses.lasting_terms(), seed=seed)
 
     def __call__(
@@ -97,10 +103,14 @@ class Objective:
         inputs = self.inputs(batch)
         active = self.losses.active_terms()
         statistics = self.statistics(inputs, active, draws, schedule)
-        statistics[_SPARSITY] = self._sparsity(inputs)
-        statistics = over_ranks(statistics)
-        sparsity = statistics.pop(_SPARSITY)
-        positions = sparsity.pop("positions")
+        statistics[SPARSITY] = self.sparsity(inputs)
+        return self.loss_of(over_ranks(statistics))
+
+    def loss_of(self, statistics: Mapping[str, Statistics]) -> StepLoss:
+        """The training loss, from sums over the whole batch: of all active terms, and of `sparsity`."""
+        active = self.losses.active_terms()
+        sparsity = dict(statistics[SPARSITY])
+        positions = sparsity.pop(POSITIONS)
         terms = {name: term.value(statistics[name], positions) for name, term in active.items()}
         total = torch.stack([term.coeff * terms[name] for name, term in active.items()]).sum()
         l0 = {site: active / positions for site, active in sparsity.items()}
@@ -146,6 +156,7 @@ class Objective:
             draws=torch.zeros((), device=batch.device),
             divergence=self.losses.divergence,
             schedule={},
+            recompute=self.recompute,
             valid=valid,
         )
 
@@ -193,13 +204,13 @@ class Objective:
             self.model.device.type, dtype=torch.bfloat16, enabled=self.precision is Precision.bf16
         )
 
-    def _sparsity(self, inputs: LossInputs) -> Statistics:
-        """Number of active subcomponents by site, summed over positions, and the number of positions."""
+    def sparsity(self, inputs: LossInputs) -> Statistics:
+        """Number of active subcomponents by site, summed over positions, and the number of `POSITIONS`."""
         with torch.no_grad():
             active = {
                 site: _counted(ci.lower > self.ci_threshold, inputs.valid) for site, ci in inputs.ci.items()
             }
-        return active | {"positions": inputs.n_positions}
+        return active | {POSITIONS: inputs.n_positions}
 
 
 def _counted(

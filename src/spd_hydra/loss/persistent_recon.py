@@ -47,6 +47,14 @@ class PersistentPGDRecon(RoutedRecon):
     def columns(self, model: DecomposedModel) -> int:
         return self.route_columns(model) + 1
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        return self.ascents > 1  # all but the last with passes of their own on the batch
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         sources = self._of_rows(inputs.sources, inputs.draws[..., -1])
         use_delta = inputs.model.config.use_delta

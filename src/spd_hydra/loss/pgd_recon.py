@@ -44,6 +44,14 @@ class PGDRecon(RoutedRecon):
     def columns(self, model: DecomposedModel) -> int:
         return self.route_columns(model) + ascent.columns_needed(model, self.start, self.scope)
 
+    @property
+    def is_mean(self) -> bool:
+        return True
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        return self.scope is Scope.shared
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         route_draws, own_draws = inputs.draws.tensor_split([self.route_columns(inputs.model)], dim=-1)
         return adversarial_recon(

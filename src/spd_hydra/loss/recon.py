@@ -6,9 +6,10 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.decomposition import masks, routing
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import MaskSource, SiteMask, draw_mask
 from spd_hydra.decomposition.routing import Routing, routes
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
@@ -53,6 +54,10 @@ class Recon(RoutedRecon):
 
     def columns(self, model: DecomposedModel) -> int:
         return self.n_samples * (self.route_columns(model) + mask_columns(self.masks, model))
+
+    @property
+    def is_mean(self) -> bool:
+        return True
 
     def statistics(self, inputs: LossInputs) -> Statistics:
         total = inputs.draws.new_zeros(())
@@ -100,5 +105,15 @@ def masked_divergence(
     inputs: LossInputs, site_masks: Mapping[str, SiteMask], route: Route
 ) -> tuple[Tensor, Tensor | int]:
     """Divergence of one masked pass, summed over the batch, and the number it has to be divided by."""
-    output = inputs.model(inputs.batch, routed_masks(site_masks, route), reuse=inputs.reuse)
-    return divergence_sum(inputs.divergence, output, inputs.clean.output, inputs.valid)
+
+    def run(reuse: Reuse) -> tuple[Tensor, Tensor | int]:
+        output = inputs.model(inputs.batch, routed_masks(site_masks, route), reuse=reuse)
+        return divergence_sum(inputs.divergence, output, inputs.clean.output, inputs.valid)
+
+    if not (inputs.recompute and torch.is_grad_enabled()):
+        return run(inputs.reuse)
+    # Products that passes share would be there already when a pass is computed again.
+    found: tuple[Tensor, Tensor | int] = checkpoint(
+        lambda: run(inputs.reuse._replace(products={})), use_reentrant=False, preserve_rng_state=False
+    )
+    return found

@@ -49,6 +49,10 @@ class SmoothL0(Loss):
         """γ at `progress` in [0, 1] of training: linear between the two fractions."""
         return annealed(progress, self.gamma_start, self.gamma_end, self.anneal_from, self.anneal_to)
 
+    @property
+    def is_mean(self) -> bool:
+        return self.frequency_coeff == 0
+
     def statistics(self, inputs: LossInputs) -> Statistics:
         squared = inputs.schedule["gamma"] ** 2
         sums = {}

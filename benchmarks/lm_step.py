@@ -1,0 +1,178 @@
+"""A training step on a language model, beside a plain implementation of the same step.
+
+    python -m benchmarks.lm_step                       # a Llama of 2 layers, on the CPU
+    python -m benchmarks.lm_step --device cuda         # GPT-2-small and a Llama of 4 layers, 512 tokens
+
+Milliseconds per step, samples (rows) per second, the share of the machine's matrix-product rate that is used
+(MFU: FLOPs of our step over time and rate, the same for all ways) and the most bytes that tensors take at a
+time within a step. The ways take turns in one process, start from the same weights and are compared first.
+Exit code 1: their losses or gradients differ by more than 1e-4.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+import time
+
+import torch
+from benchmarks import markdown, step_page
+from benchmarks.lm_cases import LanguageModel, config
+from benchmarks.plain_lm_step import PlainLanguageStep
+from benchmarks.roofline import matmul_flops, matmul_rate
+from benchmarks.step_cases import Sample, Variant, differences, make, parts_of, wait_for
+from benchmarks.step_memory import allocated_in_a_step
+
+from spd_hydra.config import RunConfig
+from spd_hydra.environment import describe_environment
+
+_TOLERANCE = 1e-4
+_SIDE = 2048  # of the square matrices that the machine is measured with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, and how much of it is decomposed on how much text."""
+
+    name: str
+    target: LanguageModel
+    C: int
+    length: int
+    batch_size: int
+    hidden: int
+
+    def config(self, *, device: str, overrides: tuple[str, ...]) -> RunConfig:
+        """The run whose steps are taken."""
+        words = (f"train.batch_size={self.batch_size}", f"device={device}", *overrides)
+        return config(self.target, C=self.C, length=self.length, hidden=self.hidden, overrides=words)
+
+
+CPU = (Case(name="llama, 2 x 128", target=LanguageModel(), C=128, length=64, batch_size=16, hidden=64),)
+CUDA = (
+    Case(
+        name="GPT-2 small",
+        target=LanguageModel(family="gpt2", layers=12, width=768, heads=12, vocabulary=50257),
+        C=768,
+        length=512,
+        batch_size=2,
+        hidden=256,
+    ),
+    Case(
+        name="llama, 4 x 768",
+        target=LanguageModel(layers=4, width=768, heads=12, vocabulary=32000),
+        C=768,
+        length=512,
+        batch_size=4,
+        hidden=256,
+    ),
+)
+
+
+def measure(
+    case: Case, ways: list[str], seconds: float, device: str, overrides: tuple[str, ...]
+) -> list[list[str]]:
+    """A row of the table for every way, the plain one last.
+
+    Raises:
+        ValueError: two ways differ in a loss or a gradient.
+    """
+    run = case.config(device=device, overrides=overrides)
+    parts = parts_of(run, compiled=False)
+    sample = parts.train_sampler()(0)
+    plain = PlainLanguageStep(parts)
+    variants = {way: made(way, run, sample) for way in ways}
+    variants["plain"] = Variant(
+        lambda given=None: plain.step(sample if given is None else given), plain.parameters, plain.device
+    )
+    for way in ways:
+        require_equal(way, variants[way], variants["plain"], sample)
+    flops = matmul_flops(lambda: variants[ways[-1]].step(sample))
+    rate = matmul_rate(plain.device, _SIDE, _SIDE, _SIDE)
+    times = in_turns(variants, seconds)
+    memory = {way: allocated_in_a_step(variant) for way, variant in variants.items()}
+    return [
+        [
+            case.name,
+            way,
+            f"{1000 * own:.0f}",
+            f"{case.batch_size / own:.1f}",
+            f"{flops / own / rate:.0%}",
+            f"{memory[way] / 2**20:.0f}",
+            f"{times['plain'] / own:.2f}",
+            f"{memory[way] / memory['plain']:.2f}",
+        ]
+        for way, own in times.items()
+    ]
+
+
+def made(way: str, run: RunConfig, sample: Sample) -> Variant:
+    """`compiled`, `eager`, or `recomputed`, which is eager and keeps no activations of masked passes."""
+    train = dataclasses.replace(run.train, checkpoint_activations=way == "recomputed")
+    variant = make("compiled" if way == "compiled" else "eager", dataclasses.replace(run, train=train))
+    take = variant.step
+    # All on one batch, for random numbers are not what is compared.
+    variant.step = lambda given=None: take(sample if given is None else given)
+    return variant
+
+
+def require_equal(way: str, variant: Variant, reference: Variant, sample: Sample) -> None:
+    """Raise ValueError if losses or gradients differ; the reference takes a step and is put back."""
+    before = {name: p.detach().clone() for name, p in reference.parameters.items()}
+    losses, gradients = differences(variant, reference, sample)
+    with torch.no_grad():
+        for name, p in reference.parameters.items():
+            p.copy_(before[name])
+    for what, found in (("loss", losses), ("gradient", gradients)):
+        name = max(found, key=lambda key: math.inf if math.isnan(found[key]) else found[key])
+        if not found[name] <= _TOLERANCE:
+            raise ValueError(f"{way} and plain: the {what} {name} differs by {found[name]:.1e}")
+
+
+def in_turns(variants: dict[str, Variant], seconds: float) -> dict[str, float]:
+    """The least time of a step of each, one step after another in turns."""
+    found = dict.fromkeys(variants, math.inf)
+    end, rounds = time.perf_counter() + seconds, itertools.count()
+    while next(rounds) < 3 or time.perf_counter() < end:
+        for name, variant in variants.items():
+            wait_for(variant.device)
+            started = time.perf_counter()
+            variant.step()
+            wait_for(variant.device)
+            found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def main() -> int:
+    """Parse the command line, measure, print; 1 if two ways differ."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="*", help="of the configuration, e.g. train.precision=bf16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=30.0, help="per model")
+    parser.add_argument("--ways", default="compiled,recomputed,eager", metavar="WAY,…")
+    arguments = parser.parse_intermixed_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out for the CPU's case")
+    torch.set_num_threads(arguments.threads)
+    print(step_page.machine({"environment": describe_environment(arguments.device)}), flush=True)
+    header = ["model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory"]
+    rows = []
+    for case in CUDA if arguments.device == "cuda" else CPU:
+        try:
+            rows += measure(
+                case,
+                arguments.ways.split(","),
+                arguments.seconds,
+                arguments.device,
+                tuple(arguments.overrides),
+            )
+        except ValueError as error:
+            print(f"{case.name}: {error}")
+            return 1
+    print(markdown.table(header, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Blocks of a target, whose clean output stands in for them where nothing before them is masked."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+AtBlock = Callable[[str, nn.Module, Callable[[], Any]], Any]
+"""Called in place of a block with its path, the block, and what runs it; gives the output."""
+
+
+class BlockSwitch:
+    """What the wrapped blocks of one patched copy do at the moment; None: what the target does."""
+
+    def __init__(self) -> None:
+        self.at_block: AtBlock | None = None
+
+
+class _BlockWrapper(nn.Module):
+    def __init__(self, path: str, block: nn.Module, switch: BlockSwitch) -> None:
+        super().__init__()
+        self.path, self.block, self.switch = path, block, switch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.switch.at_block is None:
+            return self.block(*args, **kwargs)
+        return self.switch.at_block(self.path, self.block, lambda: self.block(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(
+                super().__getattr__("block"), name
+            )  # a target may ask its blocks for what they are
+
+
+def wrap_blocks(patched: nn.Module, switch: BlockSwitch) -> None:
+    """Wrap the elements of the outermost lists of modules."""
+    lists = {path: module for path, module in patched.named_modules() if isinstance(module, nn.ModuleList)}
+    for path, blocks in lists.items():
+        if any(path.startswith(f"{outer}.") for outer in lists):
+            continue
+        for index, block in enumerate(blocks):
+            blocks[index] = _BlockWrapper(f"{path}.{index}".lstrip("."), block, switch)
+
+
+class CleanBlocks:
+    """Outputs of the blocks of a clean pass, and which of them were done before a site began.
+
+    A block that was done before a site began has its clean output in every pass that masks this site alone.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, Any] = {}
+        self._again: set[str] = set()  # blocks that ran more than once: one output does not stand for them
+        self._before: dict[str, frozenset[str]] = {}
+
+    def record(self, path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+        """Run a block of the clean pass."""
+        output = run()
+        if path in self._outputs:
+            self._again.add(path)
+        self._outputs[path] = output
+        return output
+
+    def site_begins(self, site: str) -> None:
+        """Note which blocks are done."""
+        self._before[site] = frozenset(self._outputs)
+
+    def reused_before(self, site: str) -> AtBlock:
+        """For a pass in which this site alone is masked: clean outputs, up to the block that it is in."""
+        known = self._before[site] - self._again
+
+        def at_block(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+            return self._outputs[path] if path in known else run()
+
+        return at_block

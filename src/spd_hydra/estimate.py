@@ -1,0 +1,144 @@
+"""What a run will take on this machine: memory, arithmetic and time of a step, before anything is trained."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spd_hydra.build import Parts
+from spd_hydra.config import Device, RunConfig
+from spd_hydra.launcher_config import Slurm
+from spd_hydra.loss.objective import Precision
+from spd_hydra.simulation import Needs, simulate
+
+_SECONDS = 0.25  # of one measurement
+_SIDE = 1024  # of the square matrices that are multiplied
+_COPIED = 2**26  # bytes that are copied, more than most caches hold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a device does per second: FLOPs of matrix products, bytes read and written by a copy."""
+
+    matmul: float
+    copy: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one process of a run needs per step.
+
+    Attributes:
+        needs: of one process, of all its replicas together.
+        ranks: processes that share a batch.
+        device: where a step was simulated.
+        rates: of that device; None where this machine does not have the one that the run will use.
+    """
+
+    needs: Needs
+    ranks: int
+    device: torch.device
+    rates: Rates | None
+
+    @property
+    def seconds(self) -> float | None:
+        """FLOPs over their rate, or bytes that have to be moved over theirs, if that takes longer.
+
+        A lower bound: random numbers, masks and activation functions count nothing, and everything else is
+        taken to run at the rate of a large matrix product.
+        """
+        if self.rates is None:
+            return None
+        return max(self.needs.flops / self.rates.matmul, self.needs.moved / self.rates.copy)
+
+    def lines(self, *, compiled: bool) -> list[str]:
+        """What people read."""
+        needs = self.needs
+        each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
+        above = "; a compiled step stays below" if compiled else ""
+        found = [
+            f"parameters: {needs.trained:,} trained, {needs.frozen:,} frozen",
+            f"memory{each}: {_bytes(needs.resident)} for parameters, gradients and AdamW's moments, "
+            f"{_bytes(needs.peak)} at the peak of an uncompiled step{above}",
+            f"arithmetic{each}: {_number(needs.flops)}FLOP per step in matrix products",
+        ]
+        if self.rates is None or self.seconds is None:
+            return [*found, "time: this machine has no GPU to measure; run task=check where the run will be"]
+        return [
+            *found,
+            f"time: at least {1000 * self.seconds:.3g} ms per step on this {self.device.type} "
+            f"({_number(self.rates.matmul)}FLOP/s, {_number(self.rates.copy)}B/s), if everything ran as fast "
+            "as matrix products",
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers, by name."""
+        needs = self.needs
+        return {
+            "trainable_parameters": needs.trained,
+            "frozen_parameters": needs.frozen,
+            "resident_bytes": needs.resident,
+            "peak_bytes": needs.peak,
+            "flops_per_step": needs.flops,
+            "least_seconds_per_step": self.seconds,
+        }
+
+
+def estimate(config: RunConfig, parts: Parts) -> Estimate:
+    """What a run of this configuration needs; nothing is trained, a device is measured for half a second.
+
+    Args:
+        config: the run's.
+        parts: from `preflight`.
+    """
+    here = torch.cuda.is_available()
+    elsewhere = isinstance(config.launcher, Slurm) and bool(config.launcher.gpus) and not here
+    wants_gpu = config.device is Device.cuda or (config.device is Device.auto and here)
+    device = torch.device("cuda" if wants_gpu and here else "cpu")
+    launcher = config.launcher
+    ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
+    needs = simulate(parts, rows=-(-config.train.batch_size // ranks), device=device)
+    needs = needs.times(config.train.replicas)
+    known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
+    return Estimate(needs=needs, ranks=ranks, device=device, rates=known)
+
+
+def measure(device: torch.device, precision: Precision) -> Rates:
+    """Rates of a device, at the better of several attempts in a quarter of a second each."""
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    a, b = (torch.ones(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(_COPIED // 4, device=device)
+    target = torch.zeros_like(source)
+    return Rates(
+        matmul=2 * _SIDE**3 / _least_seconds(lambda: torch.mm(a, b), device),
+        copy=2 * _COPIED / _least_seconds(lambda: target.copy_(source), device),
+    )
+
+
+def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    wait = torch.get_device_module(device).synchronize
+    run()
+    found: list[float] = []
+    while not found or sum(found) < _SECONDS:
+        wait()
+        started = time.perf_counter()
+        run()
+        wait()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _bytes(number: int) -> str:
+    """In the largest unit of which there is one: KiB, MiB, GiB."""
+    unit = next((n for n, size in (("GiB", 2**30), ("MiB", 2**20)) if number >= size), "KiB")
+    return f"{number / {'GiB': 2**30, 'MiB': 2**20, 'KiB': 2**10}[unit]:.1f} {unit}"
+
+
+def _number(number: float) -> str:
+    """With a prefix: 1.2 G, 3.4 T."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {prefix}"
+    return f"{number:.3g} "

@@ -1,0 +1,200 @@
+"""What a training step needs, found by taking it on tensors that have shapes and no values."""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from spd_hydra import rng
+from spd_hydra.accumulation import AccumulatedStep
+from spd_hydra.build import Parts
+from spd_hydra.loss.objective import Objective
+from spd_hydra.optimizer import adamw
+from spd_hydra.sampler import position_index
+from spd_hydra.step import Step
+
+_PARAMETER_ACCESSES = 8  # gradient written; gradient, parameter and two moments read, the last three written
+_INPUT_ACCESSES = 2  # written when they are drawn, read by the step
+_PARTS = 2  # that are simulated of an accumulated step: a further one changes no peak
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one process needs for a step.
+
+    Attributes:
+        trained: parameters that are trained.
+        frozen: parameters of the target.
+        resident: bytes that are held between two steps: parameters, gradients and moments.
+        peak: most bytes that tensors take at a time, `resident` included, in a step that is not compiled.
+        flops: floating-point operations of matrix products, 2·m·k·n each, backward passes included.
+        moved: bytes that have to be moved at least: operands and results of matrix products, parameters,
+            gradients and moments, batch and random numbers.
+    """
+
+    trained: int
+    frozen: int
+    resident: int
+    peak: int
+    flops: int
+    moved: int
+
+    def times(self, replicas: int) -> "Needs":
+        """Of several decompositions that are trained at once, each with a target of its own."""
+        return Needs(**{name: replicas * value for name, value in dataclasses.asdict(self).items()})
+
+
+def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
+    """Take steps with these parts, which may be on the meta device, on tensors that hold no values.
+
+    Args:
+        parts: of the run; afterwards they are as they were.
+        rows: of the global batch that this process works on.
+        device: where the run would compute.
+    """
+    row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
+    example = _Example(row, device)
+    settings = parts.config.train
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, _Watch() as watch, _without_values(parts.objective, device):
+        watch.see([*parts.model.parameters(), *parts.model.buffers()])
+        model = parts.model
+        model.roots = model.roots_without_values(example(1))
+        sampler = _Draws(parts, rows, settings.accumulate, example)
+        groups = [list(model.component_parameters()), list(model.ci_parameters())]
+        optimizer = adamw(groups, lr=settings.lr, weight_decay=0.0)
+        for parameter in (p for group in groups for p in group):
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes the moments, so that the next step is like all further ones
+        watch.begin()
+        schedule = parts.objective.scheduled(0.0)
+        if settings.accumulate == 1:
+            Step(parts.objective, compile=False)(*sampler(0, 0), schedule)
+        else:
+            AccumulatedStep(parts.objective, sampler, compile=False)(0, schedule)
+        optimizer.step()
+        trained = sum(p.numel() for group in groups for p in group)
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        return Needs(
+            trained=trained,
+            frozen=frozen,
+            resident=watch.live,
+            peak=watch.peak,
+            flops=round(watch.flops * sampler.scale),
+            moved=round((watch.moved + _INPUT_ACCESSES * sampler.drawn) * sampler.scale)
+            + 4 * _PARAMETER_ACCESSES * trained,
+        )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts bytes of tensors that are alive, operations, and bytes that products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = self.flops = self.moved = 0
+        self._known: set[int] = set()
+
+    def begin(self) -> None:
+        """Count a step from here."""
+        self.flops = self.moved = 0
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.see(tree_leaves(out))
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        if packet in flop_registry or func.namespace not in ("aten", "prim", "prims"):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            self.moved += sum(tensor.nbytes for tensor in tensors)
+        return out
+
+    def see(self, leaves: list[Any]) -> None:
+        """Count the memory of tensors that are new, until it is free."""
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage._cdata in self._known:
+                continue
+            self._known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, identity: int, size: int) -> None:
+        self._known.discard(identity)
+        self.live -= size
+
+
+class _Draws:
+    """Batches and random numbers of the right shapes, in parts, as `SplitSampler` gives them.
+
+    Attributes:
+        scale: the work of all parts over that of the simulated ones.
+        drawn: bytes of batches and random numbers in one pass over the parts.
+    """
+
+    def __init__(self, parts: Parts, rows: int, number: int, example: "_Example") -> None:
+        device = parts.model.device
+        self.rows = torch.arange(rows, dtype=torch.int32, device=device).tensor_split(number)[:_PARTS]
+        self.rows_per_step = parts.config.train.batch_size
+        self.scale = rows / sum(len(own) for own in self.rows)
+        self.drawn = 0
+        self._example, self._shape = example, parts.position_shape
+        self._columns = parts.objective.columns(parts.config.loss.active_terms()).to(device)
+        self._key = rng.key(0, "shapes").to(device)
+
+    def __call__(self, step: int, part: int) -> tuple[Tensor, Tensor]:
+        rows = self.rows[part]
+        batch = self._example(len(rows))
+        draws = rng.uniform(self._key, position_index(rows, self._shape), self._columns)
+        self.drawn = batch.nbytes + draws.nbytes + (self.drawn if part else 0)
+        return batch, draws
+
+
+class _Example:
+    """Batches of the shape that the data have, without values."""
+
+    def __init__(self, row: Tensor, device: torch.device) -> None:
+        self._shape, self._dtype, self._device = row.shape[1:], row.dtype, device
+
+    def __call__(self, rows: int) -> Tensor:
+        return torch.empty((rows, *self._shape), dtype=self._dtype, device=self._device)
+
+
+@contextlib.contextmanager
+def _without_values(objective: Objective, device: torch.device) -> Iterator[None]:
+    """Put tensors without values in place of all parameters and buffers, ties and copies kept."""
+    model = objective.model
+    made: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+        return made[id(tensor)]
+
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in [*model.modules(), *model.patched.modules(), *objective.adversary.modules()]:
+        tables: list[Any] = [module._parameters, module._buffers]
+        before += [(own, dict(own)) for own in tables]
+    for own, tensors in before:
+        own.update({name: None if tensor is None else empty(tensor) for name, tensor in tensors.items()})
+    roots = model.roots
+    try:
+        yield
+    finally:
+        model.roots = roots
+        for own, tensors in before:
+            own.update(tensors)

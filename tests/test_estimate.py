@@ -1,0 +1,155 @@
+"""What a step is said to need is what it takes."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from spd_hydra import estimate as estimates
+from spd_hydra.build import assemble, preflight, untrained_target
+from spd_hydra.composition import compose
+from spd_hydra.config import RunConfig
+from spd_hydra.decomposition.subcomponents import Init
+from spd_hydra.loss.objective import Precision
+from spd_hydra.simulation import Needs, simulate
+from spd_hydra.trainer import Trainer
+
+Toy = Callable[..., RunConfig]
+Make = Callable[..., Trainer]
+CPU = torch.device("cpu")
+
+
+def needs_of(config: RunConfig) -> Needs:
+    return simulate(preflight(config), rows=config.train.batch_size, device=CPU)
+
+
+def most_bytes_in_a_step(trainer: Trainer) -> int:
+    """Parameters, target, gradients, moments, and what the allocator gives out in a step."""
+    for _ in range(2):
+        trainer.train_step()
+    trained = sum(p.numel() for p in trainer.components + trainer.ci_fn)
+    frozen = sum(p.numel() for p in trainer.model.target.parameters())
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        trainer.train_step()
+    assert seen.profiler is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return 4 * (4 * trained + frozen) + int(max(itertools.accumulate(sizes)))
+
+
+LARGE = ["train.batch_size=2048", "train.log_every=1000"]
+VARIANTS = {
+    "all terms": ["loss.stochastic_recon_subset.coeff=1", "loss.faithfulness.coeff=1"],
+    "in parts": ["train.accumulate=4"],
+    "recomputed": ["train.checkpoint_activations=true"],
+    "in bf16": ["train.precision=bf16"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_predicted_peak_is_that_of_a_step(make: Make, variant: str) -> None:
+    words = [*LARGE, *VARIANTS[variant]]
+    measured = most_bytes_in_a_step(make(*words, steps=1000))
+    needs = needs_of(compose(["debug=smoke", "device=cpu", *words]))
+    assert needs.peak == pytest.approx(measured, rel=0.2)
+
+
+def test_parameters_are_counted_once(toy: Toy) -> None:
+    needs = needs_of(toy("train.batch_size=8"))
+    # Tied: V [5, 20] and U [20, 2] once; per site 20 private MLPs of 16 hidden units. W [2, 5] and a bias.
+    trained, frozen = 20 * (5 + 2) + 2 * 20 * (3 * 16 + 1), 10 + 5
+    assert (needs.trained, needs.frozen) == (trained, frozen)
+    batches = 8 * 4  # left over from building, at most
+    assert 0 <= needs.resident - 4 * (4 * trained + frozen) <= 4 * 2 * 11 + 4096 + batches
+
+
+def test_operations_are_those_of_a_real_step(make: Make) -> None:
+    words = ["train.batch_size=64", "train.log_every=1000"]
+    trainer = make(*words, steps=1000)
+    trainer.train_step()
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step()
+    assert needs_of(compose(["debug=smoke", "device=cpu", *words])).flops == counter.get_total_flops()
+
+
+def test_parts_need_less_memory_for_the_same_operations(toy: Toy) -> None:
+    whole, parts = (
+        needs_of(toy("train.batch_size=4096", "ci_fn=shared_mlp", f"train.accumulate={number}"))
+        for number in (1, 8)
+    )
+    assert parts.peak < whole.peak / 4
+    assert parts.flops == whole.flops
+
+
+def test_the_parts_are_as_they_were(toy: Toy) -> None:
+    config = toy("train.batch_size=8", "decomposition.init=inputs", "decomposition.tied={}")
+    assert config.decomposition.init is Init.inputs
+    made = assemble(config, untrained_target(config), CPU)
+    before = {name: (id(p), p.clone()) for name, p in made.model.named_parameters()}
+    roots = made.model.roots
+    simulate(made, rows=8, device=CPU)
+    assert made.model.roots == roots
+    for name, parameter in made.model.named_parameters():
+        identity, value = before[name]
+        assert id(parameter) == identity
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None
+
+
+def test_roots_are_found_without_values(toy: Toy) -> None:
+    config = toy()
+    made = assemble(config, untrained_target(config), CPU)
+    assert made.model.roots == {"embed"}
+    assert made.model.roots_without_values(torch.rand(3, 5)) == {"embed"}
+    assert not any(p.grad is not None for p in made.model.parameters())
+
+
+def test_the_least_time_is_that_of_the_slower_of_products_and_memory() -> None:
+    needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=6_000, moved=1_000)
+    for matmul, copy, seconds in ((3_000, 1_000, 2.0), (6_000, 250, 4.0)):
+        rates = estimates.Rates(matmul=matmul, copy=copy)
+        assert estimates.Estimate(needs=needs, ranks=1, device=CPU, rates=rates).seconds == seconds
+
+
+def test_what_people_read() -> None:
+    needs = Needs(
+        trained=1_234_567, frozen=89, resident=3 * 2**20, peak=5 * 2**30, flops=4_200_000_000, moved=10
+    )
+    rates = estimates.Rates(matmul=2.1e12, copy=4e10)
+    shown = estimates.Estimate(needs=needs, ranks=2, device=CPU, rates=rates)
+    assert shown.lines(compiled=True) == [
+        "parameters: 1,234,567 trained, 89 frozen",
+        "memory of each of 2 ranks: 3.0 MiB for parameters, gradients and AdamW's moments, 5.0 GiB at the "
+        "peak of an uncompiled step; a compiled step stays below",
+        "arithmetic of each of 2 ranks: 4.2 GFLOP per step in matrix products",
+        "time: at least 2 ms per step on this cpu (2.1 TFLOP/s, 40 GB/s), if everything ran as fast as "
+        "matrix products",
+    ]
+    unknown = estimates.Estimate(needs=needs, ranks=1, device=CPU, rates=None).lines(compiled=False)
+    assert unknown[1].endswith("5.0 GiB at the peak of an uncompiled step")
+    assert unknown[-1] == "time: this machine has no GPU to measure; run task=check where the run will be"
+
+
+def test_every_rank_has_its_share_and_every_replica_its_own(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = estimates.Rates(matmul=1, copy=1)
+    monkeypatch.setattr(estimates, "measure", lambda device, precision: rates)
+
+    def flops(*words: str) -> int:
+        config = toy("train.batch_size=64", *words)
+        return estimates.estimate(config, preflight(config)).needs.flops
+
+    assert flops("launcher.ranks_per_node=2") == flops() / 2
+    assert flops("train.replicas=3") == 3 * flops()
+
+
+def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "_SECONDS", 0.0)
+    rates = estimates.measure(CPU, Precision.fp32)
+    assert rates.matmul > 1e6
+    assert rates.copy > 1e6
