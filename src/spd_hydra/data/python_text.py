@@ -156,7 +156,7 @@ def _digest() -> str:
 
 def trained_tokenizer(pieces: list[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer trained on pieces of text; the same pieces give the same tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,6 +172,6 @@ def trained_tokenizer(pieces: list[str], vocab_size: int) -> Any:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -202,8 +202,8 @@ def _on_hub(name: str, config_name: str | None, revision: str | None, split: str
 def _unreachable(name: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"data.name: got {name}, which is no local file and cannot be had from the hub "
-        f"({_first_line(error)}); check the spelling; for a machine without a network fetch it with `spd-run task=prefetch ...` where "
-        "there is one, with the same HF_HOME, and set HF_HUB_OFFLINE=1"
+        f"({_first_line(error)}); check the spelling; for a machine without a network fetch it with "
+        "`spd-run task=prefetch ...` where there is one, with the same HF_HOME, and set HF_HUB_OFFLINE=1"
     )
 
 
