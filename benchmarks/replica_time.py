@@ -2,8 +2,8 @@
 
     python -m benchmarks.replica_time --replicas 1,4,16 --write docs/performance.md
 
-Data, loss, gradients and AdamW's update, compiled, for untrained targets. The counts take turns in one
-process.
+Data, loss, gradients and AdamW's update, compiled, for untrained targets; on a GPU replayed as CUDA graphs,
+or with `train.cuda_graphs=false` launched kernel by kernel. The counts take turns in one process.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from benchmarks.step_page import machine
 
 from spd_hydra.build import device_of
 from spd_hydra.environment import describe_environment
+from spd_hydra.graph import REHEARSALS
 from spd_hydra.replicas import Replicas
 
 TITLE = "Replicas"
@@ -46,7 +47,7 @@ def time_case(
     steps = {count: stepper(case, count, overrides, device.type) for count in counts}
     lengths = {}
     for count, step in steps.items():
-        _seconds(step, 2, device)  # compiles
+        _seconds(step, REHEARSALS + 2 if device.type == "cuda" else 2, device)  # compiles, and records
         lengths[count] = max(1, round(_ROUND_SECONDS / _seconds(step, 1, device)))
     found: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(_ROUNDS):

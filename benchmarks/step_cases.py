@@ -14,6 +14,7 @@ from spd_hydra import rng
 from spd_hydra.build import Parts, assemble, device_of, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
+from spd_hydra.graph import REHEARSALS
 from spd_hydra.logger.base import Logger
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.run_dir import RunDirectory
@@ -21,6 +22,8 @@ from spd_hydra.sampler import Sampler
 from spd_hydra.trainer import Trainer
 
 VARIANTS = ("compiled", "eager", "plain")
+GRAPHS = "graphs"
+"""On a GPU also the compiled step replayed as CUDA graphs, whose kernels `compiled` launches one by one."""
 REFERENCE = "plain in float64"
 TOLERANCE = 1e-5
 _SHIFT = 0.1  # of the initial weights, so that no bias is exactly zero when gradients are compared
@@ -65,11 +68,20 @@ class Variant:
             it leaves in the parameters; updates. Returns every term and `total`.
         parameters: what is trained, by name.
         device: where the step is taken.
+        first_steps: how many of them are slower than all others.
     """
 
-    def __init__(self, step: "_Step", parameters: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        step: "_Step",
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        first_steps: int = 1,
+    ) -> None:
         self.step = step
         self.device = device
+        self.first_steps = first_steps
         self._parameters = parameters
 
     def losses_and_gradients(self, sample: Sample) -> tuple[Numbers, dict[str, Tensor]]:
@@ -83,9 +95,15 @@ class _Step(Protocol):
     def __call__(self, sample: Sample | None = None) -> Mapping[str, Tensor]: ...
 
 
-def parts_of(config: RunConfig, *, compiled: bool) -> Parts:
+def variants_on(device: torch.device) -> tuple[str, ...]:
+    """What is compared on a device, the plain implementation last."""
+    return (GRAPHS, *VARIANTS) if device.type == "cuda" else VARIANTS
+
+
+def parts_of(config: RunConfig, *, compiled: bool, graphs: bool = False) -> Parts:
     """The decomposition of an untrained target, whose step costs what that of a trained one does."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
+    train = dataclasses.replace(config.train, compile=compiled, cuda_graphs=graphs)
+    config = dataclasses.replace(config, train=train)
     parts = assemble(config, untrained_target(config), device_of(config))
     generator = rng.generator(config.seed, "benchmark")
     with torch.no_grad():
@@ -97,8 +115,8 @@ def parts_of(config: RunConfig, *, compiled: bool) -> Parts:
 
 
 def make(name: str, config: RunConfig) -> Variant:
-    """One of `VARIANTS` or the `REFERENCE`, all with the same initial weights."""
-    parts = parts_of(config, compiled=name == "compiled")
+    """One of `VARIANTS`, `GRAPHS` or the `REFERENCE`, all with the same initial weights."""
+    parts = parts_of(config, compiled=name in ("compiled", GRAPHS), graphs=name == GRAPHS)
     if name in ("plain", REFERENCE):
         plain = PlainStep(parts, torch.float64 if name == REFERENCE else torch.float32)
         return Variant(plain.step, plain.parameters, parts.model.device)
@@ -106,17 +124,18 @@ def make(name: str, config: RunConfig) -> Variant:
     sampler = trainer.sampler
 
     def step(sample: Sample | None = None) -> dict[str, Tensor]:
-        trainer.sampler = sampler if sample is None else cast(Sampler, lambda step: sample)
+        if name != GRAPHS:  # they draw by themselves, first of all what `example` gives
+            trainer.sampler = sampler if sample is None else cast(Sampler, lambda step: sample)
         loss = trainer.train_step()
         return {**loss.terms, "total": loss.total.detach()}
 
     parameters = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
-    return Variant(step, parameters, parts.model.device)
+    return Variant(step, parameters, parts.model.device, first_steps=REHEARSALS + 1 if name == GRAPHS else 1)
 
 
 def trainer_of(config: RunConfig) -> Trainer:
     """A trainer for steps alone: it neither evaluates, logs nor saves."""
-    return _trainer(parts_of(config, compiled=config.train.compile))
+    return _trainer(parts_of(config, compiled=config.train.compile, graphs=config.train.cuda_graphs))
 
 
 def _trainer(parts: Parts) -> Trainer:

@@ -23,6 +23,8 @@ BOUND_HEADER = [
     "largest x V, GFLOP/s",
 ]  # fmt: skip
 
+GRAPHS_HEADER = ["experiment", "batch", "graphs, ms", "compiled / graphs", "eager / graphs", "plain / graphs"]
+
 Result = Mapping[str, Any]
 
 
@@ -60,6 +62,8 @@ def rates_line(result: Result) -> str:
 def tables(result: Result) -> str:
     """All tables for the terminal, then what is wrong, if anything is."""
     lines = ["", *text_table(TIME_HEADER, _time_rows(result)), ""]
+    if graphs := _graphs_rows(result):
+        lines += [*text_table(GRAPHS_HEADER, graphs), ""]
     lines += [*text_table(BOUND_HEADER, _bound_rows(result)), rates_line(result), ""]
     if result["memory"]:
         lines += [*text_table(MEMORY_HEADER, _memory_rows(result), left=2), ""]
@@ -88,7 +92,18 @@ numbers by torch's generator. The three take turns in one process.
 *loss*, *gradient*: largest relative difference of compiled and eager from plain computed in float64, on the
 same data and random numbers, over loss terms and over parameters (norm of the difference over the norm).
 
-{_bound_text(result)}{_memory_text(result)}{_wrong(result)}"""
+{_graphs_text(result)}{_bound_text(result)}{_memory_text(result)}{_wrong(result)}"""
+
+
+def _graphs_text(result: Result) -> str:
+    if not (rows := _graphs_rows(result)):
+        return ""
+    return f"""On a GPU `spd-run` replays the compiled step as CUDA graphs; *compiled* launches kernel by
+kernel (`train.cuda_graphs=false`):
+
+{markdown.table(GRAPHS_HEADER, rows)}
+
+"""
 
 
 def _bound_text(result: Result) -> str:
@@ -144,6 +159,24 @@ def _time_row(case: Result) -> list[str]:
         f"{_worst(case, 'losses'):.1e}",
         f"{_worst(case, 'gradients'):.1e}",
     ]
+
+
+def _graphs_rows(result: Result) -> list[list[str]]:
+    found = []
+    for case in result["cases"]:
+        ms = case["ms"]
+        if "graphs" not in ms:
+            continue
+        best = ms["graphs"]["best"]
+        found.append(
+            [
+                case["case"].partition("@")[0],
+                str(case["batch_size"]),
+                f"{best:.3f} ({ms['graphs']['median']:.3f})",
+                *(f"{ms[name]['best'] / best:.1f}" for name in ("compiled", "eager", "plain")),
+            ]
+        )
+    return found
 
 
 def _bound_rows(result: Result) -> list[list[str]]:

@@ -3,9 +3,9 @@
     python -m benchmarks.step_time --threads 1 --write docs/performance.md
     python -m benchmarks.step_time --device cuda --memory all
 
-Data, loss, gradients and AdamW's update count. The three ways take turns in one process and start from the
-same weights; losses and gradients are compared first, with those of the plain implementation in float64.
-The machine itself is measured too, for the least time that a step can take (`roofline.py`).
+Data, loss, gradients and AdamW's update count. The three ways, on a GPU four, take turns in one process and
+start from the same weights; losses and gradients are compared first, with those of the plain implementation
+in float64. The machine itself is measured too, for the least time that a step can take (`roofline.py`).
 Exit code 1: they differ by more than 1e-5.
 """
 
@@ -33,6 +33,7 @@ from benchmarks.step_cases import (
     differences,
     example,
     make,
+    variants_on,
     wait_for,
 )
 from benchmarks.step_memory import hidden_bytes, measure_in_fresh_process
@@ -63,9 +64,10 @@ def time_case(
     """
     config = case.config(overrides, device)
     sample = example(config)
-    variants = {name: make(name, config) for name in VARIANTS}
+    names = variants_on(device_of(config))
+    variants = {name: make(name, config) for name in names}
     agreement = {}
-    for name in VARIANTS[:-1]:
+    for name in names[:-1]:
         started = time.perf_counter()
         losses, gradients = differences(variants[name], make(REFERENCE, config), sample)
         agreement[name] = {
@@ -100,7 +102,8 @@ def take_turns(variants: dict[str, Variant], seconds: float) -> dict[str, list[f
 
 
 def _steps_per_round(variant: Variant) -> int:
-    variant.step()  # its sampler may have to be compiled
+    for _ in range(variant.first_steps):  # its sampler may have to be compiled
+        variant.step()
     return max(1, round(_ROUND_SECONDS / _seconds(variant, 1)))
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
-from spd_hydra.build import Parts, assemble, untrained_target
+from spd_hydra.build import Parts, assemble, device_of, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.logger.base import Logger
@@ -86,7 +85,7 @@ def make(toy: Toy, tmp_path: Path) -> Iterator[Make]:
     def build(*overrides: str, extra: dict[str, Loss] | None = None, steps: int = STEPS) -> Trainer:
         config = toy(f"train.steps={steps}", "train.log_every=1", *overrides)
         config.loss.extra = extra or {}
-        parts: Parts = assemble(config, untrained_target(config), torch.device("cpu"))
+        parts: Parts = assemble(config, untrained_target(config), device_of(config))
         opened.append(RunDirectory.create(tmp_path / "made", "toy"))
         return Trainer(
             parts.objective,

@@ -18,12 +18,12 @@ def built(config: RunConfig) -> Parts:
     return assemble(config, untrained_target(config), torch.device("cpu"))
 
 
-def test_training_draws_for_active_terms_and_evaluation_for_all(toy: Toy) -> None:
+def test_training_draws_for_active_terms_and_evaluation_for_all_that_are_measured(toy: Toy) -> None:
     parts = built(toy())
     terms = parts.config.loss
     draws = {
         name: parts.objective.columns(chosen).numel()
-        for name, chosen in [("train", terms.active_terms()), ("eval", terms.terms())]
+        for name, chosen in [("train", terms.active_terms()), ("eval", terms.measured_terms())]
     }
     assert parts.train_sampler()(0)[1].shape == (64, draws["train"])
     assert parts.eval_sampler()(0)[1].shape == (64, draws["eval"])

@@ -52,7 +52,8 @@ def errors(overrides: list[str]) -> list[str]:
 
 def test_there_is_an_experiment_for_every_toy_with_both_settings() -> None:
     toys = ["tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id", "resid_mlp1", "resid_mlp2", "resid_mlp3"]
-    assert sorted([*toys, *(f"paper/{toy}" for toy in toys), "tms_5-2-untied"]) == EXPERIMENTS
+    others = ["induction_heads", "tms_5-2-untied"]
+    assert sorted([*toys, *(f"paper/{toy}" for toy in toys), *others]) == EXPERIMENTS
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -64,7 +65,7 @@ def test_an_experiment_composes_builds_and_survives_saving(composer: Composer, e
     assert set(config.decomposition.tied) == (
         {"unembed"} if "tms" in experiment and "untied" not in experiment else set()
     )
-    assert all(shape.C in {20, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
+    assert all(shape.C in {20, 64, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -228,8 +229,8 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ("device=gpu", "device: got 'gpu', must be one of auto, cpu, cuda"),
         (
             "task=chek",
-            "task: got 'chek', must be one of decompose, train_target, analyse, check, sweep_status; did you "
-            "mean check?",
+            "task: got 'chek', must be one of decompose, train_target, analyse, check, prefetch, "
+            "sweep_status; did you mean check?",
         ),
         (
             "model.training=3",
@@ -242,8 +243,11 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ("decomposition.sites.embed.C=0", "decomposition.sites.embed.C: got 0, must be ≥ 1"),
         ("debug=null", "debug: got null; debug=none switches it off; otherwise choose one of none, smoke"),
         ("logger=null", "logger: got null; choose one of files, wandb"),
-        ("data=tm", "data: got tm; did you mean tms? Choose one of resid_mlp, tms"),
-        ("eval=", "eval: got nothing; must be one of coarse, default, language"),
+        (
+            "data=tm",
+            "data: got tm; did you mean tms? Choose one of induction, lm_tiny, resid_mlp, tms, tokens",
+        ),
+        ("eval=", "eval: got nothing; must be one of coarse, default, language, lm_hf, lm_tiny, sequences"),
         ("+experiment=tms_5-2", "experiment: is chosen without +: experiment=tms_5-2"),
         ("+seed=1", "seed: is there already, write it without +: seed=1"),
         ("~train.lr", "train.lr: cannot be removed, only set to another value"),
@@ -293,7 +297,7 @@ def test_a_short_key_is_met_with_the_full_ones() -> None:
 
 def test_an_unknown_experiment_is_met_with_the_nearest_one() -> None:
     (line,) = errors(["experiment=tms5-2"])
-    assert line.startswith("experiment: got tms5-2; did you mean tms_5-2? Choose one of none, resid_mlp1,")
+    assert line.startswith("experiment: got tms5-2; did you mean tms_5-2? Choose one of induction_heads,")
 
 
 def test_unbalanced_quotes_are_told_how_to_write_them() -> None:

@@ -30,6 +30,7 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Precision
+from spd_hydra.loss.persistent_recon import PersistentPGDRecon
 from spd_hydra.loss.recon import Recon
 from spd_hydra.model.tms import TMS, BiasInit
 from spd_hydra.schedule import Schedule, ScheduleKind
@@ -271,3 +272,14 @@ def test_every_field_of_every_section_says_what_it_means() -> None:
     for key, section in sections(config()):
         for field in dataclasses.fields(section):
             assert field.metadata.get("help"), f"{key}.{field.name}"
+
+
+def test_replicas_have_no_adversary_that_lasts() -> None:
+    message = (
+        "^train.replicas: got 2 with persistent_pgd_recon, whose sources last, must be 1; make runs of their"
+    )
+    with pytest.raises(ConfigError, match=message):
+        config(
+            loss=LossSet(persistent_pgd_recon=PersistentPGDRecon(coeff=0.5)),
+            train=dataclasses.replace(config().train, replicas=2),
+        )

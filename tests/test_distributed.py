@@ -13,7 +13,7 @@ from spd_hydra import distributed
 from spd_hydra.build import assemble, untrained_target
 from spd_hydra.config import RunConfig
 from spd_hydra.optimizer import adamw
-from spd_hydra.step import Step
+from spd_hydra.step import Ascent, Step
 
 Toy = Callable[..., RunConfig]
 State = dict[str, torch.Tensor]
@@ -26,11 +26,16 @@ def train(config: RunConfig, steps: int) -> tuple[State, list[State]]:
     optimizer = adamw([list(parts.model.component_parameters()), list(parts.model.ci_parameters())],
                       lr=1e-3, weight_decay=0.0)  # fmt: skip
     told = []
+    adversary, ascent = parts.objective.adversary, Ascent(parts.objective, compile=config.train.compile)
     for number in range(steps):
+        for left in range(adversary.extra_ascents, 0, -1):
+            ascent(*sampler(number))
+            adversary.ascend(left)
         loss = step(*sampler(number), parts.objective.scheduled(number / steps))
         optimizer.step()
+        adversary.ascend()
         told.append({"total": loss.total, **loss.terms, **loss.l0})
-    return parts.model.trainable_state(), told
+    return parts.model.trainable_state() | adversary.state(), told
 
 
 def of_a_rank(rank: int, size: int, port: int, config: RunConfig, steps: int, out: Path) -> None:
@@ -67,6 +72,28 @@ def test_ranks_train_what_one_process_trains(toy: Toy, tmp_path: Path, size: int
             torch.testing.assert_close(own_weights[name], value, rtol=1e-5, atol=1e-5)
         for one, other in zip(told, own_told, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_have_one_adversary(toy: Toy, tmp_path: Path) -> None:
+    config = toy(
+        "train.batch_size=63",  # unequal shares
+        "loss.pgd_recon.coeff=1",
+        "loss.pgd_recon.n_steps=2",
+        "loss.pgd_recon.step_size=0.4",
+        "loss.pgd_recon_subset.coeff=1",
+        "loss.pgd_recon_layerwise.coeff=1",
+        "loss.pgd_recon_layerwise.scope=per_datapoint",
+        "loss.persistent_pgd_recon.coeff=1",
+        "loss.persistent_pgd_recon.ascents=2",
+    )
+    weights, told = train(config, 20)
+    for own_weights, own_told in on_ranks(2, config, 20, tmp_path):
+        assert own_weights.keys() == weights.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(own_weights[name], value, rtol=1e-4, atol=1e-4)
+        for one, other in zip(told, own_told, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [1, 5, 8, 12])

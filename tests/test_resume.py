@@ -209,6 +209,24 @@ def test_a_compiled_run_that_is_killed_and_resumed_ends_with_the_same_bits(
     require_identical(tmp_path, histories)
 
 
+PERSISTENT = ["loss.persistent_pgd_recon.coeff=0.5", "loss.persistent_pgd_recon.ascents=2"]
+
+
+@pytest.mark.slow
+def test_with_an_adversary_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, target_cache: Path
+) -> None:
+    words = words_for(target_cache, *PERSISTENT, "train.restarts.number=2", "train.restarts.fraction=0.2")
+    histories: dict[str, list[Moment]] = {"undisturbed": [], "killed": [{"steps": 8}, {"steps": 4}]}
+    assert play(tmp_path, words, histories).killed["killed"] == 2
+    require_identical(tmp_path, histories)
+    (directory,) = (path.parent for path in tmp_path.glob("runs/killed/*/*/summary.json"))
+    moments = load_checkpoint(directory / "checkpoints" / f"step_{STEPS}").tensors["optimizer"]
+    sources = [value for name, value in moments.items() if name.startswith("adversary.sources.")]
+    assert len(sources) == 2  # of embed and unembed
+    assert all(value.min() >= 0 and value.max() <= 1 for value in sources)
+
+
 # ---- in this process -----------------------------------------------------------------------------------
 
 
@@ -423,6 +441,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         assert digests(finished) == before
     assert may_change == {
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
+        "train.cuda_graphs",
         "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",
         "eval.contexts",

@@ -277,7 +277,7 @@ def test_train_target_writes_the_target_and_what_it_measured(toy: Toy) -> None:
 def test_analysing_again_gives_the_same_summary_and_pictures(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = toy()
+    config = toy("loss.persistent_pgd_recon.coeff=0.5")  # with state beside the model's
     first = run(config)
     directory = directory_of(first)
     before = files(directory)

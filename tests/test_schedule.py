@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from spd_hydra.schedule import Schedule, ScheduleKind
+from spd_hydra.schedule import Schedule, ScheduleKind, annealed
 from spd_hydra.section import ConfigError
 
 
@@ -57,3 +57,9 @@ def test_steps_after_the_end_keep_the_last_value(kind: ScheduleKind) -> None:
 def test_fractions_outside_their_range_are_named(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"{key}: got {value}, must be"):
         Schedule(**{key: value})
+
+
+def test_a_parameter_is_annealed_between_two_fractions_of_training() -> None:
+    found = [annealed(progress, 2.0, 1.0, 0.25, 0.75) for progress in (0.0, 0.25, 0.375, 0.5, 0.75, 1.0)]
+    assert found == pytest.approx([2, 2, 1.75, 1.5, 1, 1])
+    assert [annealed(progress, 2.0, 1.0, 0.5, 0.5) for progress in (0.49, 0.5)] == [2, 1]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spd_hydra import distributed, rng
-from spd_hydra.ci_fn.sigmoid import CausalImportance
+from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -122,7 +122,7 @@ class Parts:
         masks = self.reads_tokens if config.ablations is None else config.ablations
         if not masks and not config.pgd_steps:
             return None
-        sites, patterns = self.model.site_names, self.config.decomposition.sites
+        sites, patterns = self.model.matrix_names, self.config.decomposition.sites
         return AblationSettings(
             next_token=self.config.model.predicts_next_token(),
             rounded=config.rounded,
@@ -197,8 +197,8 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     if has_values:
         model.find_roots(example)
     with torch.no_grad():
-        importances = model.causal_importances(example)
-    positions = _positions(importances, example, padded=batches.padded)
+        positions = _positions(model.activations(model.clean_pass(example)), example, padded=batches.padded)
+        model.causal_importances(example)
     if has_values and untrained:
         _start(model, batches, config, config.seed)
     return Parts(
@@ -221,14 +221,14 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
 
 
 def _positions(
-    importances: Mapping[str, CausalImportance], example: torch.Tensor, *, padded: bool
+    activations: Mapping[str, SiteActivation], example: torch.Tensor, *, padded: bool
 ) -> tuple[int, ...]:
     """The shape of a row's positions, which is the same at all sites.
 
     Raises:
         ConfigError: some sites have other positions, which no mask could fit.
     """
-    shapes = {site: tuple(ci.lower.shape[:-1]) for site, ci in importances.items()}
+    shapes = {site: tuple(own.inner.shape[:-1]) for site, own in activations.items()}
     of_rows = [shape for shape in shapes.values() if shape[:1] == example.shape[:1]]
     common = tuple(example.shape) if padded else max(of_rows, key=of_rows.count, default=example.shape[:1])
     if others := [f"{site} {list(shape)}" for site, shape in shapes.items() if shape != common]:

@@ -25,6 +25,8 @@ _OPTIONS: Options = {
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,
+    # A kernel may be part of a CUDA graph of ours (`graph.py`), and none can be within another.
+    "triton.cudagraphs": False,
     # The last few elements one by one: code for shorter vectors would take a sixth of the compilation.
     "cpp.enable_loop_tail_vec": False,
     # a·b + c in one instruction. For all kernels: each set of flags costs another precompiled header, 10 s.

@@ -7,12 +7,14 @@ import spd_hydra.ci_fn.global_transformer
 import spd_hydra.ci_fn.mlp
 import spd_hydra.ci_fn.shared_mlp
 import spd_hydra.ci_fn.vector_mlp
+import spd_hydra.data.induction
 import spd_hydra.data.python_text
 import spd_hydra.data.sparse_features
 import spd_hydra.data.tokens
 import spd_hydra.logger.files
 import spd_hydra.logger.wandb
 import spd_hydra.model.hf
+import spd_hydra.model.induction
 import spd_hydra.model.lm_tiny
 import spd_hydra.model.resid_mlp
 import spd_hydra.model.tms  # noqa: F401

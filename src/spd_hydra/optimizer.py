@@ -1,6 +1,7 @@
 """The optimiser of a decomposition, and its state as named tensors."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +44,22 @@ def load_state_tensors(
             raise ValueError(f"optimiser state of {name!r} fits no parameter of this model")
         # A step count is kept where fused AdamW wants it: on the parameter's device, in float32.
         optimizer.state[parameter][what] = value.to(parameter.device).clone()
+
+
+@contextlib.contextmanager
+def in_same_memory(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The state that the block sets ends up in the tensors of the state before it; what it does not set is 0.
+
+    For an update that was recorded on these tensors. A state of zeros is that of a new optimiser.
+    """
+    before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    yield
+    with torch.no_grad():
+        for parameter, state in before.items():
+            given = optimizer.state.get(parameter, {})
+            for what, value in state.items():
+                if what in given:
+                    value.copy_(given[what])
+                else:
+                    value.zero_()
+            optimizer.state[parameter] = state

@@ -6,15 +6,17 @@ parameters, targets, data and random numbers lie along a leading axis.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spd_hydra.compiling import can_compile
+from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
-from spd_hydra.optimizer import adamw
+from spd_hydra.optimizer import adamw, in_same_memory
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import Status
 from spd_hydra.sampler import StackedSampler
@@ -75,6 +77,7 @@ class Replicas:
         self.trainers = list(trainers)
         first = trainers[0]
         self.training = first.training
+        self._is_on_cpu = first.model.device.type == "cpu"
         compile = self.training.compile and can_compile(first.model.device.type)
         self._step = StackedStep([trainer.objective for trainer in trainers], compile=compile)
         self._sampler = StackedSampler([trainer.sampler for trainer in trainers], compile=compile)
@@ -91,6 +94,9 @@ class Replicas:
         self._stacked = stacked
         self._optimizer = adamw(self._parts.values(), lr=self.training.lr, weight_decay=0.0)
         self._is_to_be_compiled = compile
+        self._is_prepared = False
+        self._graph: GraphedStep | None = None
+        self._split: tuple[StepLoss, list[StepLoss]] | None = None  # the last loss, and those of the replicas
         self.failed: dict[int, TrainingError] = {}
         self._left_out: dict[int, TrainingError] = {}
         self._shares_moments = False
@@ -138,26 +144,33 @@ class Replicas:
     def begin(self) -> None:
         """Take over the trainers' moments; their parameters are views of the stacked ones already."""
         self.failed = dict(self._left_out)
+        with nullcontext() if self._graph is None else in_same_memory(self._optimizer):
+            self._shares_moments = self._stack_moments()
+        if self._shares_moments:
+            self._share_moments()
+
+    def _stack_moments(self) -> bool:
+        """Make the optimiser's moments those of the trainers, if any has some."""
         self._optimizer.state.clear()
-        self._shares_moments = False
         states: list[list[dict[str, Tensor]]] = [
             [trainer.optimizer.state.get(p, {}) for p in own]
             for trainer, own in zip(self.trainers, self._members, strict=True)
         ]
         whole = next((replica for replica in states if all(replica)), None)
         if whole is None:
-            return
+            return False
         for index, parameter in enumerate(self._stacked):
             # One that broke at its start has no moments; the others must not lose theirs.
             parts = [replica[index] or _no_moments(whole[index]) for replica in states]
             moments = {what: torch.stack([p[what] for p in parts]) for what in _MOMENTS}
             self._optimizer.state[parameter] = {"step": whole[index]["step"].clone(), **moments}
-        self._share_moments()
+        return True
 
     def train_step(self) -> list[StepLoss | TrainingError]:
         """One step of all: draw, schedule, loss, gradients, update."""
         first = self.trainers[0]
-        with kept_from_children(), first.timed("compile" if self._is_to_be_compiled else "train"):
+        alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
+        with alone, first.timed("compile" if self._is_to_be_compiled else "train"):
             losses = self._train_step()
         for trainer in self.trainers:
             trainer.timed_steps += not self._is_to_be_compiled
@@ -167,32 +180,57 @@ class Replicas:
         return losses
 
     def _train_step(self) -> list[StepLoss | TrainingError]:
-        if self._is_to_be_compiled:
-            logger.info("compiling the training step of %d replicas", len(self.trainers))
+        if not self._is_prepared:
+            self._prepare()
         first, step = self.trainers[0], self.step
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.training.lr * self.training.lr_schedule.factor(step, self.training.steps)
-        batch, draws = self._sampler(step)
-        stacked = self._step(batch, draws, first.objective.scheduled(step / self.training.steps))
+        lr = self.training.lr * self.training.lr_schedule.factor(step, self.training.steps)
+        stacked = self._loss_and_gradients(step, lr)
         recorded = first.is_recorded(step + 1)
-        norms = self._norms() if recorded or self._clips else {}
-        losses = [self._one(stacked, number) for number in range(len(self.trainers))]
-        if recorded or batch.device.type == "cpu":
+        losses = self._losses_of_each(stacked)
+        if recorded or self._is_on_cpu:
+            norms = self._norms() if recorded else {}
             finite = stacked.total.isfinite().tolist()
             for number, trainer in enumerate(self.trainers):
-                trainer.gradient_norms = (
-                    {part: norm[number] for part, norm in norms.items()} if recorded else {}
-                )
+                trainer.gradient_norms = {part: norm[number] for part, norm in norms.items()}
                 if (recorded or not finite[number]) and number not in self.failed:
                     self._look_at(number, losses[number])
-        self._clip(norms)
-        self._optimizer.step()
+        if self._graph is None:
+            self._update()
+        else:
+            self._graph.update()
         if not self._shares_moments:
             self._share_moments()
         for trainer in self.trainers:
-            trainer.step = step + 1
-            trainer.optimizer.param_groups[0]["lr"] = self._optimizer.param_groups[0]["lr"]
+            trainer.step, trainer.lr = step + 1, lr
         return [self.failed.get(number, loss) for number, loss in enumerate(losses)]
+
+    def _prepare(self) -> None:
+        """What the first step needs."""
+        first = self.trainers[0]
+        if self._is_to_be_compiled:
+            logger.info("compiling the training step of %d replicas", len(self.trainers))
+        self._graph = graphed_step(
+            self.training.cuda_graphs,
+            sampler=self._sampler,
+            step=self._step,
+            objective=first.objective,
+            optimizer=self._optimizer,
+            update=self._update,
+        )
+        self._is_prepared = True
+
+    def _loss_and_gradients(self, step: int, lr: float) -> StepLoss:
+        progress = step / self.training.steps
+        if self._graph is not None:
+            return self._graph.gradients(step, lr=lr, progress=progress)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        batch, draws = self._sampler(step)
+        return self._step(batch, draws, self.trainers[0].objective.scheduled(progress))
+
+    def _update(self) -> None:
+        self._clip()
+        self._optimizer.step()
 
     def _look_at(self, number: int, loss: StepLoss) -> None:
         trainer = self.trainers[number]
@@ -225,10 +263,6 @@ class Replicas:
             trainer = self.trainers[number]
             trainer.run.write_status(Status.failed, trainer.step, error=f"{DROPPED}{self.failed[number]}")
 
-    @property
-    def _clips(self) -> bool:
-        return self.training.clip_components is not None or self.training.clip_ci_fn is not None
-
     def _norms(self) -> dict[str, Tensor]:
         """Norms of the gradients of each replica, `[replicas]`, before any clipping."""
         return {
@@ -236,8 +270,11 @@ class Replicas:
             for part, own in self._parts.items()
         }
 
-    def _clip(self, norms: dict[str, Tensor]) -> None:
+    def _clip(self) -> None:
         limits = {"components": self.training.clip_components, "ci_fn": self.training.clip_ci_fn}
+        if not any(limits.values()):
+            return
+        norms = self._norms()
         for part, limit in limits.items():
             if limit is None:
                 continue
@@ -258,13 +295,20 @@ class Replicas:
                     "exp_avg_sq": state["exp_avg_sq"][number],
                 }
 
-    def _one(self, stacked: StepLoss, number: int) -> StepLoss:
-        """The loss of one replica."""
-        return StepLoss(
-            stacked.total[number],
-            {name: term[number] for name, term in stacked.terms.items()},
-            {site: value[number] for site, value in stacked.l0.items()},
-        )
+    def _losses_of_each(self, stacked: StepLoss) -> list[StepLoss]:
+        """The losses of the replicas; those of a replayed step are always in the same memory."""
+        if self._split is None or self._split[0] is not stacked:
+            self._split = stacked, [_one(stacked, number) for number in range(len(self.trainers))]
+        return self._split[1]
+
+
+def _one(stacked: StepLoss, number: int) -> StepLoss:
+    """The loss of one replica."""
+    return StepLoss(
+        stacked.total[number],
+        {name: term[number] for name, term in stacked.terms.items()},
+        {site: value[number] for site, value in stacked.l0.items()},
+    )
 
 
 def _no_moments(like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -102,13 +102,8 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
     """What the run was given, as far as a diagnosis refers to it."""
     config = parts.config
     patterns, model = config.decomposition.sites, config.model
-    groups = site_groups(parts.model.site_names, patterns)
-    names = {
-        site: name
-        for name, sites in groups.items()
-        for site in sites
-        if site.replace(".", "/") not in parts.model.identities  # of which no answer is known
-    }
+    groups = site_groups(parts.model.matrix_names, patterns)
+    names = {site: name for name, sites in groups.items() for site in sites}
     return Settings(
         steps=config.train.steps,
         restarts=config.train.restarts.number,

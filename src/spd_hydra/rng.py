@@ -7,6 +7,7 @@ compiler fuses into the kernel that uses the numbers.
 """
 
 import hashlib
+import struct
 import zlib
 
 import torch
@@ -18,9 +19,13 @@ _FEISTEL_ROUNDS = 6
 
 def key(seed: int, purpose: str, step: int = 0) -> Int32[Tensor, "2"]:
     """The key of one purpose at one step, on the CPU."""
+    return torch.tensor(key_words(seed, purpose, step), dtype=torch.int32)
+
+
+def key_words(seed: int, purpose: str, step: int = 0) -> list[int]:
+    """The two words of `key`, for those who make one tensor of many keys."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    words = [int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4)]
-    return torch.tensor(words, dtype=torch.int32)
+    return list(struct.unpack("<ii", digest))
 
 
 def derived_seed(seed: int, purpose: str, number: int = 0) -> int:

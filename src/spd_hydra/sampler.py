@@ -1,6 +1,6 @@
 """Batches and random numbers of a step, from (seed, purpose, step) alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int32
@@ -9,6 +9,10 @@ from torch import Tensor
 from spd_hydra import rng
 from spd_hydra.compiling import Kernel, can_compile
 from spd_hydra.data.base import Batches
+from spd_hydra.transfer import send
+
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From the keys of data and of random numbers to a batch and its random numbers."""
 
 
 class Sampler:
@@ -43,36 +47,45 @@ class Sampler:
         self._places = rows.cpu().long() if batches.ordered else rows
         self.positions = position_index(rows, position_shape)
         fused = compile and batches.traceable and can_compile(rows.device.type)
-        self._draw = Kernel(self.draw_all) if fused else self.draw_all
+        self.draw: Draw = Kernel(self.draw_all) if fused else self.draw_all
         can_fuse = compile and can_compile(rows.device.type)
         self._draw_numbers = Kernel(self.draw_numbers) if can_fuse else self.draw_numbers
 
+    @property
+    def from_keys(self) -> bool:
+        """Whether `draw` gives a step's data: tensor arithmetic on the device, on the keys alone."""
+        return self.batches.traceable and not self.batches.ordered
+
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a step and its random numbers."""
-        data_key, mask_key = (key.to(self.rows.device) for key in self.keys(step))
+        data_key, mask_key = (send(key, self.rows.device) for key in self.keys(step))
         if self.batches.ordered:
             return self.batch(step), self._draw_numbers(mask_key)
-        return self._draw(data_key, mask_key)
+        return self.draw(data_key, mask_key)
 
     def batch(self, step: int) -> Tensor:
         """The batch of a step alone."""
         data_key, device = self.keys(step)[0], self.rows.device
         if not self.batches.ordered:
-            return self.batches(data_key.to(device), self.rows)
+            return self.batches(send(data_key, device), self.rows)
         # Found on the CPU, where the rows are: asking a GPU for them would wait for all it has to do.
-        batch = self.batches(data_key, self._places + step * self.rows_per_step)
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+        return send(self.batches(data_key, self._places + step * self.rows_per_step), device)
 
     def numbers(self, step: int, purpose: str, number: int) -> Float[Tensor, "*positions number"]:
         """Random numbers of a step in columns of their own, for what draws only when it needs them."""
-        mask_key = self.keys(step)[1].to(self.rows.device)
+        mask_key = send(self.keys(step)[1], self.rows.device)
         return rng.uniform(mask_key, self.positions, rng.columns(purpose, number).to(self.rows.device))
 
     def keys(self, step: int) -> tuple[Int32[Tensor, "2"], Int32[Tensor, "2"]]:
         """The keys of a step's data and of its random numbers, on the CPU."""
+        data, masks = (torch.tensor(words, dtype=torch.int32) for words in self.key_words(step))
+        return data, masks
+
+    def key_words(self, step: int) -> tuple[list[int], list[int]]:
+        """The words of both keys."""
         return (
-            rng.key(self.seed, f"{self.purpose}/data", 0 if self.batches.ordered else step),
-            rng.key(self.seed, f"{self.purpose}/masks", step),
+            rng.key_words(self.seed, f"{self.purpose}/data", 0 if self.batches.ordered else step),
+            rng.key_words(self.seed, f"{self.purpose}/masks", step),
         )
 
     def draw_all(self, data_key: Tensor, mask_key: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,20 +109,24 @@ class StackedSampler:
         self._samplers = samplers
         first = samplers[0]
         self._device = first.rows.device
-        self._maps = first.batches.traceable
-        fused = compile and self._maps and can_compile(self._device.type)
+        self.from_keys = first.from_keys
+        fused = compile and self.from_keys and can_compile(self._device.type)
         draw = torch.vmap(first.draw_all)
-        self._draw = Kernel(draw) if fused else draw
+        self.draw: Draw = Kernel(draw) if fused else draw
 
     def __call__(self, step: int) -> tuple[Tensor, Float[Tensor, "replicas *positions columns"]]:
         """The batches of a step, `[replicas, batch, …]`, and their random numbers."""
-        if not self._maps:
+        if not self.from_keys:
             drawn = [sampler(step) for sampler in self._samplers]
             return torch.stack([batch for batch, _ in drawn]), torch.stack([draws for _, draws in drawn])
-        keys = [sampler.keys(step) for sampler in self._samplers]
-        data_keys, mask_keys = (torch.stack(own).to(self._device) for own in zip(*keys, strict=True))
-        found: tuple[Tensor, Tensor] = self._draw(data_keys, mask_keys)
-        return found
+        data_keys, mask_keys = (send(keys, self._device) for keys in self.keys(step))
+        return self.draw(data_keys, mask_keys)
+
+    def keys(self, step: int) -> tuple[Int32[Tensor, "replicas 2"], Int32[Tensor, "replicas 2"]]:
+        """The keys of all replicas, on the CPU."""
+        words = [sampler.key_words(step) for sampler in self._samplers]
+        data, masks = (torch.tensor(own, dtype=torch.int32) for own in zip(*words, strict=True))
+        return data, masks
 
 
 def position_index(rows: Int32[Tensor, " batch"], shape: tuple[int, ...]) -> Int32[Tensor, "*positions"]:

@@ -40,19 +40,36 @@ class Step:
             torch.autograd.backward(loss.total)
             self._sum_over_ranks()
             return StepLoss(loss.total.detach(), loss.terms, loss.l0)
+        loss, gradients = self.compute(batch, draws, schedule)
+        self.leave(gradients)
+        return loss
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call runs compiled kernels."""
+        return self._kernel is not None
+
+    def compute(
+        self, batch: Tensor, draws: Tensor, schedule: ScheduledValues
+    ) -> tuple[StepLoss, tuple[Tensor, ...]]:
+        """The loss and the gradients of all parameters; nothing is left anywhere."""
         self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
         scheduled = [schedule[term][name] for term, name in self._schedule_keys]
-        found = self._kernel(batch, draws, *scheduled, *self._parameters.values())
+        run = self._flat if self._kernel is None else self._kernel
+        total, *values = run(batch, draws, *scheduled, *self._parameters.values())
         n_terms = len(self._objective.losses.active_terms())
         n_sites = len(self._objective.model.site_names)
-        total, values = found[0], found[1:]
-        for parameter, gradient in zip(self._parameters.values(), values[n_terms + n_sites :], strict=True):
-            parameter.grad = gradient
-        return StepLoss(
+        loss = StepLoss(
             total,
             dict(zip(self._objective.losses.active_terms(), values[:n_terms], strict=True)),
             dict(zip(self._objective.model.site_names, values[n_terms : n_terms + n_sites], strict=True)),
         )
+        return loss, tuple(values[n_terms + n_sites :])
+
+    def leave(self, gradients: Sequence[Tensor]) -> None:
+        """Make what `compute` gave the parameters' gradients."""
+        for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
 
     def _sum_over_ranks(self) -> None:
         if distributed.world_size() == 1:
@@ -148,6 +165,19 @@ class StackedStep:
             draws: `[replicas, *positions, columns]`.
             schedule: the same for all.
         """
+        loss, gradients = self.compute(batch, draws, schedule)
+        self.leave(gradients)
+        return loss
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call runs compiled kernels."""
+        return self._kernel is not None
+
+    def compute(
+        self, batch: Tensor, draws: Tensor, schedule: ScheduledValues
+    ) -> tuple[StepLoss, tuple[Tensor, ...]]:
+        """What a call computes, and the gradients of all stacked parameters; nothing is left anywhere."""
         self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
         scheduled = [schedule[term][name] for term, name in self._schedule_keys]
         run = self._flat if self._kernel is None else self._kernel
@@ -157,9 +187,12 @@ class StackedStep:
         loss = StepLoss(
             next(values), {name: next(values) for name in terms}, {site: next(values) for site in sites}
         )
-        for parameter in self.parameters.values():
-            parameter.grad = next(values)
-        return loss
+        return loss, tuple(values)
+
+    def leave(self, gradients: Sequence[Tensor]) -> None:
+        """Make what `compute` gave the stacked parameters' gradients."""
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
 
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The step as a function of tensors: totals, terms, L0 by site, gradients."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from spd_hydra import distributed
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
+from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.loss.objective import Objective, Precision, StepLoss
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
-from spd_hydra.optimizer import adamw, load_state_tensors, state_tensors
+from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler
@@ -74,11 +75,15 @@ class Trainer:
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
+        self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self.loss_and_gradients = Step(objective, compile=compile)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_to_be_compiled = compile  # by the first step
+        self._is_prepared = False
+        self._graph: GraphedStep | None = None
+        self.lr = training.lr  # of the last step
         self.gradient_norms: dict[str, Tensor] = {}
 
     def fit(self) -> EvaluationResult:
@@ -118,9 +123,10 @@ class Trainer:
         """Go on from a step with these parameters, optimiser moments and adversaries (none: new ones)."""
         self.model.load_trainable_state(parameters)
         self.adversary.set_state(optimizer)
-        self.optimizer.state.clear()
         moments = {name: value for name, value in optimizer.items() if not is_adversarys(name)}
-        load_state_tensors(self.optimizer, self._named_parameters(), moments)
+        with nullcontext() if self._graph is None else in_same_memory(self.optimizer):
+            self.optimizer.state.clear()
+            load_state_tensors(self.optimizer, self._named_parameters(), moments)
         self.step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -170,28 +176,54 @@ class Trainer:
         return loss
 
     def _train_step(self) -> StepLoss:
-        if self._is_to_be_compiled:
-            logger.info("compiling the training step")
-        progress = self.step / self.training.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
-        batch, draws = self.sampler(self.step)
-        for left in range(self.adversary.extra_ascents, 0, -1):
-            self.adversary_gradients(batch, draws)
-            self.adversary.ascend(left)
-        loss = self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
+        if not self._is_prepared:
+            self._prepare()
+        self.lr = self.training.lr * self.training.lr_schedule.factor(self.step, self.training.steps)
+        loss = self._loss_and_gradients()
         # Before this step is logged, measured or saved. Norms take as long as a third of a toy's step, and
         # reading the loss waits for the device, which is free on a CPU.
         recorded = self.is_recorded(self.step + 1)
         self.gradient_norms = self._norms() if recorded else {}
-        if recorded or batch.device.type == "cpu":
+        if recorded or self._is_on_cpu:
             self.require_finite(loss)
+        if self._graph is None:
+            self._update()
+        else:
+            self._graph.update()
+        self.step += 1
+        return loss
+
+    def _prepare(self) -> None:
+        """What the first step needs."""
+        if self._is_to_be_compiled:
+            logger.info("compiling the training step")
+        self._graph = graphed_step(
+            self.training.cuda_graphs,
+            sampler=self.sampler,
+            step=self.loss_and_gradients,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            update=self._update,
+        )
+        self._is_prepared = True
+
+    def _loss_and_gradients(self) -> StepLoss:
+        progress = self.step / self.training.steps
+        if self._graph is not None:
+            return self._graph.gradients(self.step, lr=self.lr, progress=progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        batch, draws = self.sampler(self.step)
+        for left in range(self.adversary.extra_ascents, 0, -1):
+            self.adversary_gradients(batch, draws)
+            self.adversary.ascend(left)
+        return self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
+
+    def _update(self) -> None:
         self._clip(self.components, self.training.clip_components)
         self._clip(self.ci_fn, self.training.clip_ci_fn)
         self.optimizer.step()
         self.adversary.ascend()
-        self.step += 1
-        return loss
 
     def fit_weights(self) -> None:
         """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""
@@ -284,7 +316,7 @@ class Trainer:
     def numbers_of(self, loss: StepLoss) -> dict[str, float]:
         """What the metrics log holds of the step just taken."""
         norms = {f"grad_norm/{part}": norm.item() for part, norm in self.gradient_norms.items()}
-        return loss.numbers() | norms | {"lr": self.optimizer.param_groups[0]["lr"]}
+        return loss.numbers() | norms | {"lr": self.lr}
 
     def measure(self) -> EvaluationResult:
         """Evaluate the model as it is."""

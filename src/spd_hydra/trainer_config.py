@@ -56,6 +56,7 @@ class Training(Section):
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
     precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
     compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
+    cuda_graphs: bool = option(True, "replay the compiled step as CUDA graphs, on a GPU")
     log_every: int = option(100, "steps between rows of the metrics log", ge=1)
     checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", ge=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", ge=1)

@@ -164,6 +164,14 @@ def test_the_page_shows_times_ratios_and_differences() -> None:
     assert "wrong" not in text
 
 
+def test_the_page_of_a_gpu_shows_what_graphs_save() -> None:
+    result = _result(loss=0.0, largest=2**18)
+    result["complaints"] = []
+    assert "graphs, ms" not in step_page.page(result)
+    result["cases"][0]["ms"]["graphs"] = {"best": 0.5, "median": 0.75, "rounds": 3}
+    assert "| tms_5-2 | 64 | 0.500 (0.750) | 4.0 | 18.0 | 14.0 |" in step_page.page(result)
+
+
 @pytest.mark.parametrize(
     ("loss", "largest", "words"),
     [

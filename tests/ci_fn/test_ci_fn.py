@@ -14,6 +14,7 @@ from spd_hydra.ci_fn.global_transformer import GlobalTransformerCausalImportance
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.vector_mlp import VectorMLPCausalImportance
+from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError, registered
 
 SITES = {"embed": SiteShape(d_in=5, C=4), "layers.0.mlp": SiteShape(d_in=3, C=7)}
@@ -245,7 +246,8 @@ def test_weights_that_a_token_reads_start_with_the_variance_of_one_input(
 def test_a_replica_axis_can_be_mapped_over_tokens(spec: CausalImportanceFn) -> None:
     modules, given = [build(spec, seed=seed, sites=TOKENS) for seed in (0, 1)], tokens(9)
     stacked, _ = torch.func.stack_module_state(modules)
-    vectors, ids = given["h.0.mlp"], torch.stack([given["wte"].input, given["wte"].input.flip(0)])
+    vectors, first = given["h.0.mlp"], dense(given["wte"].input)
+    ids = torch.stack([first, first.flip(0)])
 
     def mapped(parameters: dict[str, Tensor], own: Tensor) -> Tensor:
         activations = {"h.0.mlp": vectors, "wte": SiteActivation(own, given["wte"].inner)}

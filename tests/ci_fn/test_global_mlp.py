@@ -1,6 +1,5 @@
 """`global_mlp`: one network for all sites."""
 
-import dataclasses
 import math
 
 import pytest
@@ -122,7 +121,7 @@ def test_an_input_kept_as_products_gives_the_same_as_the_vector(
     module, x = perturbed(spec), inputs(6)
     c, basis = torch.randn(6, 2), torch.randn(2, 5)
     factored = Factored(((c, Matrix(basis)), (x["head"], None)))
-    z = module(seen(x | {"head": factored}))  # type: ignore[dict-item]
+    z = module(seen(x | {"head": factored}))
     wanted = module(seen(x | {"head": c @ basis + x["head"]}))
     for name in SITES:
         torch.testing.assert_close(z[name], wanted[name], atol=1e-5, rtol=1e-5)
@@ -215,4 +214,4 @@ def test_compiled_it_gives_the_same_values_and_gradients(
 
 def test_a_width_of_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"hidden: got \[4, 0\], must be ≥ 1"):
-        dataclasses.replace(SPECS[0], hidden=[4, 0])
+        GlobalMLPCausalImportance(hidden=[4, 0])

@@ -50,13 +50,13 @@ def test_batches_are_rows_of_the_text_in_the_vocabulary_of_the_target(tmp_path: 
     assert texts is not None
     assert "".join(texts).replace("\ufffd", "") in pieces or "<|endoftext|>" in "".join(texts)
     assert held_out.digest == batches.digest
-    seen = {tuple(row) for row in batches._open_store().rows("train").tolist()}  # type: ignore[attr-defined]
-    own = {tuple(row) for row in held_out._open_store().rows("eval").tolist()}  # type: ignore[attr-defined]
+    seen = {tuple(row) for row in batches._open_store().rows("train").tolist()}
+    own = {tuple(row) for row in held_out._open_store().rows("eval").tolist()}
     assert len(own) > 1000
     assert len(own & seen) < 0.01 * len(own)  # of a text with tables that repeat themselves
     assert source.prefetch(spec) == [
-        f"tokens: {len(batches._open_store().rows('train')):,} rows of 32 to train on, "  # type: ignore[attr-defined]
-        f"{len(held_out._open_store().rows('eval')):,} held out, in "  # type: ignore[attr-defined]
+        f"tokens: {len(batches._open_store().rows('train')):,} rows of 32 to train on, "
+        f"{len(held_out._open_store().rows('eval')):,} held out, in "
         f"{tmp_path / 'tokens' / batches.digest}"
     ]
 

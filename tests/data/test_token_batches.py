@@ -32,7 +32,7 @@ def batches(tmp_path: Path) -> TokenBatches:
         part=TRAIN,
         length=2,
         padded=False,
-        open_store=open_store,  # type: ignore[arg-type]
+        open_store=open_store,
         load_tokenizer=lambda: None,
     )
 

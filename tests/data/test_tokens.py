@@ -78,8 +78,12 @@ def write_saved(path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(path)
 
 
+def write_text(path: Path) -> None:
+    path.write_text("\n\n".join(TEXTS))
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "a.txt": lambda path: path.write_text("\n\n".join(TEXTS)) and None,
+    "a.txt": write_text,
     "a.jsonl": write_jsonl,
     "a.json": write_json,
     "a.csv": write_csv,

@@ -22,7 +22,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
 
     def forward(self, stream: Tensor, scale: float = 1.0) -> Tensor:
-        return scale * self.down(torch.relu(self.up(self.norm(stream))))
+        added: Tensor = scale * self.down(torch.relu(self.up(self.norm(stream))))
+        return added
 
 
 class Target(nn.Module):
@@ -32,10 +33,11 @@ class Target(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        stream = self.wte(tokens)
+        stream: Tensor = self.wte(tokens)
         stream = stream + self.blocks[0](stream, 0.5)
         assert self.blocks[1].kind == "block", "targets ask their modules for attributes"
-        return stream + self.blocks[1](scale=2.0, stream=stream)
+        stream = stream + self.blocks[1](scale=2.0, stream=stream)
+        return stream
 
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 10]])

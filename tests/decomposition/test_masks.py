@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from spd_hydra.ci_fn.sigmoid import CausalImportance, Sigmoid, causal_importance
-from spd_hydra.decomposition.masks import MaskSource, SiteMask, columns_needed, draw_mask
+from spd_hydra.decomposition.masks import (
+    MaskSource,
+    SiteMask,
+    columns_needed,
+    draw_mask,
+    mask_from_sources,
+)
 
 C = 4
 Z = torch.tensor([[-0.5, 0.2, 0.96, 1.5], [0.0, 1.0, 0.5, -0.02]])
@@ -131,3 +137,13 @@ def test_columns_are_exactly_what_is_read() -> None:
         needed = columns_needed(source, C)
         with pytest.raises((IndexError, RuntimeError)):
             mask(source, torch.rand(2, needed - 1))
+
+
+def test_given_sources_are_shared_along_axes_of_length_one() -> None:
+    sources = torch.tensor([[0.5, 0.5, 0.5, 0.25, 0.125]])
+    found = mask_from_sources(ci(), sources, use_delta=True)
+    assert found.mask is not None
+    assert found.delta is not None
+    torch.testing.assert_close(found.mask, torch.tensor([[0.5, 0.6, 0.98, 1.0], [0.5, 1.0, 0.75, 0.25]]))
+    assert found.delta.tolist() == [0.125, 0.125]
+    assert mask_from_sources(ci(), sources, use_delta=False).delta is None

@@ -182,7 +182,7 @@ def most_allocated(action: Callable[[], object]) -> int:
     assert kept is not None
     events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes))
+    return int(max(itertools.accumulate(sizes)))
 
 
 def test_chunks_need_less_memory_than_three_copies_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_a_wide_site_counts_as_much_as_a_narrow_one(chain: MakeModel) -> None:
         g = model.causal_importances(batch)[site].lower
         delta = (layer.weight.T - pieces.V @ pieces.U).detach()
         y = (x @ pieces.V * (g + (1 - g) * r[:, :-1])) @ pieces.U + r[:, -1:] * (x @ delta)
-        y = y if layer.bias is None else y + layer.bias
+        y = y + layer.bias if site != "second" else y
         errors.append((y - layer(wanted)).square().mean().item())
         x, wanted = torch.relu(y), torch.relu(layer(wanted))
     assert value(model, HiddenActsRecon(), batch, draws) == pytest.approx(sum(errors) / 3, rel=1e-5)

@@ -1,6 +1,7 @@
 """The adversary that lasts: what its masks are, how it climbs, and what is kept of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ MakeModel = Callable[..., DecomposedModel]
 NAME = "persistent_pgd_recon"
 
 
-def objective(model: DecomposedModel, seed: int = 0, **term: object) -> Objective:
-    losses = LossSet(persistent_pgd_recon=PersistentPGDRecon(coeff=0.5, **term))  # type: ignore[arg-type]
+def objective(model: DecomposedModel, seed: int = 0, **term: Any) -> Objective:
+    losses = LossSet(persistent_pgd_recon=PersistentPGDRecon(coeff=0.5, **term))
     return Objective(model, losses, precision=Precision.fp32, ci_threshold=0.1, seed=seed)
 
 

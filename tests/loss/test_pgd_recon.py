@@ -28,7 +28,7 @@ SIGNS = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
 
 
 def objective(model: DecomposedModel, **terms: PGDRecon) -> Objective:
-    return Objective(model, LossSet(**terms), precision=Precision.fp32, ci_threshold=0.1)  # type: ignore[arg-type]
+    return Objective(model, LossSet(**terms), precision=Precision.fp32, ci_threshold=0.1)
 
 
 def drawn(own: Objective, term: PGDRecon, rows: int, step: int = 0) -> Tensor:
@@ -117,7 +117,7 @@ def test_the_value_never_falls_below_that_of_the_start(
     model, x = chain(), torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
     own = objective(model)
     own.losses.divergence = divergence
-    before = 0.0
+    before = found = 0.0
     for n_steps in (0, 1, 4, 12):  # a step of 1 jumps from corner to corner
         term = PGDRecon(n_steps=n_steps, step_size=1.0 if n_steps == 1 else 0.3, routing=routing, scope=scope)
         statistics = own.statistics(own.inputs(x), {"t": term}, drawn(own, term, 9), {})["t"]
@@ -223,8 +223,8 @@ def test_replicas_find_what_each_would_find_alone(chain: MakeModel) -> None:
     together = StackedStep(objectives, compile=False)
     draws = torch.stack([step_of(own, rows)[1] for own, rows in zip(objectives, x, strict=True)])
     torch.testing.assert_close(together(x, draws, {}).total, torch.stack(alone))
-    for number, own in enumerate(gradients):
-        for name, gradient in own.items():
+    for number, wanted in enumerate(gradients):
+        for name, gradient in wanted.items():
             found = together.parameters[f"model.{name}"].grad
             assert found is not None
             torch.testing.assert_close(found[number], gradient, rtol=1e-4, atol=1e-5)
@@ -256,4 +256,4 @@ def test_a_term_that_is_not_trained_on_is_not_measured() -> None:
 @pytest.mark.parametrize(("field", "bad"), [("n_steps", -1), ("step_size", 0.0), ("step_size", 1.5)])
 def test_values_out_of_range_are_refused(field: str, bad: float) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: got {bad}, must be "):
-        PGDRecon(**{field: bad})  # type: ignore[arg-type]
+        PGDRecon(**{field: bad})

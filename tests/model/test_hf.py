@@ -1,29 +1,38 @@
 """Targets from Hugging Face: the same numbers as transformers gives, and what each mistake is told."""
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.model.tiny_hf import MODELS, padded_tokens, saved_model, tokens
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
-from spd_hydra.model.hf import AutoClass, HuggingFace
+from spd_hydra.model.hf import AutoClass, HuggingFace, KeepWeights
+from spd_hydra.model.tokens_in import TokensIn
+from spd_hydra.section import ConfigError
 
 GENERATOR = rng.generator(0, "unused")
 BLOCKS = "*.[0-9]*.*"
 
 
-@pytest.fixture(params=MODELS)
-def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[HuggingFace, nn.Module]:
+@pytest.fixture(params=MODELS, scope="module")
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[HuggingFace, nn.Module]:
     """The configuration of a tiny model in a directory, and the model as transformers made it."""
-    original = saved_model(request.param, tmp_path)
-    return HuggingFace(name=str(tmp_path), auto_class=AutoClass[MODELS[request.param][0]]), original
+    directory = tmp_path_factory.mktemp(request.param)
+    original = saved_model(request.param, directory)
+    return HuggingFace(name=str(directory), auto_class=AutoClass[MODELS[request.param][0]]), original
 
 
 @pytest.fixture
@@ -89,3 +98,196 @@ def test_all_masks_and_deltas_at_one_give_the_models_own_output(
 def decomposed(module: nn.Module, pattern: str) -> DecomposedModel:
     sites = {"every": SitePattern(pattern=pattern, C=5)}
     return DecomposedModel(module, Decomposition(sites=sites), SharedMLPCausalImportance(hidden=[4]), seed=0)
+
+
+def test_copies_share_what_they_should_and_compute_the_same(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    module = gpt2[0].build(GENERATOR)
+    shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    again = copy.deepcopy(module, shared)
+    assert again is not module
+    assert again.lm_head.weight is module.lm_head.weight
+    assert torch.equal(again(tokens()), module(tokens()))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_traced_model_reads_nothing_of_the_batch_it_was_traced_with(
+    tiny: tuple[HuggingFace, nn.Module], padded: bool
+) -> None:
+    module = tiny[0].build(GENERATOR)
+    module.expect_padding(padded)
+    graph = make_fx(lambda batch: module(batch))(tokens())
+    other = padded_tokens() if padded else tokens(seed=1)
+    close(graph(other), module(other))
+
+
+def test_the_skeleton_has_the_shapes_of_the_model_and_needs_no_values(
+    tiny: tuple[HuggingFace, nn.Module],
+) -> None:
+    spec, original = tiny
+    with torch.device("meta"):
+        module = spec.skeleton()
+    assert all(parameter.is_meta for parameter in module.parameters())
+    wanted = {name: parameter.shape for name, parameter in original.named_parameters()}
+    assert {name: parameter.shape for name, parameter in module.named_parameters()} == wanted
+    batch = tokens().to("meta")
+    assert module(batch).shape == called(original, tokens()).logits.shape
+    assert isinstance(module, TokensIn)
+
+
+def test_neither_building_nor_the_skeleton_draws_from_torchs_own_generator(
+    gpt2: tuple[HuggingFace, nn.Module],
+) -> None:
+    before = torch.get_rng_state()
+    first, again = gpt2[0].skeleton(), gpt2[0].skeleton()
+    gpt2[0].build(GENERATOR)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+
+
+def test_tied_embeddings_stay_one_parameter(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    for module in (gpt2[0].build(GENERATOR), gpt2[0].skeleton()):
+        assert module.lm_head.weight is module.transformer.wte.weight
+        assert "lm_head.weight" not in dict(module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("output", "place"),
+    [("logits", lambda out: out.logits), ("0", lambda out: out[0]), (None, lambda out: out.logits)],
+)
+def test_the_output_is_chosen_by_its_path(
+    gpt2: tuple[HuggingFace, nn.Module], output: str | None, place: Any
+) -> None:
+    spec = HuggingFace(name=gpt2[0].name, output=output)
+    close(spec.build(GENERATOR)(tokens()), place(called(gpt2[1], tokens())))
+
+
+def test_the_base_model_gives_its_last_hidden_state(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    spec = HuggingFace(name=gpt2[0].name, auto_class=AutoClass.base)
+    close(spec.build(GENERATOR)(tokens()), called(gpt2[1].transformer, tokens()).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "output", "predicts"),
+    [
+        (AutoClass.causal_lm, None, True),
+        (AutoClass.causal_lm, "hidden_states.1", False),
+        (AutoClass.masked_lm, None, False),
+        (AutoClass.base, None, False),
+    ],
+)
+def test_logits_of_a_causal_model_are_of_the_next_token(
+    auto_class: AutoClass, output: str | None, predicts: bool
+) -> None:
+    spec = HuggingFace(name="any", auto_class=auto_class, output=output)
+    assert spec.predicts_next_token() is predicts
+
+
+def test_sizes_and_tokenizer_are_known_from_the_configuration_alone(
+    gpt2: tuple[HuggingFace, nn.Module],
+) -> None:
+    spec = gpt2[0]
+    (Path(spec.name) / "model.safetensors").unlink()
+    assert (spec.vocab_size(), spec.context_length(), spec.tokenizer_name()) == (50, 32, spec.name)
+    assert spec.prefetch() == [f"model {spec.name}: a local directory, nothing to fetch"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(KeepWeights.auto, True), (KeepWeights.always, True), (KeepWeights.never, False)]
+)
+def test_small_weights_are_kept_unless_asked_not_to(
+    gpt2: tuple[HuggingFace, nn.Module], keep: KeepWeights, kept: bool
+) -> None:
+    spec = HuggingFace(name=gpt2[0].name, keep_weights=keep)
+    assert spec.keeps_weights(spec.build(GENERATOR)) is kept
+
+
+def test_large_weights_are_not_copied_by_themselves(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    with torch.device("meta"):
+        large = nn.Linear(2**13, 2**13 + 1)  # 4 bytes each: a little more than 256 MiB
+    assert not gpt2[0].keeps_weights(large)
+    assert HuggingFace(name="any", keep_weights=KeepWeights.always).keeps_weights(large)
+
+
+# ---- what mistakes are told
+
+
+def refused(spec: HuggingFace) -> str:
+    with pytest.raises(ConfigError) as caught:
+        spec.build(GENERATOR)(tokens())
+    return str(caught.value)
+
+
+def test_an_output_that_there_is_not_is_named_with_those_there_are(
+    gpt2: tuple[HuggingFace, nn.Module],
+) -> None:
+    assert refused(HuggingFace(name=gpt2[0].name, output="logit")) == (
+        "model.output: got logit, under which the model gives no tensor; it has logits"
+    )
+
+
+def test_weights_without_the_head_of_the_class_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_model("bert", tmp_path)
+    with caplog.at_level(logging.ERROR):
+        message = refused(HuggingFace(name=str(tmp_path), auto_class=AutoClass.sequence_classification))
+    assert message == (
+        f"model.auto_class: got sequence_classification, but the weights of {tmp_path} lack "
+        "bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias, … (4 in all); choose the class "
+        "that it was trained as"
+    )
+
+
+def test_a_class_that_a_model_does_not_come_in_is_refused(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    message = refused(HuggingFace(name=gpt2[0].name, auto_class=AutoClass.masked_lm))
+    assert message.startswith(
+        f"model: {gpt2[0].name} cannot be loaded as masked_lm: Unrecognized configuration"
+    )
+    assert "\n" not in message
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    transformers.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="takes two inputs, one for its encoder and one for its decoder"):
+        HuggingFace(name=str(tmp_path)).skeleton()
+
+
+def test_an_unknown_kind_of_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
+    with pytest.raises(ConfigError, match=r"whose config\.json cannot be used: .*nothing_known"):
+        HuggingFace(name=str(tmp_path)).skeleton()
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{"])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"whose config\.json cannot be used"):
+        HuggingFace(name=str(tmp_path)).skeleton()
+
+
+def test_damaged_weights_are_refused(gpt2: tuple[HuggingFace, nn.Module]) -> None:
+    file = Path(gpt2[0].name) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert refused(gpt2[0]).startswith(f"model: {gpt2[0].name} cannot be loaded as causal_lm: ")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "0123abc", "g" * 40])
+def test_foreign_code_needs_a_full_commit(revision: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HuggingFace(name="gpt2", trust_remote_code=True, revision=revision)
+    assert str(caught.value) == (
+        f"trust_remote_code: got true with revision {revision}; give the full commit hash (40 hexadecimal "
+        "digits) whose code you have read"
+    )
+    assert HuggingFace(name="gpt2", trust_remote_code=True, revision="0a" * 20).trust_remote_code
+
+
+def test_without_it_foreign_code_is_not_run(tmp_path: Path) -> None:
+    code = "import pathlib\npathlib.Path('ran').touch()\n"
+    (tmp_path / "configuration_x.py").write_text(code)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.XConfig"}}'
+    )
+    with pytest.raises(ConfigError, match=r"whose config\.json cannot be used"):
+        HuggingFace(name=str(tmp_path)).skeleton()
+    assert not Path("ran").exists()

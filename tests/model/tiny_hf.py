@@ -10,7 +10,7 @@ from torch import nn
 
 VOCAB, LENGTH = 50, 12
 
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -21,7 +21,7 @@ _SMALL = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-_GPT2 = {
+_GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": 32,
     "n_layer": 2,
@@ -38,10 +38,13 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "qwen2": ("causal_lm", lambda: transformers.Qwen2Config(**_SMALL, num_key_value_heads=2)),
     "qwen3": ("causal_lm", lambda: transformers.Qwen3Config(**_SMALL, num_key_value_heads=2, head_dim=8)),
     "bert": ("masked_lm", lambda: transformers.BertConfig(**_SMALL)),
-    "bert_classifier": ("sequence_classification", lambda: transformers.BertConfig(**_SMALL, num_labels=3)),
+    "bert_classifier": (
+        "sequence_classification",
+        lambda: transformers.BertConfig(**(_SMALL | {"num_labels": 3})),
+    ),
     "gpt2_classifier": (
         "sequence_classification",
-        lambda: transformers.GPT2Config(**_GPT2, num_labels=3, pad_token_id=3),
+        lambda: transformers.GPT2Config(**(_GPT2 | {"num_labels": 3, "pad_token_id": 3})),
     ),
 }
 """By name: the auto class of the configuration, and the transformers configuration."""

@@ -94,7 +94,8 @@ class _Block(nn.Module):
         self, r: Float[Tensor, "*batch length d_model"], rotation: "Rotation", keys: Tensor | None
     ) -> Float[Tensor, "*batch length d_model"]:
         r = r + self.attention(_normed(r), rotation, keys)
-        return r + self.mlp(_normed(r))
+        r = r + self.mlp(_normed(r))
+        return r
 
 
 class _Attention(nn.Module):
@@ -115,7 +116,8 @@ class _Attention(nn.Module):
         # which Adam scales up to steps of full size.
         if x.shape[-2] > 1:
             v = scaled_dot_product_attention(rotation.apply(q), rotation.apply(k), v, attn_mask=keys)
-        return self.out(v.transpose(-3, -2).flatten(-2))
+        written: Tensor = self.out(v.transpose(-3, -2).flatten(-2))
+        return written
 
 
 class Rotation(NamedTuple):

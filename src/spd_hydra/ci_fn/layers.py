@@ -122,7 +122,7 @@ def _require_same_positions(parts: Mapping[str, Tensor]) -> None:
                 f"together, but site {first!r} runs at positions of shape {list(known)} and site {name!r} at "
                 f"{list(own)}; leave one of them out, or use mlp, vector_mlp or shared_mlp"
             )
-        known = torch.broadcast_shapes(known, own)
+        known = torch.Size(map(max, known, own))
 
 
 def site_key(site: str) -> str:

@@ -101,4 +101,4 @@ class _PrivateVectorMLP(torch.autograd.Function):
 def _hidden(x: Tensor, w_in: Tensor, b_in: Tensor) -> Float[Tensor, "*positions C hidden"]:
     """Before the activation function; x are vectors or, as whole numbers, tokens."""
     pre = x @ w_in.flatten(1) if x.is_floating_point() else embedding(x, w_in.flatten(1))
-    return pre.unflatten(-1, b_in.shape) + b_in
+    return pre.reshape(*pre.shape[:-1], *b_in.shape) + b_in

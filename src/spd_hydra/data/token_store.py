@@ -91,7 +91,7 @@ def write_store(
     """
     overlap = 0
     if held_out is None:
-        kept = (one for one in documents() if not is_held_out(one, held_out_fraction))
+        kept: Iterable[Document] = (one for one in documents() if not is_held_out(one, held_out_fraction))
         others: Iterable[Document] = (one for one in documents() if is_held_out(one, held_out_fraction))
     else:
         wanted = {fingerprint(one) for one in held_out()}

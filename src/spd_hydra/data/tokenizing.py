@@ -169,7 +169,8 @@ def _tokenizer(name: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"data.tokenizer: {name} cannot be loaded ({reason}); give a local directory, or fetch it with "
-            "`spd-run task=prefetch ...` where there is a network, then set HF_HUB_OFFLINE=1"
+            "`spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there is "
+            "none"
         ) from error
 
 

@@ -91,14 +91,18 @@ class DecomposedModel(nn.Module):
 
     def _patch(self) -> nn.Module:
         identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
-        layers = tuple(name for name in self.site_names if name not in identities)
-        return patched_copy(self.target, layers, self._switch, identities)
+        return patched_copy(self.target, self.matrix_names, self._switch, identities)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the target's stays what it was trained for."""
         super().train(mode)
         self.target.eval()
         return self
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """The sites that are matrices of the target, without the identities that were put into it."""
+        return tuple(name for name in self.site_names if _key(name) not in self.identities)
 
     @property
     def device(self) -> torch.device:

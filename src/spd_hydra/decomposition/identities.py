@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spd_hydra.decomposition.config import SitePattern
 from spd_hydra.decomposition.layers import is_decomposable, is_embedding, weight_matrix
+from spd_hydra.factored import Activation
 from spd_hydra.section import ConfigError
 
 SUFFIX = "identity"
@@ -29,7 +30,7 @@ class Identity(nn.Linear):
         self.before = before
         self.weight = nn.Parameter(torch.eye(width), requires_grad=False)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Activation) -> Activation:  # type: ignore[override]
         """The input itself.
 
         Raises:
@@ -39,8 +40,8 @@ class Identity(nn.Linear):
             input.shape[-1:] != (self.in_features,) or not input.is_floating_point()
         ):
             raise ConfigError(
-                f"decomposition.identities: the input of {self.before} has the shape {list(input.shape)}, but its "
-                f"first matrix reads {self.in_features} numbers; choose a module whose input it reads"
+                f"decomposition.identities: the input of {self.before} has the shape {list(input.shape)}, "
+                f"but its first matrix reads {self.in_features} numbers; choose a module whose input it reads"
             )
         return input
 

@@ -15,6 +15,7 @@ from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.persistent_recon import Adversary
+from spd_hydra.transfer import send
 
 ScheduledValues = dict[str, dict[str, Tensor]]
 """Scheduled parameters at one step: by term, by parameter, as scalars on the device."""
@@ -177,12 +178,15 @@ class Objective:
     def scheduled(self, progress: float) -> ScheduledValues:
         """Parameters of the terms that change during training, at `progress` in [0, 1]."""
         device = self.model.device
-        values = {name: term.scheduled(progress) for name, term in self.losses.measured_terms().items()}
         return {
-            name: {parameter: torch.tensor(value, device=device) for parameter, value in own.items()}
-            for name, own in values.items()
-            if own
+            name: {parameter: send(torch.tensor(value), device) for parameter, value in own.items()}
+            for name, own in self.schedule(progress).items()
         }
+
+    def schedule(self, progress: float) -> dict[str, dict[str, float]]:
+        """The same as numbers; which parameters they are never changes."""
+        values = {name: term.scheduled(progress) for name, term in self.losses.measured_terms().items()}
+        return {name: own for name, own in values.items() if own}
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -148,6 +148,10 @@ class HuggingFace(TargetSpec):
         config = self._config().get_text_config()
         return cast("int | None", getattr(config, "max_position_embeddings", None))
 
+    def predicts_next_token(self) -> bool:
+        """Whether what is compared are the logits of a causal language model."""
+        return self.auto_class is AutoClass.causal_lm and self.output_path in {"logits", "0"}
+
     @property
     def output_path(self) -> str:
         """Where in the model's output the tensor is that is compared."""
@@ -194,8 +198,9 @@ class HuggingFace(TargetSpec):
 
 @contextlib.contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging  # has no types
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

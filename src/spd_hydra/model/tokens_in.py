@@ -81,10 +81,10 @@ def _register_attention() -> None:
 
     def padded(**arguments: Any) -> Tensor | None:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return cast(Tensor | None, sdpa_mask(**(arguments | skips)))
+        return sdpa_mask(**(arguments | skips))
 
     def unpadded(**arguments: Any) -> Tensor | None:
-        return cast(Tensor | None, sdpa_mask(**(arguments | {"attention_mask": None})))
+        return sdpa_mask(**(arguments | {"attention_mask": None}))
 
     for name, mask in ((_PADDED, padded), (_UNPADDED, unpadded)):
         AttentionInterface.register(name, sdpa_attention_forward)
