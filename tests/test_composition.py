@@ -52,27 +52,35 @@ def errors(overrides: list[str]) -> list[str]:
 
 def test_there_is_an_experiment_for_every_toy_with_both_settings() -> None:
     toys = ["tms_5-2", "tms_5-2-id", "tms_40-10", "tms_40-10-id", "resid_mlp1", "resid_mlp2", "resid_mlp3"]
-    others = ["induction_heads", "tms_5-2-untied"]
+    others = ["induction_heads", "lm_hf", "lm_tiny", "tms_5-2-untied"]
     assert sorted([*toys, *(f"paper/{toy}" for toy in toys), *others]) == EXPERIMENTS
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_composes_builds_and_survives_saving(composer: Composer, experiment: str) -> None:
-    config = composer.run_config([f"experiment={experiment}"])
+    given = ["model.name=gpt2", "data.name=imdb"] if experiment == "lm_hf" else []
+    config = composer.run_config([f"experiment={experiment}", *given])
     assert config.name == experiment
     assert from_dict(to_dict(config)) == config
+    if given:  # of a model that is not here
+        return
     parts = preflight(config)
     assert set(config.decomposition.tied) == (
         {"unembed"} if "tms" in experiment and "untied" not in experiment else set()
     )
-    assert all(shape.C in {20, 64, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
+    assert all(shape.C in {20, 64, 96, 100, 200, 400, 500} for shape in parts.model.site_shapes().values())
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_shipped_file_is_an_option_that_composes(composer: Composer, option: str) -> None:
     group, _, name = option.partition("/")
     assert name in composer.groups()[group]
-    given = {"experiment/none": ["name=mine"], "model/hf": ["model.name=gpt2"]}.get(option, [])
+    given = {
+        "experiment/none": ["name=mine"],
+        "model/hf": ["model.name=gpt2"],
+        "data/tokens": ["data.name=imdb"],
+        "experiment/lm_hf": ["model.name=gpt2", "data.name=imdb"],
+    }.get(option, [])
     assert isinstance(composer.run_config([f"{group}={name}", *given]), RunConfig)
 
 

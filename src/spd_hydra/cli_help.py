@@ -34,7 +34,7 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
   spd-run task=train_target experiment=tms_40-10       only the target
   spd-run task=analyse run=<run dir>                   metrics, figures, report and summary again
   spd-run task=check experiment=resid_mlp3             build everything, train nothing
-  spd-run task=prefetch experiment=lm_hf model.name=gpt2 data.name=<dataset>    fetch what a run needs
+  spd-run task=prefetch experiment=lm_hf model.name=gpt2 data.name=imdb    fetch what a run needs
   spd-run --cfg job experiment=resid_mlp1              show the configuration
   spd-run --info defaults-tree                         show which files it comes from
   spd-run --config-dir <folder> experiment=<mine>      with YAML files of your own, in <folder>/experiment/

@@ -36,7 +36,7 @@ def test_every_key_of_every_section_has_a_line(text: str) -> None:
             where = re.sub(r"^decomposition\.sites\.\w+", "decomposition.sites.<name>", prefix)
             where = alike.get(where, where)
             for name, value in vars(section).items():
-                is_section = hasattr(value, "problems") or name in {"sites", "extra"}
+                is_section = hasattr(value, "problems") or name in {"sites", "identities", "extra"}
                 assert is_section or f"{where}.{name}".lstrip(".") in listed, f"{prefix}.{name} has no line"
 
 
@@ -48,7 +48,7 @@ def test_every_kind_of_a_pluggable_section_is_listed(text: str) -> None:
 
 def test_every_experiment_has_a_meaning(text: str) -> None:
     table = text.partition("EXPERIMENTS")[2].partition("\nGROUPS")[0].strip().splitlines()[1:]
-    assert len(table) == 16
+    assert len(table) == 19
     assert all(re.fullmatch(r"  \S+ {2,}\S.*", line) for line in table)
 
 
