@@ -52,7 +52,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path, target_cache: Path) 
     found = load_file(two / "checkpoints" / "step_50" / "model.safetensors")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for expected_row, found_row in zip(rows_of(one), rows_of(two), strict=True):
-        # Counts of what is above a threshold jump with the last bit of a causal importance: they are left out.
+        # Counts of what is above a threshold jump with the last bit of a causal importance: left out.
         losses = [name for name in expected_row if name.startswith("loss/")]
         assert losses
         assert found_row["split"] == expected_row["split"]
