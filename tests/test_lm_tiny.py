@@ -52,9 +52,12 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path, target_cache: Path) 
     found = load_file(two / "checkpoints" / "step_50" / "model.safetensors")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for expected_row, found_row in zip(rows_of(one), rows_of(two), strict=True):
-        # Counts of what is above a threshold jump with the last bit of a causal importance: left out.
-        losses = [name for name in expected_row if name.startswith("loss/")]
-        assert losses
+        assert found_row.keys() == expected_row.keys()
         assert found_row["split"] == expected_row["split"]
-        for name in losses:
-            assert found_row[name] == pytest.approx(expected_row[name], rel=1e-4, abs=1e-5), name
+        for name, value in expected_row.items():
+            if name.startswith("loss/"):
+                assert found_row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            elif name.startswith("grad_norm/"):  # a sum of terms that nearly cancel
+                assert found_row[name] == pytest.approx(value, rel=1e-2), name
+            elif name.startswith("l0/"):  # a count above a threshold: the last bit may tip a few of them
+                assert found_row[name] == pytest.approx(value, abs=0.1), name
