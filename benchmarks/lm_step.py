@@ -1,7 +1,8 @@
 """A training step on a language model, beside a plain implementation of the same step.
 
-    python -m benchmarks.lm_step                       # a Llama of 2 layers, on the CPU
+    python -m benchmarks.lm_step                       # lm_tiny and a Llama of 2 layers, on the CPU
     python -m benchmarks.lm_step --device cuda         # GPT-2-small and a Llama of 4 layers, 512 tokens
+    python -m benchmarks.lm_step --write docs/performance.md
 
 Milliseconds per step, samples (rows) per second, the share of the machine's matrix-product rate that is used
 (MFU: FLOPs of our step over time and rate, the same for all ways) and the most bytes that tensors take at a
@@ -13,8 +14,12 @@ import argparse
 import dataclasses
 import itertools
 import math
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks import markdown, step_page
@@ -24,9 +29,12 @@ from benchmarks.roofline import matmul_flops, matmul_rate
 from benchmarks.step_cases import Sample, Variant, differences, make, parts_of, wait_for
 from benchmarks.step_memory import allocated_in_a_step
 
+from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.environment import describe_environment
 
+TITLE = "Language models"
+HEADER = ("model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory", "compiling, s")
 _TOLERANCE = 1e-4
 _SIDE = 2048  # of the square matrices that the machine is measured with
 
@@ -48,7 +56,23 @@ class Case:
         return config(self.target, C=self.C, length=self.length, hidden=self.hidden, overrides=words)
 
 
-CPU = (Case(name="llama, 2 x 128", target=LanguageModel(), C=128, length=64, batch_size=16, hidden=64),)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """An experiment as it is shipped, with further words."""
+
+    name: str
+    words: tuple[str, ...] = ()
+
+    def config(self, *, device: str, overrides: tuple[str, ...]) -> RunConfig:
+        """The run whose steps are taken."""
+        return compose(["experiment=lm_tiny", f"device={device}", *self.words, *overrides])
+
+
+CPU = (
+    Preset(name="lm_tiny"),
+    Preset(name="lm_tiny, layerwise", words=("loss=delta", "loss.divergence=kl")),
+    Case(name="llama, 2 x 128", target=LanguageModel(), C=128, length=64, batch_size=16, hidden=64),
+)
 CUDA = (
     Case(
         name="GPT-2 small",
@@ -70,7 +94,7 @@ CUDA = (
 
 
 def measure(
-    case: Case, ways: list[str], seconds: float, device: str, overrides: tuple[str, ...]
+    case: Case | Preset, ways: list[str], seconds: float, device: str, overrides: tuple[str, ...]
 ) -> list[list[str]]:
     """A row of the table for every way, the plain one last.
 
@@ -85,8 +109,11 @@ def measure(
     variants["plain"] = Variant(
         lambda given=None: plain.step(sample if given is None else given), plain.parameters, plain.device
     )
+    begin = {"plain": 0.0}
     for way in ways:
+        started = time.perf_counter()
         require_equal(way, variants[way], variants["plain"], sample)
+        begin[way] = time.perf_counter() - started  # a step of each, the first one of this way
     flops = matmul_flops(lambda: variants[ways[-1]].step(sample))
     rate = matmul_rate(plain.device, _SIDE, _SIDE, _SIDE)
     times = in_turns(variants, seconds)
@@ -96,11 +123,12 @@ def measure(
             case.name,
             way,
             f"{1000 * own:.0f}",
-            f"{case.batch_size / own:.1f}",
+            f"{run.train.batch_size / own:.1f}",
             f"{flops / own / rate:.0%}",
             f"{memory[way] / 2**20:.0f}",
             f"{times['plain'] / own:.2f}",
             f"{memory[way] / memory['plain']:.2f}",
+            f"{max(0.0, begin[way] - times['plain'] - own):.0f}",
         ]
         for way, own in times.items()
     ]
@@ -143,6 +171,23 @@ def in_turns(variants: dict[str, Variant], seconds: float) -> dict[str, float]:
     return found
 
 
+def section(rows: Sequence[Sequence[str]], environment: dict[str, Any], command: str) -> str:
+    """The section of the page, with its heading."""
+    return f"""## {TITLE}
+
+{markdown.bullets([f"measured with `{command}`", step_page.machine({"environment": environment})])}
+
+One training step on a language model, best of several rounds that take turns in one process. *plain*: the
+published algorithm in uncompiled PyTorch (`benchmarks/plain_lm_step.py`): weight deltas formed, masked passes
+one after the other through the whole model; all ways have its losses and gradients to {_TOLERANCE:g}. *MFU*:
+FLOPs of our step over time and the rate of square matrix products, the same FLOPs for all ways. *speed* and
+*memory*: over those of plain; memory is the most that the tensors made in a step take at a time. *compiling*:
+seconds more that the first step takes.
+
+{markdown.table(HEADER, rows)}
+"""
+
+
 def main() -> int:
     """Parse the command line, measure, print; 1 if two ways differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -150,15 +195,21 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=30.0, help="per model")
+    parser.add_argument("--cases", default="", metavar="NAME;…", help="of those of the device; default: all")
+    parser.add_argument("--write", type=Path, help="put the table into this page, e.g. docs/performance.md")
     parser.add_argument("--ways", default="compiled,recomputed,eager", metavar="WAY,…")
     arguments = parser.parse_intermixed_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out for the CPU's case")
     torch.set_num_threads(arguments.threads)
-    print(step_page.machine({"environment": describe_environment(arguments.device)}), flush=True)
-    header = ["model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory"]
+    environment = describe_environment(arguments.device)
+    print(step_page.machine({"environment": environment}), flush=True)
+    cases: tuple[Case | Preset, ...] = CUDA if arguments.device == "cuda" else CPU
+    chosen = arguments.cases.split(";") if arguments.cases else [case.name for case in cases]
     rows = []
-    for case in CUDA if arguments.device == "cuda" else CPU:
+    for case in cases:
+        if case.name not in chosen:
+            continue
         try:
             rows += measure(
                 case,
@@ -170,7 +221,12 @@ def main() -> int:
         except ValueError as error:
             print(f"{case.name}: {error}")
             return 1
-    print(markdown.table(header, rows))
+    command = shlex.join(["python", "-m", "benchmarks.lm_step", *sys.argv[1:]])
+    text = section(rows, environment, command)
+    print(text)
+    if arguments.write:
+        before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
+        arguments.write.write_text(markdown.with_section(before, TITLE, text), encoding="utf-8")
     return 0
 
 

@@ -1,12 +1,12 @@
 """A training step on a language model as one would write it down from the formulas: for `lm_step.py`.
 
-Uncompiled PyTorch: every weight delta is formed in every pass, masked passes run one after the other, each
-with whole activations, and the divergence is taken from two float32 log-softmaxes. It takes the initial
-weights of a `DecomposedModel` and imports none of its arithmetic.
+Uncompiled PyTorch: the weight deltas are formed, once per step, masked passes run one after the other, each
+through the whole model and with whole activations, and the divergence is taken from two float32
+log-softmaxes. It takes the initial weights of a `DecomposedModel` and imports none of its arithmetic.
 """
 
 import copy
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from benchmarks.plain_step import LEAK, LowerLeaky, mlp
@@ -17,15 +17,24 @@ from spd_hydra.build import Parts
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.recon import Recon
 
-Masks = dict[str, tuple[Tensor, Tensor]]
-"""By site: m, `[batch, length, C]`, and δ, `[batch, length, 1]`."""
+
+class Mask(NamedTuple):
+    """m, `[batch, length, C]`, δ, `[batch, length, 1]`, and where they hold, `[batch, length, 1]`."""
+
+    m: Tensor
+    delta: Tensor
+    where: Tensor | None = None  # everywhere
+
+
+Masks = dict[str, Mask]
 
 
 class PlainLanguageStep:
     """One training step: plain losses, `backward`, AdamW.
 
     Args:
-        parts: what the project would train, with `shared_mlp`, KL, and recon of all sites or one at a time.
+        parts: what the project would train, with `shared_mlp`, KL, and stochastic recon of all sites, of a
+            uniform subset or of one at a time.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -59,28 +68,48 @@ class PlainLanguageStep:
             inputs = {name: site.seen for name, site in self.sites.items()}
         z = {name: mlp(self._parameters_of(f"ci_fn.sites.{_key(name)}."), x) for name, x in inputs.items()}
         lower: dict[str, Tensor] = {name: LowerLeaky.apply(value) for name, value in z.items()}  # type: ignore[no-untyped-call]
+        deltas = {name: site.weight - (self._V(name) @ self._U(name)).T for name, site in self.sites.items()}
         active = self.config.loss.active_terms()
         recon = {name: term for name, term in active.items() if isinstance(term, Recon)}
-        widths = [self._V(name).shape[1] + 1 for name in self.site_names]
-        terms = {"importance_minimality": self._importance_minimality(z)}
-        for (name, term), own in zip(recon.items(), draws.chunk(len(recon), dim=-1), strict=True):
-            sources = dict(zip(self.site_names, torch.split(own, widths, dim=-1), strict=True))
-            masks = {
-                site: (lower[site] + (1 - lower[site]) * r[..., :-1], r[..., -1:])
-                for site, r in sources.items()
-            }
-            lone = term.routing is Routing.layerwise
-            passes = [{site: mask} for site, mask in masks.items()] if lone else [masks]
-            terms[name] = torch.stack([_kl(self._run(batch, own), clean) for own in passes]).mean()
+        terms: dict[str, Tensor] = {}
+        if "faithfulness" in active:
+            squares = torch.stack([(delta**2).sum() for delta in deltas.values()]).sum()
+            terms["faithfulness"] = squares / sum(delta.numel() for delta in deltas.values())
+        terms["importance_minimality"] = self._importance_minimality(z)
+        widths = [sum(self._widths(term)) for term in recon.values()]
+        for (name, term), own in zip(recon.items(), torch.split(draws, widths, dim=-1), strict=True):
+            passes = self._passes(term, lower, own)
+            divergences = [_kl(self._run(batch, masks, deltas), clean) for masks in passes]
+            terms[name] = torch.stack(divergences).mean()
         parts = [active[name].coeff * value for name, value in terms.items()]
         return terms | {"total": torch.stack(parts).sum()}
 
-    def _run(self, batch: Tensor, masks: Masks) -> Tensor:
+    def _widths(self, term: Recon) -> list[int]:
+        routing = len(self.site_names) + 1 if term.routing is Routing.uniform_k else 0
+        return [routing, *(self._V(name).shape[1] + 1 for name in self.site_names)]
+
+    def _passes(self, term: Recon, lower: dict[str, Tensor], draws: Tensor) -> list[Masks]:
+        """The masks of every forward pass of a term; a site that is absent keeps its own layer."""
+        routing, *sources = torch.split(draws, self._widths(term), dim=-1)
+        masks = {
+            name: Mask(lower[name] + (1 - lower[name]) * r[..., :-1], r[..., -1:])
+            for name, r in zip(self.site_names, sources, strict=True)
+        }
+        if term.routing is Routing.layerwise:
+            return [{name: mask} for name, mask in masks.items()]
+        if term.routing is Routing.uniform_k:
+            k = 1 + (routing[..., -1:] * len(self.site_names)).floor()
+            rank = routing[..., :-1].argsort(dim=-1).argsort(dim=-1)  # a random permutation of the sites
+            chosen = torch.split(rank < k, 1, dim=-1)
+            pairs = zip(masks.items(), chosen, strict=True)
+            return [{name: mask._replace(where=where) for (name, mask), where in pairs}]
+        return [masks]
+
+    def _run(self, batch: Tensor, masks: Masks, deltas: dict[str, Tensor] | None = None) -> Tensor:
         for name, site in self.sites.items():
             site.masked = None
-            if name in masks:
-                delta = site.weight - (self._V(name) @ self._U(name)).T
-                site.masked = (self._V(name), self._U(name), delta, *masks[name])
+            if deltas is not None and name in masks:
+                site.masked = (self._V(name), self._U(name), deltas[name], masks[name])
         return cast(Tensor, self.target(batch))
 
     def _V(self, name: str) -> Float[Tensor, "d_in C"]:
@@ -108,7 +137,7 @@ class _Site(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.masked: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self.masked: tuple[Tensor, Tensor, Tensor, Mask] | None = None
         self.seen = torch.empty(0)
 
     @property
@@ -120,10 +149,11 @@ class _Site(nn.Module):
         if self.masked is None:
             self.seen = x
             return cast(Tensor, self.layer(x))
-        V, U, delta, m, delta_mask = self.masked
-        y = (x @ V * m) @ U + delta_mask * (x @ delta.T)
+        V, U, delta, mask = self.masked
+        y = (x @ V * mask.m) @ U + mask.delta * (x @ delta.T)
         bias = cast(Tensor | None, self.layer.bias)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if mask.where is None else torch.where(mask.where, y, self.layer(x))
 
 
 def _kl(masked: Float[Tensor, "batch length vocabulary"], target: Tensor) -> Float[Tensor, ""]:

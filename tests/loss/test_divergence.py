@@ -9,7 +9,7 @@ import torch
 
 from spd_hydra.compiling import Kernel
 from spd_hydra.loss import divergence as module
-from spd_hydra.loss.divergence import Divergence, chunked_kl, divergence_by_row, divergence_sum
+from spd_hydra.loss.divergence import Divergence, divergence_by_row, divergence_sum, kl_by_position
 
 
 def value(divergence: Divergence, masked: torch.Tensor, target: torch.Tensor) -> float:
@@ -115,7 +115,7 @@ def test_in_chunks_kl_and_its_gradient_are_those_of_the_whole(shape: tuple[int, 
     masked, target = logits(*shape)
     weight = torch.rand(shape, generator=torch.Generator().manual_seed(1))
     kl, wanted = in_double(masked, target, weight)
-    found = chunked_kl(masked, target)
+    found = kl_by_position(masked, target)
     torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
     (gradient,) = torch.autograd.grad((found * weight).sum(), masked)
     torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=5e-7)
@@ -138,7 +138,7 @@ def test_large_outputs_are_compared_in_chunks_and_padding_still_counts_nowhere()
 def test_chunks_of_half_precision_are_compared_in_float32_also_under_autocast() -> None:
     masked, target = logits(20, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = chunked_kl(masked, target)
+        found = kl_by_position(masked, target)
     assert found.dtype == torch.float32
     kl, wanted = in_double(masked, target, torch.ones(20))
     torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
@@ -150,12 +150,14 @@ def test_chunks_of_half_precision_are_compared_in_float32_also_under_autocast() 
 @pytest.mark.usefixtures("small_chunks")
 def test_chunks_may_be_mapped_over_replicas() -> None:
     masked, target = logits(3, 20)
-    found = torch.vmap(chunked_kl)(masked, target)
+    found = torch.vmap(kl_by_position)(masked, target)
     kl, wanted = in_double(masked, target, torch.ones(3, 20))
     torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
     (gradient,) = torch.autograd.grad(found.sum(), masked)
     torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=5e-7)
-    transformed = torch.vmap(torch.func.grad(lambda m, t: chunked_kl(m, t).sum()))(masked.detach(), target)
+    transformed = torch.vmap(torch.func.grad(lambda m, t: kl_by_position(m, t).sum()))(
+        masked.detach(), target
+    )
     torch.testing.assert_close(transformed, gradient)
 
 
@@ -166,7 +168,7 @@ def test_chunks_compile() -> None:
 
     def both(masked: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         own = masked.detach().requires_grad_()
-        kl = chunked_kl(own, target)
+        kl = kl_by_position(own, target)
         return kl.detach(), torch.autograd.grad(kl.sum(), own)[0]
 
     torch.testing.assert_close(Kernel(both)(masked.detach(), target), both(masked, target))

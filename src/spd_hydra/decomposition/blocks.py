@@ -9,6 +9,11 @@ AtBlock = Callable[[str, nn.Module, Callable[[], Any]], Any]
 """Called in place of a block with its path, the block, and what runs it; gives the output."""
 
 
+def run_block(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+    """What runs a block as it is."""
+    return run()
+
+
 class BlockSwitch:
     """What the wrapped blocks of one patched copy do at the moment; None: what the target does."""
 
@@ -46,15 +51,17 @@ def wrap_blocks(patched: nn.Module, switch: BlockSwitch) -> None:
 
 
 class CleanBlocks:
-    """Outputs of the blocks of a clean pass, and which of them were done before a site began.
+    """Outputs of the blocks of a clean pass, and what was done before a site began.
 
-    A block that was done before a site began has its clean output in every pass that masks this site alone.
+    A block that was done, and a site that had run, before a site began has its clean output in every pass
+    that masks this site alone.
     """
 
     def __init__(self) -> None:
         self._outputs: dict[str, Any] = {}
         self._again: set[str] = set()  # blocks that ran more than once: one output does not stand for them
         self._before: dict[str, frozenset[str]] = {}
+        self._sites: list[str] = []  # in the order in which they began
 
     def record(self, path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
         """Run a block of the clean pass."""
@@ -67,6 +74,11 @@ class CleanBlocks:
     def site_begins(self, site: str) -> None:
         """Note which blocks are done."""
         self._before[site] = frozenset(self._outputs)
+        self._sites.append(site)
+
+    def sites_before(self, site: str) -> frozenset[str]:
+        """Sites that began earlier, which have their clean output in a pass that masks this one alone."""
+        return frozenset(self._sites[: self._sites.index(site)])
 
     def reused_before(self, site: str) -> AtBlock:
         """For a pass in which this site alone is masked: clean outputs, up to the block that it is in."""

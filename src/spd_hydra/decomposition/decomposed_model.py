@@ -1,16 +1,18 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Self, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
-from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks
+from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
@@ -23,7 +25,7 @@ from spd_hydra.decomposition.subcomponents import (
     inner_activation,
     weight_delta,
 )
-from spd_hydra.factored import Activation, Factored, Products, dense, selected, sharing, write
+from spd_hydra.factored import Activation, Factored, KeepsFactors, Products, dense, selected, sharing, write
 
 
 class CleanPass(NamedTuple):
@@ -136,6 +138,16 @@ class DecomposedModel(nn.Module):
             for name in self.site_names
         }
 
+    def matrices(self, sites: Iterable[str]) -> list[nn.Parameter]:
+        """V and U of the given sites as they are trained, each once: at a tied site those of its source."""
+        owners = dict.fromkeys(self.config.tied.get(site, site) for site in sites)
+        return [parameter for owner in owners for parameter in self.pieces(owner).parameters()]
+
+    @property
+    def shares_products(self) -> bool:
+        """Whether masked passes of a batch share products of parameters, see `factored.py`."""
+        return any(isinstance(module, KeepsFactors) for module in self.patched.modules())
+
     def component_parameters(self) -> Iterator[nn.Parameter]:
         """V and U of every site; a tied pair counts once."""
         return self.subcomponents.parameters()
@@ -174,6 +186,7 @@ class DecomposedModel(nn.Module):
         *,
         reuse: "Reuse | None" = None,
         outputs: dict[str, Activation] | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """The model's output with the given sites masked; without masks, the target's own output.
 
@@ -185,6 +198,7 @@ class DecomposedModel(nn.Module):
             masks: by site; a site that is absent keeps its own layer, on the current input.
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
             outputs: is filled with the output of every masked site.
+            recompute: keep the inputs of blocks alone for the backward pass, which runs each block again.
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
@@ -192,9 +206,14 @@ class DecomposedModel(nn.Module):
         if unknown:
             raise ValueError(f"no such site: {sorted(unknown)}; the sites are {list(self.site_names)}")
         # A lone masked site sees clean activations whatever the architecture.
-        clean_sites = frozenset(masks) if len(masks) == 1 else self.roots
+        clean_sites, untouched = self.roots, frozenset[str]()
+        if len(masks) == 1:
+            clean_sites = frozenset(masks)
+            untouched = frozenset() if reuse is None else reuse.clean.blocks.sites_before(*masks)
 
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
+            if reuse is not None and name in untouched:
+                return reuse.clean.outputs[name]
             if name not in masks:
                 return cast(Activation, layer(x))
             y = masked(name, layer, x)
@@ -211,8 +230,26 @@ class DecomposedModel(nn.Module):
 
         if reuse is None:
             return self._run(batch, at_site)
-        at_block = reuse.clean.blocks.reused_before(next(iter(masks))) if len(masks) == 1 else None
+        at_block = reuse.clean.blocks.reused_before(next(iter(masks))) if len(masks) == 1 else run_block
+        if recompute and torch.is_grad_enabled():
+            at_block = self._recomputing(at_site, at_block)
         return self._run(batch, at_site, at_block, reuse.products)
+
+    def _recomputing(self, at_site: AtSite, at_block: AtBlock) -> AtBlock:
+        """The same, but a block that runs does so again in the backward pass."""
+
+        def at(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+            def again() -> Any:
+                # Products that passes share would be there already when the block runs again.
+                with self._switched(at_site, None), sharing({}):
+                    return run()
+
+            def run_twice() -> Any:
+                return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
+
+            return at_block(path, block, run_twice)
+
+        return at
 
     def _run(
         self,
@@ -221,12 +258,17 @@ class DecomposedModel(nn.Module):
         at_block: AtBlock | None = None,
         products: Products | None = None,
     ) -> Tensor:
+        with self._switched(at_site, at_block), sharing(products):
+            return cast(Tensor, self.patched(batch))
+
+    @contextmanager
+    def _switched(self, at_site: AtSite, at_block: AtBlock | None) -> Iterator[None]:
+        before = self._switch.at_site, self._switch.at_block
         self._switch.at_site, self._switch.at_block = at_site, at_block
         try:
-            with sharing(products):
-                return cast(Tensor, self.patched(batch))
+            yield
         finally:
-            self._switch.at_site = self._switch.at_block = None
+            self._switch.at_site, self._switch.at_block = before
 
     @torch.no_grad()
     def clean_pass(self, batch: Tensor) -> CleanPass:

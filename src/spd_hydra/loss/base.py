@@ -29,7 +29,9 @@ class LossInputs:
         draws: this term's own random numbers, from U(0, 1), as many columns as it asked for.
         divergence: distance between the masked and the target's output.
         schedule: this term's scheduled parameters at this step (see `Loss.scheduled`).
-        recompute: masked passes keep nothing for the backward pass, which computes each of them again.
+        target_normaliser: `log_normaliser` of the target's logits, which all passes share; None for `mse`.
+        at_once: the gradient of a masked pass is taken right after it, so that it keeps no activations.
+        recompute: a masked pass keeps the inputs of blocks alone and computes each block again.
         sources: this term's own lasting sources by site, if it has any (see `loss/persistent_recon.py`).
         valid: False at positions that are padding and count nowhere; None: all count.
     """
@@ -41,6 +43,8 @@ class LossInputs:
     draws: Float[Tensor, "*positions columns"]
     divergence: Divergence
     schedule: Mapping[str, Tensor]
+    target_normaliser: Float[Tensor, "*positions 2"] | None = None
+    at_once: bool = False
     recompute: bool = False
     sources: Mapping[str, Float[Tensor, "n_sources columns"]] = dataclasses.field(default_factory=dict)
     valid: Bool[Tensor, "*positions"] | None = None

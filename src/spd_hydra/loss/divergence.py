@@ -1,16 +1,18 @@
 """Distances between the output of a masked pass and the target's output."""
 
+import itertools
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import log_softmax
+
+from spd_hydra.compiling import is_tracing
 
 _NUMBERS_AT_ONCE = 2**22  # of logits, of which each float32 copy then takes 16 MiB
-_MOST_CHUNKS = 16  # a compiled graph holds each of them
+_MOST_CHUNKS = 16
 
 
 class Divergence(Enum):
@@ -28,6 +30,7 @@ def divergence_sum(
     masked: Float[Tensor, "*positions d"],
     target: Float[Tensor, "*positions d"],
     valid: Bool[Tensor, "*positions"] | None = None,
+    target_normaliser: Float[Tensor, "*positions 2"] | None = None,
 ) -> tuple[Tensor, Tensor | int]:
     """The divergence summed over the batch, in float32, and the number it has to be divided by.
 
@@ -36,12 +39,22 @@ def divergence_sum(
         masked: output of the masked pass (logits for `kl`).
         target: output of the target.
         valid: False at positions that do not count; an output that is not per position counts whole.
+        target_normaliser: for `kl`, `log_normaliser(target)`, if it is known.
     """
+    parts = _parts(divergence, masked, target, valid, target_normaliser)
+    return parts.sum(), divergence_count(divergence, target, valid)
+
+
+def divergence_count(
+    divergence: Divergence,
+    target: Float[Tensor, "*positions d"],
+    valid: Bool[Tensor, "*positions"] | None = None,
+) -> Tensor | int:
+    """The number that the summed divergence has to be divided by."""
     divisor = target.shape[-1] if divergence is Divergence.mse else 1
-    parts = _parts(divergence, masked, target, valid)
     if valid is None or valid.shape != target.shape[:-1]:
-        return parts.sum(), target[..., 0].numel() * divisor
-    return parts.sum(), valid.sum() * divisor
+        return target[..., 0].numel() * divisor
+    return valid.sum() * divisor
 
 
 def divergence_by_row(
@@ -59,64 +72,103 @@ def _parts(
     masked: Float[Tensor, "*positions d"],
     target: Float[Tensor, "*positions d"],
     valid: Bool[Tensor, "*positions"] | None,
+    target_normaliser: Float[Tensor, "*positions 2"] | None = None,
 ) -> Float[Tensor, "*positions parts"]:
-    """What the divergence is the sum of, 0 where it does not count; one part per position if it is large."""
+    """What the divergence is the sum of, 0 where it does not count."""
     if divergence is Divergence.mse:
         parts = (masked.float() - target.float()).square()
-    elif target.numel() > _NUMBERS_AT_ONCE:
-        parts = chunked_kl(masked, target)[..., None]
     else:
-        parts = _kl_parts(masked, target)
+        parts = kl_by_position(masked, target, target_normaliser)[..., None]
     if valid is None or valid.shape != target.shape[:-1]:
         return parts
     return parts.where(valid[..., None], 0)
 
 
-def _kl_parts(masked: Float[Tensor, "*positions d"], target: Float[Tensor, "*positions d"]) -> Tensor:
-    log_p = log_softmax(target.float(), dim=-1)
-    log_q = log_softmax(masked.float(), dim=-1)
-    return log_p.exp() * (log_p - log_q)
+def log_normaliser(logits: Float[Tensor, "*positions d"]) -> Float[Tensor, "*positions 2"]:
+    """log Σ exp of the logits at each position in two parts, in float32: the largest logit, and the rest.
+
+    In parts because logits are often large: their sum would have lost digits that a small divergence needs.
+    """
+    parts = [_log_normaliser(own.float()) for (own,) in _chunks(logits.flatten(0, -2))]
+    return torch.cat(parts).view(*logits.shape[:-1], 2)
 
 
-def chunked_kl(
-    masked: Float[Tensor, "*positions d"], target: Float[Tensor, "*positions d"]
+def _log_normaliser(logits: Float[Tensor, "positions d"]) -> Float[Tensor, "positions 2"]:
+    largest = logits.detach().amax(-1, keepdim=True)
+    return torch.cat([largest, (logits - largest).exp().sum(-1, keepdim=True).log()], -1)
+
+
+def _log_chances(
+    logits: Float[Tensor, "positions d"], normaliser: Float[Tensor, "positions 2"]
+) -> Float[Tensor, "positions d"]:
+    return logits.float() - normaliser[:, :1] - normaliser[:, 1:]
+
+
+def kl_by_position(
+    masked: Float[Tensor, "*positions d"],
+    target: Float[Tensor, "*positions d"],
+    target_normaliser: Float[Tensor, "*positions 2"] | None = None,
 ) -> Float[Tensor, "*positions"]:
     """KL(target ‖ masked) of the softmax of logits at each position, in float32.
 
     A chunk of positions after the other, in the backward pass again: the float32 tensors that would each be
     as large as all logits are those of one chunk, a sixteenth at most or 16 MiB. The backward pass leaves
     one tensor of that size and of the logits' own precision, the gradient. None passes to the target.
+
+    Args:
+        masked: logits of the masked pass.
+        target: logits of the target.
+        target_normaliser: what `log_normaliser` gives for them, where several passes share it.
     """
-    kl: Tensor = _ChunkedKL.apply(masked.flatten(0, -2), target.detach().flatten(0, -2))  # type: ignore[no-untyped-call]
-    return kl.view(target.shape[:-1])
+    target = target.detach()
+    normaliser = log_normaliser(target) if target_normaliser is None else target_normaliser
+    kl, _ = _KL.apply(masked.flatten(0, -2), target.flatten(0, -2), normaliser.flatten(0, -2))  # type: ignore[no-untyped-call]
+    return cast(Tensor, kl).view(target.shape[:-1])
 
 
-class _ChunkedKL(torch.autograd.Function):
+class _KL(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(masked: Tensor, target: Tensor) -> Tensor:
-        return torch.cat([_kl_parts(*chunk).sum(-1) for _, *chunk in _chunks(masked, target)])
+    def forward(masked: Tensor, target: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+        found, normalisers = [], []
+        for q, t, n in _chunks(masked, target, normaliser):
+            normalisers.append(_log_normaliser(q.float()))
+            log_p, log_q = _log_chances(t, n), _log_chances(q, normalisers[-1])
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return torch.cat(found), torch.cat(normalisers)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, " positions"]) -> tuple[Tensor, None]:
-        masked, target = ctx.saved_tensors
-        gradient = torch.empty_like(masked)
-        for rows, own, wanted in _chunks(masked, target):
-            # ∂KL/∂logits = softmax(masked) - softmax(target)
-            difference = torch.softmax(own.float(), -1) - torch.softmax(wanted.float(), -1)
-            gradient[rows] = (difference * grad[rows, None]).to(gradient.dtype)
-        return gradient, None
+    def backward(ctx: Any, grad: Float[Tensor, " positions"], _: Tensor) -> tuple[Tensor, None, None]:
+        parts = _chunks(*ctx.saved_tensors, grad)
+        # ∂KL/∂logits = softmax(masked) - softmax(target)
+        gradients = (
+            ((_log_chances(q, own).exp() - _log_chances(t, n).exp()) * g[:, None]).to(q.dtype)
+            for q, t, n, own, g in parts
+        )
+        return _joined(gradients, ctx.saved_tensors[0]), None, None
 
 
-def _chunks(*tensors: Float[Tensor, "positions d"]) -> Iterator[tuple[Any, ...]]:
-    """Slices of positions, and of all tensors in them."""
-    positions, d = tensors[0].shape
-    size = max(1, _NUMBERS_AT_ONCE // d, -(-positions // _MOST_CHUNKS))
+def _joined(chunks: Iterator[Tensor], like: Float[Tensor, "positions d"]) -> Float[Tensor, "positions d"]:
+    """Chunks as one tensor; each is put into its place before the next is made."""
+    first = next(chunks)
+    if len(first) == len(like):
+        return first
+    whole, begin = torch.empty_like(like), 0
+    for chunk in itertools.chain([first], chunks):
+        whole[begin : begin + len(chunk)] = chunk
+        begin += len(chunk)
+    return whole
+
+
+def _chunks(first: Float[Tensor, "positions d"], *others: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The tensors, some positions at a time; all at once where a compiler fuses what is done with them."""
+    positions, d = first.shape
+    size = positions if is_tracing() else max(1, _NUMBERS_AT_ONCE // d, -(-positions // _MOST_CHUNKS))
     for begin in range(0, positions, size):
-        rows = slice(begin, begin + size)
-        yield rows, *(tensor[rows] for tensor in tensors)
+        yield tuple(tensor[begin : begin + size] for tensor in (first, *others))

@@ -13,6 +13,7 @@ from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.divergence import Divergence, log_normaliser
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.persistent_recon import Adversary
 from spd_hydra.transfer import send
@@ -61,7 +62,7 @@ class Objective:
         precision: of the forward passes.
         ci_threshold: g above which a subcomponent counts as active in L0.
         padded: batches are tokens, of which negative ones are padding.
-        recompute: masked passes keep no activations for the backward pass, which computes each of them again.
+        recompute: masked passes keep the inputs of blocks alone, which the backward pass computes again.
         seed: where lasting adversaries start.
 
     Attributes:
@@ -148,6 +149,7 @@ class Objective:
             clean = self.model.clean_pass(batch)
             activations = self.model.activations(clean)
             ci = self.model.importances(activations, valid=valid)
+        is_kl = self.losses.divergence is Divergence.kl
         return LossInputs(
             model=self.model,
             batch=batch,
@@ -156,6 +158,8 @@ class Objective:
             draws=torch.zeros((), device=batch.device),
             divergence=self.losses.divergence,
             schedule={},
+            target_normaliser=log_normaliser(clean.output) if is_kl else None,
+            at_once=not self.model.shares_products,
             recompute=self.recompute,
             valid=valid,
         )

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.decomposition import masks, routing
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import MaskSource, SiteMask, draw_mask
 from spd_hydra.decomposition.routing import Routing, routes
+from spd_hydra.loss.at_once import is_mapped, with_gradient
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
-from spd_hydra.loss.divergence import divergence_sum
+from spd_hydra.loss.divergence import divergence_count, divergence_sum
 from spd_hydra.section import option
 
 Route = Mapping[str, Bool[Tensor, "*positions"] | None]
@@ -105,15 +105,39 @@ def masked_divergence(
     inputs: LossInputs, site_masks: Mapping[str, SiteMask], route: Route
 ) -> tuple[Tensor, Tensor | int]:
     """Divergence of one masked pass, summed over the batch, and the number it has to be divided by."""
+    count = divergence_count(inputs.divergence, inputs.clean.output, inputs.valid)
+    at = routed_masks(site_masks, route)
+    if inputs.at_once and torch.is_grad_enabled() and not is_mapped():
+        return _with_gradient(inputs, at), count
+    return _divergence(inputs, at, inputs.reuse), count
 
-    def run(reuse: Reuse) -> tuple[Tensor, Tensor | int]:
-        output = inputs.model(inputs.batch, routed_masks(site_masks, route), reuse=reuse)
-        return divergence_sum(inputs.divergence, output, inputs.clean.output, inputs.valid)
 
-    if not (inputs.recompute and torch.is_grad_enabled()):
-        return run(inputs.reuse)
-    # Products that passes share would be there already when a pass is computed again.
-    found: tuple[Tensor, Tensor | int] = checkpoint(
-        lambda: run(inputs.reuse._replace(products={})), use_reentrant=False, preserve_rng_state=False
+def _divergence(inputs: LossInputs, at: Mapping[str, SiteMask], reuse: Reuse) -> Float[Tensor, ""]:
+    output = inputs.model(inputs.batch, at, reuse=reuse, recompute=inputs.recompute)
+    total, _ = divergence_sum(
+        inputs.divergence, output, inputs.clean.output, inputs.valid, inputs.target_normaliser
     )
-    return found
+    return total
+
+
+def _with_gradient(inputs: LossInputs, at: Mapping[str, SiteMask]) -> Float[Tensor, ""]:
+    """The same, with the gradients of the masks, of the inner activations, and of V and U."""
+    reuse, activations = inputs.reuse, inputs.reuse.activations
+    given = {(site, "inner"): activations[site].inner for site in at}
+    given |= {
+        (site, part): getattr(mask, part)
+        for site, mask in at.items()
+        for part in ("mask", "delta")
+        if getattr(mask, part) is not None
+    }
+
+    def divergence(tensors: list[Tensor]) -> Float[Tensor, ""]:
+        masks, inner = dict(at), dict(activations)
+        for (site, part), tensor in zip(given, tensors[: len(given)], strict=True):
+            if part == "inner":
+                inner[site] = inner[site]._replace(inner=tensor)
+            else:
+                masks[site] = masks[site]._replace(**{part: tensor})
+        return _divergence(inputs, masks, reuse._replace(activations=inner, products={}))
+
+    return with_gradient(divergence, [*given.values(), *inputs.model.matrices(at)])
