@@ -206,12 +206,12 @@ def main() -> int:
     print(step_page.machine({"environment": environment}), flush=True)
     cases: tuple[Case | Preset, ...] = CUDA if arguments.device == "cuda" else CPU
     chosen = arguments.cases.split(";") if arguments.cases else [case.name for case in cases]
-    rows = []
+    rows: list[list[str]] = []
     for case in cases:
         if case.name not in chosen:
             continue
         try:
-            rows += measure(
+            own = measure(
                 case,
                 arguments.ways.split(","),
                 arguments.seconds,
@@ -221,6 +221,8 @@ def main() -> int:
         except ValueError as error:
             print(f"{case.name}: {error}")
             return 1
+        rows += own
+        print(*(" ".join(row) for row in own), sep="\n", flush=True)
     command = shlex.join(["python", "-m", "benchmarks.lm_step", *sys.argv[1:]])
     text = section(rows, environment, command)
     print(text)

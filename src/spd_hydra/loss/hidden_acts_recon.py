@@ -10,7 +10,7 @@ from spd_hydra.decomposition.masks import MaskSource
 from spd_hydra.factored import Activation, dense
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.divergence import Divergence, divergence_sum
-from spd_hydra.loss.recon import draw_masks, mask_columns
+from spd_hydra.loss.recon import mask_columns, mask_maker
 from spd_hydra.section import option
 
 
@@ -40,7 +40,8 @@ class HiddenActsRecon(Loss):
         counts: list[Tensor | int] = []
         for draws in inputs.draws.chunk(self.n_samples, dim=-1):
             outputs: dict[str, Activation] = {}
-            drawn = draw_masks(MaskSource.stochastic, inputs, draws)
+            make = mask_maker(MaskSource.stochastic, inputs.model, draws)
+            drawn = {site: make(site, ci) for site, ci in inputs.ci.items()}
             inputs.model(inputs.batch, drawn, reuse=inputs.reuse, outputs=outputs)
             for site, y in outputs.items():
                 own = dense(inputs.clean.outputs[site])

@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_hydra import rng
+from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.masks import mask_from_sources
+from spd_hydra.decomposition.masks import SiteMask, mask_from_sources
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.base import LossInputs, Statistics
 from spd_hydra.loss.recon import RoutedRecon, masked_divergence
@@ -56,29 +57,27 @@ class PersistentPGDRecon(RoutedRecon):
         return self.ascents > 1  # all but the last with passes of their own on the batch
 
     def statistics(self, inputs: LossInputs) -> Statistics:
-        sources = self._of_rows(inputs.sources, inputs.draws[..., -1])
-        use_delta = inputs.model.config.use_delta
-        site_masks = {
-            site: mask_from_sources(inputs.ci[site], own, use_delta=use_delta)
-            for site, own in sources.items()
-        }
+        chosen = self._of_rows(inputs.draws[..., -1])
+
+        def make(site: str, ci: CausalImportance) -> SiteMask:
+            with torch.autocast(chosen.device.type, enabled=False):  # a choice, not arithmetic
+                own = chosen @ inputs.sources[site]
+            return mask_from_sources(ci, own, use_delta=inputs.model.config.use_delta)
+
         total = inputs.draws.new_zeros(())
         count: Tensor | int = 0
         for route in self.routes(inputs.model, inputs.draws[..., :-1]):
-            divergence, size = masked_divergence(inputs, site_masks, route)
+            own = [inputs.sources[site] for site in route]
+            divergence, size = masked_divergence(inputs, make, route, own)
             total = total + divergence
             count = count + size
         return {"sum": total, "count": total.new_zeros(()) + count}
 
-    def _of_rows(
-        self, sources: Mapping[str, Tensor], draws: Float[Tensor, "*positions"]
-    ) -> dict[str, Float[Tensor, "*#positions columns"]]:
-        """Each row's set of sources."""
+    def _of_rows(self, draws: Float[Tensor, "*positions"]) -> Float[Tensor, "*#positions n_sources"]:
+        """Each row's set of sources, one-hot."""
         of_row = draws[(slice(None), *[slice(1)] * (draws.dim() - 1))]  # its first position decides
         chosen = (of_row * self.n_sources).floor()
-        one_hot = (chosen[..., None] == torch.arange(self.n_sources, device=draws.device)).float()
-        with torch.autocast(draws.device.type, enabled=False):  # a choice, not arithmetic
-            return {site: one_hot @ own for site, own in sources.items()}
+        return (chosen[..., None] == torch.arange(self.n_sources, device=draws.device)).float()
 
 
 class Adversary(nn.Module):

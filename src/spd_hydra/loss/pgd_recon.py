@@ -9,12 +9,12 @@ from torch import Tensor
 from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.masks import SiteMask, mask_from_sources
+from spd_hydra.decomposition.masks import mask_from_sources
 from spd_hydra.loss import ascent
 from spd_hydra.loss.ascent import Scope, Sources, Start, start_sources, worst_sources
 from spd_hydra.loss.base import LossInputs, Statistics
 from spd_hydra.loss.divergence import divergence_by_row
-from spd_hydra.loss.recon import Route, RoutedRecon, masked_divergence, routed_masks
+from spd_hydra.loss.recon import MakeMask, Route, RoutedRecon, masked_divergence
 from spd_hydra.section import option
 
 
@@ -93,7 +93,9 @@ def adversarial_recon(
         def divergence(r: Sources, route: Route = route) -> Float[Tensor, " rows"]:
             # What a pass without gradients leaves in the products would be missed by those with.
             reuse = fixed.reuse._replace(products=dict(fixed.reuse.products))
-            output = fixed.model(fixed.batch, routed_masks(_masks(fixed, r), route), reuse=reuse)
+            make = _maker(fixed.model, r)
+            masks = {site: make(site, fixed.ci[site])._replace(route=where) for site, where in route.items()}
+            output = fixed.model(fixed.batch, masks, reuse=reuse)
             return divergence_by_row(fixed.divergence, output, fixed.clean.output, fixed.valid)
 
         found = worst_sources(
@@ -103,15 +105,14 @@ def adversarial_recon(
             step_size=step_size,
             scope=scope,
         )
-        own, size = masked_divergence(inputs, _masks(inputs, found), route)
+        own, size = masked_divergence(inputs, _maker(inputs.model, found), route)
         total = total + own
         count = count + size
     return {"sum": total, "count": total.new_zeros(()) + count}
 
 
-def _masks(inputs: LossInputs, sources: Sources) -> dict[str, SiteMask]:
-    use_delta = inputs.model.config.use_delta
-    return {site: mask_from_sources(inputs.ci[site], r, use_delta=use_delta) for site, r in sources.items()}
+def _maker(model: DecomposedModel, sources: Sources) -> MakeMask:
+    return lambda site, ci: mask_from_sources(ci, sources[site], use_delta=model.config.use_delta)
 
 
 def _fixed(inputs: LossInputs) -> LossInputs:

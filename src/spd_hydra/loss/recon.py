@@ -1,14 +1,15 @@
 """Reconstruction: with masks on, the output has to stay that of the target."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.decomposition import masks, routing
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import MaskSource, SiteMask, draw_mask
 from spd_hydra.decomposition.routing import Routing, routes
 from spd_hydra.loss.at_once import is_mapped, with_gradient
@@ -18,6 +19,9 @@ from spd_hydra.section import option
 
 Route = Mapping[str, Bool[Tensor, "*positions"] | None]
 """The sites that one forward pass masks, and at which positions; None: at all of them."""
+
+MakeMask = Callable[[str, CausalImportance], SiteMask]
+"""Makes the mask of a site, whose route is set elsewhere, of the site's causal importances."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,7 +69,7 @@ class Recon(RoutedRecon):
         widths = [self.route_columns(inputs.model), mask_columns(self.masks, inputs.model)]
         for draws in inputs.draws.chunk(self.n_samples, dim=-1):
             route_draws, mask_draws = torch.split(draws, widths, dim=-1)
-            drawn = draw_masks(self.masks, inputs, mask_draws)
+            drawn = mask_maker(self.masks, inputs.model, mask_draws)
             for route in self.routes(inputs.model, route_draws):
                 divergence, size = masked_divergence(inputs, drawn, route)
                 total = total + divergence
@@ -74,70 +78,61 @@ class Recon(RoutedRecon):
 
 
 def mask_columns(source: MaskSource, model: DecomposedModel) -> int:
-    """Random numbers per position that `draw_masks` takes."""
+    """Random numbers per position that `mask_maker` takes."""
     return sum(masks.columns_needed(source, shape.C) for shape in model.site_shapes().values())
 
 
-def draw_masks(
-    source: MaskSource, inputs: LossInputs, draws: Float[Tensor, "*positions columns"]
-) -> dict[str, SiteMask]:
-    """One draw of masks for every site."""
-    model = inputs.model
+def mask_maker(
+    source: MaskSource, model: DecomposedModel, draws: Float[Tensor, "*positions columns"]
+) -> MakeMask:
+    """One draw of masks for every site, made of its causal importances."""
     widths = [masks.columns_needed(source, shape.C) for shape in model.site_shapes().values()]
-    return {
-        site: draw_mask(
-            source,
-            inputs.ci[site],
-            draws=site_draws,
-            use_delta=model.config.use_delta,
-            sigmoid=model.config.sigmoid,
-        )
-        for site, site_draws in zip(model.site_names, torch.split(draws, widths, dim=-1), strict=True)
-    }
+    of_site = dict(zip(model.site_names, torch.split(draws, widths, dim=-1), strict=True))
+    use_delta, sigmoid = model.config.use_delta, model.config.sigmoid
 
+    def make(site: str, ci: CausalImportance) -> SiteMask:
+        return draw_mask(source, ci, draws=of_site[site], use_delta=use_delta, sigmoid=sigmoid)
 
-def routed_masks(site_masks: Mapping[str, SiteMask], route: Route) -> dict[str, SiteMask]:
-    """The masks of one forward pass."""
-    return {site: site_masks[site]._replace(route=where) for site, where in route.items()}
+    return make
 
 
 def masked_divergence(
-    inputs: LossInputs, site_masks: Mapping[str, SiteMask], route: Route
+    inputs: LossInputs, make: MakeMask, route: Route, parameters: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor | int]:
-    """Divergence of one masked pass, summed over the batch, and the number it has to be divided by."""
+    """Divergence of one masked pass, summed over the batch, and the number it has to be divided by.
+
+    Where `inputs.at_once` says so its gradient is taken with it, and what the pass computed on the way,
+    masks included, is gone when it is over.
+
+    Args:
+        inputs: the batch.
+        make: makes the mask of a site.
+        route: the sites that are masked, and where.
+        parameters: leaves that masks depend on beside the importances.
+    """
     count = divergence_count(inputs.divergence, inputs.clean.output, inputs.valid)
-    at = routed_masks(site_masks, route)
-    if inputs.at_once and torch.is_grad_enabled() and not is_mapped():
-        return _with_gradient(inputs, at), count
-    return _divergence(inputs, at, inputs.reuse), count
+    if not (inputs.at_once and torch.is_grad_enabled() and not is_mapped()):
+        return _divergence(inputs, make, route), count
+    given = {site: (inputs.ci[site], inputs.reuse.activations[site].inner) for site in route}
+    tensors = [tensor for ci, h in given.values() for tensor in (*ci, h)]
+
+    def divergence(own: list[Tensor]) -> Float[Tensor, ""]:
+        ci, activations = dict(inputs.ci), dict(inputs.reuse.activations)
+        for index, site in enumerate(given):
+            *importances, h = own[4 * index : 4 * index + 4]
+            ci[site] = CausalImportance(*importances)
+            activations[site] = activations[site]._replace(inner=h)
+        # Products of parameters that passes share would end with the first.
+        reuse = inputs.reuse._replace(activations=activations, products={})
+        return _divergence(dataclasses.replace(inputs, ci=ci, reuse=reuse), make, route)
+
+    return with_gradient(divergence, [*tensors, *inputs.model.matrices(route), *parameters]), count
 
 
-def _divergence(inputs: LossInputs, at: Mapping[str, SiteMask], reuse: Reuse) -> Float[Tensor, ""]:
-    output = inputs.model(inputs.batch, at, reuse=reuse, recompute=inputs.recompute)
+def _divergence(inputs: LossInputs, make: MakeMask, route: Route) -> Float[Tensor, ""]:
+    at = {site: make(site, inputs.ci[site])._replace(route=where) for site, where in route.items()}
+    output = inputs.model(inputs.batch, at, reuse=inputs.reuse, recompute=inputs.recompute)
     total, _ = divergence_sum(
         inputs.divergence, output, inputs.clean.output, inputs.valid, inputs.target_normaliser
     )
     return total
-
-
-def _with_gradient(inputs: LossInputs, at: Mapping[str, SiteMask]) -> Float[Tensor, ""]:
-    """The same, with the gradients of the masks, of the inner activations, and of V and U."""
-    reuse, activations = inputs.reuse, inputs.reuse.activations
-    given = {(site, "inner"): activations[site].inner for site in at}
-    given |= {
-        (site, part): getattr(mask, part)
-        for site, mask in at.items()
-        for part in ("mask", "delta")
-        if getattr(mask, part) is not None
-    }
-
-    def divergence(tensors: list[Tensor]) -> Float[Tensor, ""]:
-        masks, inner = dict(at), dict(activations)
-        for (site, part), tensor in zip(given, tensors[: len(given)], strict=True):
-            if part == "inner":
-                inner[site] = inner[site]._replace(inner=tensor)
-            else:
-                masks[site] = masks[site]._replace(**{part: tensor})
-        return _divergence(inputs, masks, reuse._replace(activations=inner, products={}))
-
-    return with_gradient(divergence, [*given.values(), *inputs.model.matrices(at)])
