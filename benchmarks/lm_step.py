@@ -34,6 +34,8 @@ from spd_hydra.config import RunConfig
 from spd_hydra.environment import describe_environment
 
 TITLE = "Language models"
+WAYS = "compiled,eager,eager+recomputed"
+"""`compiled`: what `spd-run` does, the step as a `whole` or its `blocks`; `+recomputed`: blocks computed again."""
 HEADER = ("model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory", "compiling, s")
 _TOLERANCE = 1e-4
 _SIDE = 2048  # of the square matrices that the machine is measured with
@@ -114,7 +116,8 @@ def measure(
         started = time.perf_counter()
         require_equal(way, variants[way], variants["plain"], sample)
         begin[way] = time.perf_counter() - started  # a step of each, the first one of this way
-    flops = matmul_flops(lambda: variants[ways[-1]].step(sample))
+    uncompiled = made("eager", run, sample)
+    flops = matmul_flops(lambda: uncompiled.step(sample))
     rate = matmul_rate(plain.device, _SIDE, _SIDE, _SIDE)
     times = in_turns(variants, seconds)
     memory = {way: allocated_in_a_step(variant) for way, variant in variants.items()}
@@ -135,9 +138,14 @@ def measure(
 
 
 def made(way: str, run: RunConfig, sample: Sample) -> Variant:
-    """`compiled`, `eager`, or `recomputed`, which is eager and keeps no activations of masked passes."""
-    train = dataclasses.replace(run.train, checkpoint_activations=way == "recomputed")
-    variant = make("compiled" if way == "compiled" else "eager", dataclasses.replace(run, train=train))
+    """One of `WAYS`."""
+    how, *others = way.split("+")
+    train = dataclasses.replace(
+        run.train,
+        checkpoint_activations="recomputed" in others,
+        compile_blocks={"whole": False, "blocks": True}.get(how),
+    )
+    variant = make("eager" if how == "eager" else "compiled", dataclasses.replace(run, train=train))
     take = variant.step
     # All on one batch, for random numbers are not what is compared.
     variant.step = lambda given=None: take(sample if given is None else given)
@@ -197,7 +205,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="per model")
     parser.add_argument("--cases", default="", metavar="NAME;…", help="of those of the device; default: all")
     parser.add_argument("--write", type=Path, help="put the table into this page, e.g. docs/performance.md")
-    parser.add_argument("--ways", default="compiled,recomputed,eager", metavar="WAY,…")
+    parser.add_argument("--ways", default=WAYS, metavar="WAY,…")
     arguments = parser.parse_intermixed_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out for the CPU's case")

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Options = dict[str, str | int | bool]
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
-_OPTIONS: Options = {
+OPTIONS: Options = {
     # Checks of every buffer's shape in every call, for those who work on the compiler.
     "size_asserts": False,
     "alignment_asserts": False,
@@ -76,7 +76,7 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], *, keep_in_registers: bool = False) -> None:
         self._function = function
-        self._options = _OPTIONS | (_KEEP_IN_REGISTERS if keep_in_registers else {})
+        self._options = OPTIONS | (_KEEP_IN_REGISTERS if keep_in_registers else {})
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor) -> Any:

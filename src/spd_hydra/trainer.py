@@ -14,6 +14,7 @@ from spd_hydra import distributed
 from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
@@ -29,6 +30,8 @@ from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.trainer_config import Evaluation, Training
 
 logger = logging.getLogger(__name__)
+
+_MOST_BLOCK_RUNS = 16  # in a step that is compiled as a whole, which takes seconds for each of them
 
 
 class TrainingError(RuntimeError):
@@ -78,6 +81,9 @@ class Trainer:
         self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
+        self._is_to_be_compiled = compile  # by the first step
+        if compile and self._blocks_alone():
+            self.model.compiled_blocks, compile = CompiledBlocks(), False
         self.loss_and_gradients = Step(objective, compile=compile)
         self.accumulated: AccumulatedStep | None = None
         if training.accumulate > 1:
@@ -85,11 +91,17 @@ class Trainer:
             self.accumulated = AccumulatedStep(objective, parts, compile=compile)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
-        self._is_to_be_compiled = compile  # by the first step
         self._is_prepared = False
         self._graph: GraphedStep | None = None
         self.lr = training.lr  # of the last step
         self.gradient_norms: dict[str, Tensor] = {}
+
+    def _blocks_alone(self) -> bool:
+        """Whether blocks are compiled one by one, rather than the step as a whole."""
+        asked = self.training.compile_blocks
+        if self.model.n_blocks == 0 or self.model.shares_products:
+            return False
+        return self.objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
 
     def fit(self) -> EvaluationResult:
         """Train to the last step and return the last evaluation.
@@ -201,7 +213,8 @@ class Trainer:
     def _prepare(self) -> None:
         """What the first step needs."""
         if self._is_to_be_compiled:
-            logger.info("compiling the training step")
+            what = "training step" if self.model.compiled_blocks is None else "blocks of the target"
+            logger.info("compiling the %s", what)
         self._graph = graphed_step(
             self.training.cuda_graphs and self.accumulated is None,
             sampler=self.sampler,

@@ -59,9 +59,14 @@ class Training(Section):
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
     precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
     checkpoint_activations: bool = option(
-        False, "keep no activations of masked passes for the backward pass: less memory, more computation"
+        False,
+        "masked passes keep inputs of blocks alone and compute each block again: less memory, slower",
     )
     compile: bool = option(True, "compile the step, where a C++ compiler or Triton is at hand")
+    compile_blocks: bool | None = option(
+        None,
+        "compile the target's blocks one by one, not the step as a whole; null: where that is too large",
+    )
     cuda_graphs: bool = option(True, "replay the compiled step as CUDA graphs, on a GPU")
     log_every: int = option(100, "steps between rows of the metrics log", ge=1)
     checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", ge=1)

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-AtBlock = Callable[[str, nn.Module, Callable[[], Any]], Any]
-"""Called in place of a block with its path, the block, and what runs it; gives the output."""
+AtBlock = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""Called in place of a block with its path, the block, and its arguments; gives the output."""
 
 
-def run_block(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
-    """What runs a block as it is."""
-    return run()
+def run_block(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block as it is."""
+    return block(*args, **kwargs)
 
 
 class BlockSwitch:
@@ -21,7 +21,9 @@ class BlockSwitch:
         self.at_block: AtBlock | None = None
 
 
-class _BlockWrapper(nn.Module):
+class BlockWrapper(nn.Module):
+    """A block that does what a switch says."""
+
     def __init__(self, path: str, block: nn.Module, switch: BlockSwitch) -> None:
         super().__init__()
         self.path, self.block, self.switch = path, block, switch
@@ -29,7 +31,7 @@ class _BlockWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.switch.at_block is None:
             return self.block(*args, **kwargs)
-        return self.switch.at_block(self.path, self.block, lambda: self.block(*args, **kwargs))
+        return self.switch.at_block(self.path, self.block, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -47,7 +49,7 @@ def wrap_blocks(patched: nn.Module, switch: BlockSwitch) -> None:
         if any(path.startswith(f"{outer}.") for outer in lists):
             continue
         for index, block in enumerate(blocks):
-            blocks[index] = _BlockWrapper(f"{path}.{index}".lstrip("."), block, switch)
+            blocks[index] = BlockWrapper(f"{path}.{index}".lstrip("."), block, switch)
 
 
 class CleanBlocks:
@@ -63,9 +65,9 @@ class CleanBlocks:
         self._before: dict[str, frozenset[str]] = {}
         self._sites: list[str] = []  # in the order in which they began
 
-    def record(self, path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+    def record(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block of the clean pass."""
-        output = run()
+        output = block(*args, **kwargs)
         if path in self._outputs:
             self._again.add(path)
         self._outputs[path] = output
@@ -80,11 +82,16 @@ class CleanBlocks:
         """Sites that began earlier, which have their clean output in a pass that masks this one alone."""
         return frozenset(self._sites[: self._sites.index(site)])
 
-    def reused_before(self, site: str) -> AtBlock:
-        """For a pass in which this site alone is masked: clean outputs, up to the block that it is in."""
+    def reused_before(self, site: str, run: AtBlock) -> AtBlock:
+        """For a pass in which this site alone is masked: clean outputs, up to the block that it is in.
+
+        Args:
+            site: the masked one.
+            run: runs that block and those after it.
+        """
         known = self._before[site] - self._again
 
-        def at_block(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
-            return self._outputs[path] if path in known else run()
+        def at_block(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._outputs[path] if path in known else run(path, block, args, kwargs)
 
         return at_block

@@ -7,15 +7,18 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
-from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
+from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, CleanBlocks, run_block
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.decomposition.identities import find_identities
-from spd_hydra.decomposition.layers import bias_vector, is_embedding, weight_matrix
+from spd_hydra.decomposition.layers import is_embedding, weight_matrix
+from spd_hydra.decomposition.masked_site import MaskedSite, StandIns, standing_in
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
 from spd_hydra.decomposition.sites import check_ties, find_sites
@@ -25,7 +28,7 @@ from spd_hydra.decomposition.subcomponents import (
     inner_activation,
     weight_delta,
 )
-from spd_hydra.factored import Activation, Factored, KeepsFactors, Products, dense, selected, sharing, write
+from spd_hydra.factored import Activation, KeepsFactors, Products, dense, sharing
 
 
 class CleanPass(NamedTuple):
@@ -43,6 +46,9 @@ class DecomposedModel(nn.Module):
     Only the subcomponents and the causal-importance function have trainable parameters. The target
     stays in evaluation mode and is never modified: masked passes run on a copy of its module tree that
     shares every parameter and buffer and holds a wrapper in place of each site.
+
+    Attributes:
+        compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
     Args:
         target: the trained model; this constructor freezes its parameters and sets evaluation mode.
@@ -70,6 +76,7 @@ class DecomposedModel(nn.Module):
         sites |= {name: C for name, (C, _) in identities.items()}
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
+        self.compiled_blocks: CompiledBlocks | None = None
         self._switch = Switch()
         self._patched = (self._patch(),)  # in a tuple: not a submodule
         self.subcomponents = self._make_subcomponents(sites, seed)
@@ -144,6 +151,11 @@ class DecomposedModel(nn.Module):
         return [parameter for owner in owners for parameter in self.pieces(owner).parameters()]
 
     @property
+    def n_blocks(self) -> int:
+        """Blocks of the target: elements of its outermost lists of modules."""
+        return sum(isinstance(module, BlockWrapper) for module in self.patched.modules())
+
+    @property
     def shares_products(self) -> bool:
         """Whether masked passes of a batch share products of parameters, see `factored.py`."""
         return any(isinstance(module, KeepsFactors) for module in self.patched.modules())
@@ -205,49 +217,59 @@ class DecomposedModel(nn.Module):
         unknown = set(masks) - set(self.site_names)
         if unknown:
             raise ValueError(f"no such site: {sorted(unknown)}; the sites are {list(self.site_names)}")
-        # A lone masked site sees clean activations whatever the architecture.
-        clean_sites, untouched = self.roots, frozenset[str]()
-        if len(masks) == 1:
-            clean_sites = frozenset(masks)
-            untouched = frozenset() if reuse is None else reuse.clean.blocks.sites_before(*masks)
-
-        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
-            if reuse is not None and name in untouched:
-                return reuse.clean.outputs[name]
-            if name not in masks:
-                return cast(Activation, layer(x))
-            y = masked(name, layer, x)
-            if outputs is not None:
-                outputs[name] = y
-            return y
-
-        def masked(name: str, layer: nn.Module, x: Activation) -> Activation:
-            if reuse is not None and name in clean_sites:
-                h, own = reuse.activations[name].inner, reuse.clean.outputs[name]
-                return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: own)
-            h = inner_activation(x, self.pieces(name).V, is_embedding(layer))
-            return _masked_output(self.pieces(name).U, layer, masks[name], h, lambda: layer(x))
-
+        sites = self._standing_in(masks, reuse)
+        at_site = standing_in(sites, outputs)
         if reuse is None:
             return self._run(batch, at_site)
-        at_block = reuse.clean.blocks.reused_before(next(iter(masks))) if len(masks) == 1 else run_block
-        if recompute and torch.is_grad_enabled():
-            at_block = self._recomputing(at_site, at_block)
+        run = run_block
+        if torch.is_grad_enabled():
+            run = self._compiled(sites) if self.compiled_blocks is not None and outputs is None else run
+            run = self._recomputing(at_site, run) if recompute else run
+        lone = next(iter(masks)) if len(masks) == 1 else None
+        at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
         return self._run(batch, at_site, at_block, reuse.products)
 
-    def _recomputing(self, at_site: AtSite, at_block: AtBlock) -> AtBlock:
-        """The same, but a block that runs does so again in the backward pass."""
+    def _standing_in(self, masks: Mapping[str, SiteMask], reuse: "Reuse | None") -> StandIns:
+        """What stands in place of the sites' layers in a pass."""
+        # A lone masked site sees clean activations whatever the architecture.
+        clean_sites = frozenset(masks) if len(masks) == 1 else self.roots
+        found: dict[str, MaskedSite | Activation] = {}
+        for name, mask in masks.items():
+            pieces = self.pieces(name)
+            found[name] = MaskedSite(mask, pieces.V, pieces.U)
+            if reuse is not None and name in clean_sites:
+                own, h = reuse.clean.outputs[name], reuse.activations[name].inner
+                found[name] = MaskedSite(mask, pieces.V, pieces.U, h, own)
+        if reuse is not None and len(masks) == 1:
+            found |= {name: reuse.clean.outputs[name] for name in reuse.clean.blocks.sites_before(*masks)}
+        return found
 
-        def at(path: str, block: nn.Module, run: Callable[[], Any]) -> Any:
+    def _compiled(self, sites: StandIns) -> AtBlock:
+        """Runs a block of a pass, compiled by itself."""
+        compiled = self.compiled_blocks
+        assert compiled is not None, "asked for"
+
+        def run(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def whole(tensors: dict[str, Tensor], own: StandIns, args: Any, kwargs: Any) -> Any:
+                with self._switched(standing_in(own), None):
+                    return functional_call(block, tensors, args, kwargs)
+
+            tensors = dict(block.named_parameters()) | dict(block.named_buffers())
+            own = {name: site for name, site in sites.items() if name.startswith(f"{path}.")}
+            return compiled(path, whole, tensors, own, args, kwargs)
+
+        return run
+
+    def _recomputing(self, at_site: AtSite, run: AtBlock) -> AtBlock:
+        """The same, but the backward pass runs a block again."""
+
+        def at(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             def again() -> Any:
                 # Products that passes share would be there already when the block runs again.
                 with self._switched(at_site, None), sharing({}):
-                    return run()
+                    return run(path, block, args, kwargs)
 
-            def run_twice() -> Any:
-                return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
-
-            return at_block(path, block, run_twice)
+            return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
 
         return at
 
@@ -354,27 +376,6 @@ class Reuse(NamedTuple):
     clean: CleanPass
     activations: dict[str, SiteActivation]
     products: Products
-
-
-def _masked_output(
-    U: Tensor, layer: nn.Module, site: SiteMask, h: Tensor, own_output: Callable[[], Activation]
-) -> Activation:
-    """Output of one masked site; `own_output` gives the layer's own output, if it is needed at all."""
-    own = None if site.delta is None and site.route is None else own_output()
-    bias = bias_vector(layer)
-    if site.delta is None:
-        y = write(h if site.mask is None else h * site.mask, U, layer)
-        y = y if bias is None else y + bias
-    else:
-        assert own is not None, "a delta mask needs the layer's own output"
-        delta = site.delta[..., None]
-        y = write(h * ((1 if site.mask is None else site.mask) - delta), U, layer)
-        y = y + (own.scaled(site.delta) if isinstance(own, Factored) else delta * own)
-        y = y if bias is None else y + (1 - delta) * bias  # `own` brings its share of the bias
-    if site.route is None:
-        return y
-    assert own is not None, "routing needs the layer's own output"
-    return selected(site.route, y, own)
 
 
 def _key(site: str) -> str:

@@ -95,6 +95,10 @@ class Loss(Section):
         """
         return statistics["sum"] / statistics["count"]
 
+    def passes(self, model: DecomposedModel) -> int:
+        """Masked passes with a backward pass that `statistics` makes."""
+        return 0
+
     @property
     def is_mean(self) -> bool:
         """Whether the value of a batch is the mean of its parts' values, each weighted with its positions."""

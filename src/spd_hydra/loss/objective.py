@@ -117,6 +117,12 @@ class Objective:
         l0 = {site: active / positions for site, active in sparsity.items()}
         return StepLoss(total, {name: term.detach() for name, term in terms.items()}, l0)
 
+    @property
+    def block_runs(self) -> int:
+        """Runs of blocks with a backward pass in a step, at most: how large the graph of a whole step is."""
+        passes = sum(term.passes(self.model) for term in self.losses.active_terms().values())
+        return passes * self.model.n_blocks
+
     def against(self, batch: Tensor, draws: Float[Tensor, "*positions columns"]) -> Float[Tensor, ""]:
         """What the adversary climbs: Σ coeff · term over the terms that have lasting sources.
 

@@ -44,6 +44,9 @@ class PGDRecon(RoutedRecon):
     def columns(self, model: DecomposedModel) -> int:
         return self.route_columns(model) + ascent.columns_needed(model, self.start, self.scope)
 
+    def passes(self, model: DecomposedModel) -> int:
+        return (self.n_steps + 1) * super().passes(model)
+
     @property
     def is_mean(self) -> bool:
         return True

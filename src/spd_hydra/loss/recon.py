@@ -39,6 +39,9 @@ class RoutedRecon(Loss):
         """Random numbers per position that one draw of routes takes."""
         return routing.columns_needed(self.routing, len(model.site_names))
 
+    def passes(self, model: DecomposedModel) -> int:
+        return len(model.site_names) if self.routing is Routing.layerwise else 1
+
     def routes(self, model: DecomposedModel, draws: Float[Tensor, "*positions columns"]) -> list[Route]:
         """One draw of routes: the masked passes to make."""
         return list(routes(self.routing, model.site_names, draws=draws, probability=self.probability))
@@ -58,6 +61,9 @@ class Recon(RoutedRecon):
 
     def columns(self, model: DecomposedModel) -> int:
         return self.n_samples * (self.route_columns(model) + mask_columns(self.masks, model))
+
+    def passes(self, model: DecomposedModel) -> int:
+        return self.n_samples * super().passes(model)
 
     @property
     def is_mean(self) -> bool:

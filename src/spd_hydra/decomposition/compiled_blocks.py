@@ -1,0 +1,116 @@
+"""Blocks of a target compiled one by one: a deep model, or many passes, would make one graph too large."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from spd_hydra.compiling import OPTIONS
+
+logger = logging.getLogger(__name__)
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+class _Compiled(NamedTuple):
+    run: Callable[..., Any]
+    outputs: list[Any]
+    """The leaves of the output, of which tensors are replaced by those that a call gives."""
+    structure: list[TreeSpec]
+
+
+class CompiledBlocks:
+    """Compiles functions of trees of tensors with their backward passes, and remembers them by what they do.
+
+    Each function is traced once per name and kinds of inputs. Functions that come to the same operations,
+    like those of the repeated blocks of a transformer, share what the compiler makes of them.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], _Compiled | None] = {}
+        self._kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, name: str, function: Callable[..., Any], *inputs: Any) -> Any:
+        """The function's value, whose backward pass is compiled too.
+
+        A function that cannot be compiled is run as it is, and a line in the log says so.
+
+        Args:
+            name: says which function it is, together with everything in `inputs` that is no tensor.
+            function: pure, of tensors in dictionaries, tuples and lists, that reads no others.
+            inputs: its arguments.
+        """
+        leaves, structure = tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if not all(isinstance(leaf, _CONSTANTS) for leaf in rest):
+            return function(*inputs)
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+        autocast = torch.is_autocast_enabled(tensors[0].device.type)
+        key = (name, str(structure), tuple(rest), kinds, autocast)
+        if key in self._known:
+            known = self._known[key]
+            return function(*inputs) if known is None else _filled(known, known.run(*tensors))
+        compiled = self._traced(function, leaves, structure)
+        try:
+            value = _filled(compiled, compiled.run(*tensors))
+        except Exception as error:  # whatever a compiler may say about a model that it was not made for
+            self._known[key] = None
+            reason = str(error).partition("\n")[0]
+            logger.warning("%s cannot be compiled and runs as it is, which is slower: %s", name, reason)
+            return function(*inputs)
+        self._known[key] = compiled
+        return value
+
+    def _traced(self, function: Callable[..., Any], leaves: list[Any], structure: TreeSpec) -> _Compiled:
+        # Imported only now: the compiler takes longer to import than all else together.
+        from torch._functorch.aot_autograd import aot_function  # noqa: PLC0415
+        from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: PLC0415
+        from torch._inductor.decomposition import select_decomp_table  # noqa: PLC0415
+
+        places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        outputs: list[Any] = []
+        structures: list[TreeSpec] = []
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            given = list(constants)
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            found, spec = tree_flatten(function(*tree_unflatten(given, structure)))
+            outputs[:] = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in found]
+            structures[:] = [spec]
+            return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+        run = aot_function(  # type: ignore[no-untyped-call]
+            flat,
+            fw_compiler=self._compile,
+            bw_compiler=self._compile,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),  # type: ignore[no-untyped-call]
+        )
+        return _Compiled(run, outputs, structures)
+
+    def _compile(self, graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor import config  # noqa: PLC0415
+        from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
+
+        holds_tensors = any(node.op == "get_attr" for node in graph.graph.nodes)
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        key = (graph.code, kinds, id(graph) if holds_tensors else None)
+        if key not in self._kernels:
+            with config.patch(OPTIONS):
+                self._kernels[key] = compile_fx_inner(graph, inputs)
+        return self._kernels[key]
+
+
+_TENSOR = object()
+
+
+def _filled(compiled: _Compiled, tensors: Any) -> Any:
+    given = iter(tensors)
+    leaves = [next(given) if leaf is _TENSOR else leaf for leaf in compiled.outputs]
+    return tree_unflatten(leaves, compiled.structure[0])
