@@ -35,7 +35,7 @@ from spd_hydra.environment import describe_environment
 
 TITLE = "Language models"
 WAYS = "compiled,eager,eager+recomputed"
-"""`compiled`: what `spd-run` does, the step as a `whole` or its `blocks`; `+recomputed`: blocks computed again."""
+"""`compiled`: what `spd-run` does, the step as a `whole` or its `blocks`; `+recomputed`: blocks run again."""
 HEADER = ("model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory", "compiling, s")
 _TOLERANCE = 1e-4
 _SIDE = 2048  # of the square matrices that the machine is measured with

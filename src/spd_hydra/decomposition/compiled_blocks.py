@@ -1,11 +1,12 @@
 """Blocks of a target compiled one by one: a deep model, or many passes, would make one graph too large."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from spd_hydra.compiling import OPTIONS
@@ -85,26 +86,29 @@ class CompiledBlocks:
             structures[:] = [spec]
             return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
-        run = aot_function(  # type: ignore[no-untyped-call]
+        run = aot_function(
             flat,
             fw_compiler=self._compile,
             bw_compiler=self._compile,
             partition_fn=min_cut_rematerialization_partition,
-            decompositions=select_decomp_table(),  # type: ignore[no-untyped-call]
+            decompositions=select_decomp_table(),
         )
         return _Compiled(run, outputs, structures)
 
-    def _compile(self, graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         from torch._inductor import config  # noqa: PLC0415
         from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
 
-        holds_tensors = any(node.op == "get_attr" for node in graph.graph.nodes)
-        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        key = (graph.code, kinds, id(graph) if holds_tensors else None)
-        if key not in self._kernels:
-            with config.patch(OPTIONS):
-                self._kernels[key] = compile_fx_inner(graph, inputs)
-        return self._kernels[key]
+        holds_tensors = any(node.op == "get_attr" for node in gm.graph.nodes)
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in example_inputs)
+        key = (gm.code, kinds)
+        if key in self._kernels:
+            return self._kernels[key]
+        with config.patch(OPTIONS):
+            kernel = compile_fx_inner(gm, example_inputs)
+        if not holds_tensors:  # which the code does not show
+            self._kernels[key] = kernel
+        return kernel
 
 
 _TENSOR = object()

@@ -221,9 +221,10 @@ class DecomposedModel(nn.Module):
         at_site = standing_in(sites, outputs)
         if reuse is None:
             return self._run(batch, at_site)
-        run = run_block
+        run: AtBlock = run_block
         if torch.is_grad_enabled():
-            run = self._compiled(sites) if self.compiled_blocks is not None and outputs is None else run
+            if self.compiled_blocks is not None and outputs is None:
+                run = self._compiled(sites, lone=len(masks) == 1)
             run = self._recomputing(at_site, run) if recompute else run
         lone = next(iter(masks)) if len(masks) == 1 else None
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
@@ -231,8 +232,10 @@ class DecomposedModel(nn.Module):
 
     def _standing_in(self, masks: Mapping[str, SiteMask], reuse: "Reuse | None") -> StandIns:
         """What stands in place of the sites' layers in a pass."""
-        # A lone masked site sees clean activations whatever the architecture.
-        clean_sites = frozenset(masks) if len(masks) == 1 else self.roots
+        # A lone masked site sees clean activations whatever the architecture. To reuse those of roots where
+        # other sites are masked too would make their block unlike the rest, to be compiled apart.
+        roots = self.roots if self.compiled_blocks is None else frozenset[str]()
+        clean_sites = frozenset(masks) if len(masks) == 1 else roots
         found: dict[str, MaskedSite | Activation] = {}
         for name, mask in masks.items():
             pieces = self.pieces(name)
@@ -244,8 +247,12 @@ class DecomposedModel(nn.Module):
             found |= {name: reuse.clean.outputs[name] for name in reuse.clean.blocks.sites_before(*masks)}
         return found
 
-    def _compiled(self, sites: StandIns) -> AtBlock:
-        """Runs a block of a pass, compiled by itself."""
+    def _compiled(self, sites: StandIns, *, lone: bool) -> AtBlock:
+        """Runs a block of a pass, compiled by itself.
+
+        The block of a lone masked site runs as it is: there would be as many ways to compile it as it has
+        sites, for the one block among many whose arithmetic is mostly known from the clean pass.
+        """
         compiled = self.compiled_blocks
         assert compiled is not None, "asked for"
 
@@ -256,6 +263,8 @@ class DecomposedModel(nn.Module):
 
             tensors = dict(block.named_parameters()) | dict(block.named_buffers())
             own = {name: site for name, site in sites.items() if name.startswith(f"{path}.")}
+            if lone and own:
+                return run_block(path, block, args, kwargs)
             return compiled(path, whole, tensors, own, args, kwargs)
 
         return run
