@@ -7,9 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from spd_hydra.compiling import Kernel
 from spd_hydra.loss import divergence as module
-from spd_hydra.loss.divergence import Divergence, divergence_by_row, divergence_sum, kl_by_position
+from spd_hydra.loss.divergence import (
+    Divergence,
+    divergence_by_row,
+    divergence_sum,
+    kl_by_position,
+    log_normaliser,
+)
 
 
 def value(divergence: Divergence, masked: torch.Tensor, target: torch.Tensor) -> float:
@@ -161,17 +166,30 @@ def test_chunks_may_be_mapped_over_replicas() -> None:
     torch.testing.assert_close(transformed, gradient)
 
 
+def test_a_normaliser_that_passes_share_changes_nothing() -> None:
+    masked, target = logits(4, 5)
+    alone = kl_by_position(masked, target)
+    assert torch.equal(kl_by_position(masked, target, log_normaliser(target)), alone)
+
+
+def test_a_constant_that_is_added_to_all_logits_costs_no_digits() -> None:
+    masked, target = ((8 * x.detach()).round() / 8 for x in logits(4, 5))  # so that the sums are exact
+    kl, _ = in_double(masked, target, torch.ones(4, 5))
+    found = kl_by_position(masked + 1024, target - 1024)
+    torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_chunks")
-def test_chunks_compile() -> None:
-    masked, target = logits(20)
-
-    def both(masked: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        own = masked.detach().requires_grad_()
-        kl = kl_by_position(own, target)
-        return kl.detach(), torch.autograd.grad(kl.sum(), own)[0]
-
-    torch.testing.assert_close(Kernel(both)(masked.detach(), target), both(masked, target))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_have_the_same_value_and_gradient(dtype: torch.dtype) -> None:
+    masked, target = logits(20, dtype=dtype)
+    found = kl_by_position(masked, target, compiled=True)
+    kl, wanted = in_double(masked, target, torch.ones(20))
+    torch.testing.assert_close(found.double(), kl, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), masked)
+    assert gradient.dtype == dtype
+    tolerance = {"rtol": 2e-6, "atol": 5e-7} if dtype is torch.float32 else {"rtol": 5e-3, "atol": 1e-6}
+    torch.testing.assert_close(gradient.double(), wanted, **tolerance)
 
 
 def most_allocated(action: Callable[[], object]) -> int:

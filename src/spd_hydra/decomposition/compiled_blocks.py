@@ -1,6 +1,7 @@
 """Blocks of a target compiled one by one: a deep model, or many passes, would make one graph too large."""
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,10 @@ class CompiledBlocks:
             return function(*inputs) if known is None else _filled(known, known.run(*tensors))
         compiled = self._traced(function, leaves, structure)
         try:
-            value = _filled(compiled, compiled.run(*tensors))
+            with warnings.catch_warnings():
+                # Tracing looks at every `.grad`, also of tensors that are no leaves.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                value = _filled(compiled, compiled.run(*tensors))
         except Exception as error:  # whatever a compiler may say about a model that it was not made for
             self._known[key] = None
             reason = str(error).partition("\n")[0]

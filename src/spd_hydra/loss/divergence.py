@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spd_hydra.compiling import is_tracing
+from spd_hydra.compiling import Kernel, is_tracing
 
 _NUMBERS_AT_ONCE = 2**22  # of logits, of which each float32 copy then takes 16 MiB
 _MOST_CHUNKS = 16
@@ -31,6 +31,8 @@ def divergence_sum(
     target: Float[Tensor, "*positions d"],
     valid: Bool[Tensor, "*positions"] | None = None,
     target_normaliser: Float[Tensor, "*positions 2"] | None = None,
+    *,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | int]:
     """The divergence summed over the batch, in float32, and the number it has to be divided by.
 
@@ -40,8 +42,9 @@ def divergence_sum(
         target: output of the target.
         valid: False at positions that do not count; an output that is not per position counts whole.
         target_normaliser: for `kl`, `log_normaliser(target)`, if it is known.
+        compiled: take `kl` by compiled kernels.
     """
-    parts = _parts(divergence, masked, target, valid, target_normaliser)
+    parts = _parts(divergence, masked, target, valid, target_normaliser, compiled=compiled)
     return parts.sum(), divergence_count(divergence, target, valid)
 
 
@@ -73,12 +76,14 @@ def _parts(
     target: Float[Tensor, "*positions d"],
     valid: Bool[Tensor, "*positions"] | None,
     target_normaliser: Float[Tensor, "*positions 2"] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Float[Tensor, "*positions parts"]:
     """What the divergence is the sum of, 0 where it does not count."""
     if divergence is Divergence.mse:
         parts = (masked.float() - target.float()).square()
     else:
-        parts = kl_by_position(masked, target, target_normaliser)[..., None]
+        parts = kl_by_position(masked, target, target_normaliser, compiled=compiled)[..., None]
     if valid is None or valid.shape != target.shape[:-1]:
         return parts
     return parts.where(valid[..., None], 0)
@@ -108,6 +113,8 @@ def kl_by_position(
     masked: Float[Tensor, "*positions d"],
     target: Float[Tensor, "*positions d"],
     target_normaliser: Float[Tensor, "*positions 2"] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Float[Tensor, "*positions"]:
     """KL(target ‖ masked) of the softmax of logits at each position, in float32.
 
@@ -119,10 +126,12 @@ def kl_by_position(
         masked: logits of the masked pass.
         target: logits of the target.
         target_normaliser: what `log_normaliser` gives for them, where several passes share it.
+        compiled: by kernels that read the logits and write the gradient, and make nothing of their size.
     """
     target = target.detach()
     normaliser = log_normaliser(target) if target_normaliser is None else target_normaliser
-    kl, _ = _KL.apply(masked.flatten(0, -2), target.flatten(0, -2), normaliser.flatten(0, -2))  # type: ignore[no-untyped-call]
+    flat = [tensor.flatten(0, -2) for tensor in (masked, target, normaliser)]
+    kl, _ = _KL.apply(*flat, compiled)  # type: ignore[no-untyped-call]
     return cast(Tensor, kl).view(target.shape[:-1])
 
 
@@ -130,28 +139,43 @@ class _KL(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(masked: Tensor, target: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
-        found, normalisers = [], []
-        for q, t, n in _chunks(masked, target, normaliser):
-            normalisers.append(_log_normaliser(q.float()))
-            log_p, log_q = _log_chances(t, n), _log_chances(q, normalisers[-1])
-            found.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        return torch.cat(found), torch.cat(normalisers)
+    def forward(masked: Tensor, target: Tensor, normaliser: Tensor, compiled: bool) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = (_value_compiled if compiled else _value)(masked, target, normaliser)
+        return found
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.compiled = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, " positions"], _: Tensor) -> tuple[Tensor, None, None]:
-        parts = _chunks(*ctx.saved_tensors, grad)
-        # ∂KL/∂logits = softmax(masked) - softmax(target)
-        gradients = (
-            ((_log_chances(q, own).exp() - _log_chances(t, n).exp()) * g[:, None]).to(q.dtype)
-            for q, t, n, own, g in parts
-        )
-        return _joined(gradients, ctx.saved_tensors[0]), None, None
+    def backward(ctx: Any, grad: Float[Tensor, " positions"], _: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _gradient_compiled if ctx.compiled else _gradient
+        return gradient(*ctx.saved_tensors, grad), None, None, None
+
+
+def _value(masked: Tensor, target: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+    """KL at each position, and the normaliser of the masked pass."""
+    found, normalisers = [], []
+    for q, t, n in _chunks(masked, target, normaliser):
+        normalisers.append(_log_normaliser(q.float()))
+        log_p, log_q = _log_chances(t, n), _log_chances(q, normalisers[-1])
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(found), torch.cat(normalisers)
+
+
+def _gradient(masked: Tensor, target: Tensor, normaliser: Tensor, own: Tensor, grad: Tensor) -> Tensor:
+    """∂KL/∂logits = softmax(masked) - softmax(target), times what comes back at each position."""
+    parts = (
+        ((_log_chances(q, m).exp() - _log_chances(t, n).exp()) * g[:, None]).to(q.dtype)
+        for q, t, n, m, g in _chunks(masked, target, normaliser, own, grad)
+    )
+    return _joined(parts, masked)
+
+
+_value_compiled = Kernel(_value)
+_gradient_compiled = Kernel(_gradient)
 
 
 def _joined(chunks: Iterator[Tensor], like: Float[Tensor, "positions d"]) -> Float[Tensor, "positions d"]:

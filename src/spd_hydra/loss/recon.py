@@ -139,6 +139,11 @@ def _divergence(inputs: LossInputs, make: MakeMask, route: Route) -> Float[Tenso
     at = {site: make(site, inputs.ci[site])._replace(route=where) for site, where in route.items()}
     output = inputs.model(inputs.batch, at, reuse=inputs.reuse, recompute=inputs.recompute)
     total, _ = divergence_sum(
-        inputs.divergence, output, inputs.clean.output, inputs.valid, inputs.target_normaliser
+        inputs.divergence,
+        output,
+        inputs.clean.output,
+        inputs.valid,
+        inputs.target_normaliser,
+        compiled=inputs.model.compiled_blocks is not None and torch.is_grad_enabled(),
     )
     return total

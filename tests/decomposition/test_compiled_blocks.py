@@ -1,0 +1,178 @@
+"""Blocks that are compiled one by one compute what they compute as they are."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import make_boxed_func
+
+from spd_hydra import rng
+from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.routing import Routing
+from spd_hydra.loss.importance_minimality import ImportanceMinimality
+from spd_hydra.loss.loss_set import LossSet
+from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.recon import Recon
+
+WIDTH, C = 5, 3
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The code of what would be compiled, which runs as it was traced instead."""
+    seen: list[str] = []
+
+    def traced(gm: Any, inputs: Sequence[Any]) -> Any:
+        seen.append(gm.code)
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", traced)
+    return seen
+
+
+class Block(nn.Module):
+    """A residual block of two matrices; `factor` is no tensor and differs where it is asked to."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.factor = factor
+
+    def forward(self, x: Tensor, *, scale: float, hint: object = None) -> tuple[Tensor, None]:
+        return x + scale * self.factor * self.down(torch.tanh(self.up(x))), None
+
+
+class Stack(nn.Module):
+    """Blocks in turn."""
+
+    def __init__(self, factors: Sequence[float], hint: object = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(factor) for factor in factors)
+        self.hint = hint
+        generator = rng.generator(0, "stack")
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x, scale=0.5, hint=self.hint)
+        return x
+
+
+def objective(target: Stack, *, compiled: bool) -> Objective:
+    sites = {"all": SitePattern(pattern="blocks.*.*", C=C)}
+    model = DecomposedModel(target, Decomposition(sites=sites), SharedMLPCausalImportance(hidden=[4]), seed=0)
+    model.compiled_blocks = CompiledBlocks() if compiled else None
+    losses = LossSet(
+        stochastic_recon=Recon(coeff=1.0),
+        stochastic_recon_layerwise=Recon(coeff=1.0, routing=Routing.layerwise),
+        stochastic_recon_subset=Recon(coeff=1.0, routing=Routing.uniform_k),
+        importance_minimality=ImportanceMinimality(coeff=0.1),
+    )
+    return Objective(model, losses, precision=Precision.fp32, ci_threshold=0.1)
+
+
+def losses_and_gradients(of: Objective, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    columns = len(of.columns(of.losses.active_terms()))
+    batch, draws = torch.randn(7, WIDTH, generator=generator), torch.rand(7, columns, generator=generator)
+    loss = of(batch, draws, {})
+    named = {name: p for name, p in of.model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss.total, list(named.values()))
+    return {**loss.terms, "total": loss.total.detach(), **dict(zip(named, gradients, strict=True))}
+
+
+def require_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_losses_and_gradients_are_those_of_blocks_that_run_as_they_are(compilations: list[str]) -> None:
+    plain, compiled = (objective(Stack([1.0, 1.0, 1.0]), compiled=own) for own in (False, True))
+    for seed in range(2):  # the second time from what is remembered
+        require_close(losses_and_gradients(compiled, seed), losses_and_gradients(plain, seed))
+    assert compilations
+
+
+def test_equal_blocks_share_what_is_compiled_and_others_do_not(compilations: list[str]) -> None:
+    numbers = {}
+    for factors in [(1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 1.0)]:
+        compilations.clear()
+        losses_and_gradients(objective(Stack(factors), compiled=True))
+        assert len(set(compilations)) == len(compilations)
+        numbers[factors] = len(compilations)
+    assert numbers[1.0, 1.0, 1.0] == numbers[1.0, 1.0, 1.0, 1.0, 1.0]
+    assert numbers[1.0, 2.0, 1.0] > numbers[1.0, 1.0, 1.0]
+
+
+def test_a_second_step_compiles_nothing(compilations: list[str]) -> None:
+    of = objective(Stack([1.0, 1.0]), compiled=True)
+    losses_and_gradients(of, 0)
+    compilations.clear()
+    losses_and_gradients(of, 1)
+    assert not compilations
+
+
+def test_evaluations_compile_nothing(compilations: list[str]) -> None:
+    of = objective(Stack([1.0, 1.0]), compiled=True)
+    with torch.no_grad():
+        columns = len(of.columns(of.losses.active_terms()))
+        of(torch.ones(2, WIDTH), torch.rand(2, columns), {})
+    assert not compilations
+
+
+def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(gm: Any, inputs: Sequence[Any]) -> Any:
+        raise NotImplementedError("no such operation\nand more")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", refuse)
+    with caplog.at_level(logging.WARNING, logger="spd_hydra"):
+        found = losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=True))
+    require_close(found, losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=False)))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("spd_hydra")]
+    assert lines
+    assert all("no such operation" in line and "\n" not in line for line in lines)
+
+
+def test_a_block_with_other_arguments_than_tensors_and_numbers_runs_as_it_is(compilations: list[str]) -> None:
+    found = losses_and_gradients(objective(Stack([1.0, 1.0], hint=object()), compiled=True))
+    require_close(found, losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=False)))
+    assert not compilations
+
+
+class _Straight(torch.autograd.Function):
+    """Rounding that a gradient passes through, doubled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_a_gradient_that_somebody_defined_stays_theirs(compilations: list[str]) -> None:
+    straight: Callable[[Tensor], Tensor] = _Straight.apply
+    x = torch.tensor([0.2, 1.7], requires_grad=True)
+    y = CompiledBlocks()("round", lambda given: 3 * straight(given["x"]), {"x": x})
+    torch.testing.assert_close(y, torch.tensor([0.0, 6.0]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([6.0, 6.0]))
+    assert compilations
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_losses_and_gradients_of_blocks_that_run_as_they_are() -> None:
+    plain, compiled = (objective(Stack([1.0, 1.0]), compiled=own) for own in (False, True))
+    require_close(losses_and_gradients(compiled), losses_and_gradients(plain))
