@@ -32,6 +32,7 @@ _MAY_CHANGE_ON_RESUME = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.compile",
+    "train.compile_blocks",
     "train.cuda_graphs",
     "eval.",
     "logger",

@@ -140,8 +140,8 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(masked: Tensor, target: Tensor, normaliser: Tensor, compiled: bool) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = (_value_compiled if compiled else _value)(masked, target, normaliser)
-        return found
+        kl, own = (_value_compiled if compiled else _value)(masked, target, normaliser)
+        return kl, own
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

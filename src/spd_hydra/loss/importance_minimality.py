@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,8 +62,8 @@ class ImportanceMinimality(Loss):
 
     def _power(self, g: Tensor, inputs: LossInputs) -> Tensor:
         if not self._is_constant:
-            return (g + self.eps) ** inputs.schedule["p"]
-        return g + self.eps if self.p_start == 1 else (g + self.eps) ** self.p_start
+            return power(g + self.eps, inputs.schedule["p"])
+        return g + self.eps if self.p_start == 1 else power(g + self.eps, self.p_start)
 
     def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
         count = statistics["count"]
@@ -70,6 +71,31 @@ class ImportanceMinimality(Loss):
         if self.beta == 0:
             return f.sum()
         return (f * (1 + self.beta * torch.log2(1 + reference_positions * f))).sum()
+
+
+def power(x: Tensor, p: Tensor | float) -> Tensor:
+    """x^p of positive x, with the gradient p·x^p / x, to x alone: one power less than p·x^(p-1)."""
+    y: Tensor = _Power.apply(x, p)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Power(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: Tensor | float) -> Tensor:
+        return x**p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | float], output: Tensor) -> None:
+        x, p = inputs
+        ctx.number = None if isinstance(p, Tensor) else p
+        ctx.save_for_backward(x, output, *([p] if isinstance(p, Tensor) else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, y, *p = ctx.saved_tensors
+        return grad * (p[0] if p else ctx.number) * y / x, None
 
 
 def sum_over_positions(
