@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.lm_cases import LanguageModel, config
+from benchmarks.step_cases import trainer_of
 from torch import Tensor
 
 from spd_hydra.checkpoint import load_newest
@@ -344,3 +346,32 @@ def test_the_status_file_tells_the_step_of_the_last_checkpoint(make: Make) -> No
     trainer.fit()
     status = json.loads((trainer.run.path / "status.json").read_text())
     assert (status["status"], status["step"]) == ("running", STEPS)
+
+
+# ---- what is compiled ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [
+        ((), True),  # 15 passes through 2 blocks
+        (("loss.stochastic_recon_layerwise.coeff=0",), False),
+        (("loss.stochastic_recon_layerwise.coeff=0", "train.compile_blocks=true"), True),
+        (("train.compile_blocks=false",), False),
+    ],
+)
+def test_blocks_are_compiled_one_by_one_where_a_whole_step_would_be_large(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], blocks: bool
+) -> None:
+    monkeypatch.setattr("spd_hydra.trainer.can_compile", lambda device: True)
+    target = LanguageModel(layers=2, width=12, heads=2, vocabulary=29)
+    trainer = trainer_of(config(target, C=3, length=6, overrides=("train.batch_size=2", *words)))
+    assert (trainer.model.compiled_blocks is not None) is blocks
+    assert trainer.loss_and_gradients.is_compiled is not blocks
+
+
+def test_a_target_without_blocks_is_compiled_as_a_whole(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spd_hydra.trainer.can_compile", lambda device: True)
+    trainer = make("train.compile=true", "train.compile_blocks=true")
+    assert trainer.model.compiled_blocks is None
+    assert trainer.loss_and_gradients.is_compiled
