@@ -166,16 +166,22 @@ def require_equal(way: str, variant: Variant, reference: Variant, sample: Sample
 
 
 def in_turns(variants: dict[str, Variant], seconds: float) -> dict[str, float]:
-    """The least time of a step of each, one step after another in turns."""
+    """The least time of a step of each, one step after another in turns.
+
+    With one thread on a CPU the time that the process computes, which others on the machine disturb less.
+    """
+    device = next(iter(variants.values())).device
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     found = dict.fromkeys(variants, math.inf)
     end, rounds = time.perf_counter() + seconds, itertools.count()
     while next(rounds) < 3 or time.perf_counter() < end:
         for name, variant in variants.items():
             wait_for(variant.device)
-            started = time.perf_counter()
+            started = clock()
             variant.step()
             wait_for(variant.device)
-            found[name] = min(found[name], time.perf_counter() - started)
+            found[name] = min(found[name], clock() - started)
     return found
 
 
@@ -190,7 +196,8 @@ published algorithm in uncompiled PyTorch (`benchmarks/plain_lm_step.py`): weigh
 one after the other through the whole model; all ways have its losses and gradients to {_TOLERANCE:g}. *MFU*:
 FLOPs of our step over time and the rate of square matrix products, the same FLOPs for all ways. *speed* and
 *memory*: over those of plain; memory is the most that the tensors made in a step take at a time. *compiling*:
-seconds more that the first step takes.
+seconds more that the first step takes, on this machine as busy as it was, with what the compiler had in its
+cache. With one thread times are those that the process computes.
 
 {markdown.table(HEADER, rows)}
 """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance

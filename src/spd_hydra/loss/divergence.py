@@ -1,7 +1,7 @@
 """Distances between the output of a masked pass and the target's output."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, cast
 
@@ -151,7 +151,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, " positions"], _: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _gradient_compiled if ctx.compiled else _gradient
+        gradient: Callable[..., Tensor] = _gradient_compiled if ctx.compiled else _gradient
         return gradient(*ctx.saved_tensors, grad), None, None, None
 
 
