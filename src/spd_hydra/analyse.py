@@ -9,7 +9,7 @@ from spd_hydra.checkpoint import Checkpoint, load_newest
 from spd_hydra.config import Device, RunConfig, load_config
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import read_target
+from spd_hydra.saved_run import read_target, require_trust
 from spd_hydra.section import ConfigError
 
 
@@ -19,16 +19,18 @@ def analyse(config: RunConfig) -> Outcome:
     Everything is as the run's saved configuration says; only the device may be another.
 
     Raises:
-        ConfigError: the directory is none of a run, or it holds no checkpoint.
+        ConfigError: the directory is none of a run, it holds no checkpoint, or its model has code of its own
+            that was not allowed.
     """
     assert config.run is not None, "checked with the configuration"
     path = Path(config.run)
-    wanted = config.device
+    wanted, trusted = config.device, config.trust_remote_code
     try:
         config = load_config(path / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"run: {error}") from error
     require_single(path, config)
+    require_trust(path, config, trusted=trusted, yes="add trust_remote_code=true")
     with RunDirectory.open(path) as directory:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:

@@ -10,9 +10,10 @@ from spd_hydra.composition import Composer, apply_overrides
 from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, without_hydra
+from spd_hydra.saved_run import require_trust
 from spd_hydra.section import ConfigError
 
-_OF_ANALYSE = ("task", "run", "device", "threads", "launcher")
+_OF_ANALYSE = ("task", "run", "device", "threads", "launcher", "trust_remote_code")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
     except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
     config = apply_overrides(saved, overrides, config_dir=config_dir)
+    require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
     return Job(overrides=list(overrides), config=config, saved=saved)
 
 

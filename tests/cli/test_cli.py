@@ -87,7 +87,7 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
         (
             ["task=analyse", "run=there", "device=cpu", "threads=2", "hydra.verbose=true", "eval.batches=9"],
             "task=analyse measures a run as it was configured, so it takes task, run, device, threads, "
-            "launcher only; leave out eval.batches=9",
+            "launcher, trust_remote_code only; leave out eval.batches=9",
         ),
         (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
     ],
