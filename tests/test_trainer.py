@@ -354,7 +354,7 @@ def test_the_status_file_tells_the_step_of_the_last_checkpoint(make: Make) -> No
 @pytest.mark.parametrize(
     ("words", "blocks"),
     [
-        ((), True),  # 15 passes through 2 blocks
+        ((), True),  # 22 passes through 3 blocks
         (("loss.stochastic_recon_layerwise.coeff=0",), False),
         (("loss.stochastic_recon_layerwise.coeff=0", "train.compile_blocks=true"), True),
         (("train.compile_blocks=false",), False),
@@ -364,7 +364,7 @@ def test_blocks_are_compiled_one_by_one_where_a_whole_step_would_be_large(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], blocks: bool
 ) -> None:
     monkeypatch.setattr("spd_hydra.trainer.can_compile", lambda device: True)
-    target = LanguageModel(layers=2, width=12, heads=2, vocabulary=29)
+    target = LanguageModel(layers=3, width=12, heads=2, vocabulary=29)
     trainer = trainer_of(config(target, C=3, length=6, overrides=("train.batch_size=2", *words)))
     assert (trainer.model.compiled_blocks is not None) is blocks
     assert trainer.loss_and_gradients.is_compiled is not blocks

@@ -31,7 +31,7 @@ from spd_hydra.trainer_config import Evaluation, Training
 
 logger = logging.getLogger(__name__)
 
-_MOST_BLOCK_RUNS = 16  # in a step that is compiled as a whole, which takes seconds for each of them
+_MOST_BLOCK_RUNS = 32  # in a step that is compiled as a whole, which takes seconds for each of them
 
 
 class TrainingError(RuntimeError):
