@@ -34,7 +34,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.environment import describe_environment
 
 TITLE = "Language models"
-WAYS = "compiled,eager,eager+recomputed"
+WAYS = "compiled,blocks,eager"
 """`compiled`: what `spd-run` does, the step as a `whole` or its `blocks`; `+recomputed`: blocks run again."""
 HEADER = ("model", "way", "ms per step", "rows/s", "MFU", "MiB in a step", "speed", "memory", "compiling, s")
 _TOLERANCE = 1e-4
