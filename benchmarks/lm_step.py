@@ -17,7 +17,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from benchmarks import markdown, step_page
 from benchmarks.lm_cases import LanguageModel, config
 from benchmarks.plain_lm_step import PlainLanguageStep
-from benchmarks.roofline import matmul_flops, matmul_rate
+from benchmarks.roofline import matmul_flops
 from benchmarks.step_cases import Sample, Variant, differences, make, parts_of, wait_for
 from benchmarks.step_memory import allocated_in_a_step
 
@@ -118,7 +118,7 @@ def measure(
         begin[way] = time.perf_counter() - started  # a step of each, the first one of this way
     uncompiled = made("eager", run, sample)
     flops = matmul_flops(lambda: uncompiled.step(sample))
-    rate = matmul_rate(plain.device, _SIDE, _SIDE, _SIDE)
+    rate = rate_of_products(plain.device)
     times = in_turns(variants, seconds)
     memory = {way: allocated_in_a_step(variant) for way, variant in variants.items()}
     return [
@@ -165,14 +165,24 @@ def require_equal(way: str, variant: Variant, reference: Variant, sample: Sample
             raise ValueError(f"{way} and plain: the {what} {name} differs by {found[name]:.1e}")
 
 
+def _clock(device: torch.device) -> Callable[[], float]:
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def rate_of_products(device: torch.device) -> float:
+    """FLOPs per second of large square matrix products, at the best of several attempts."""
+    a, b = (torch.ones(_SIDE, _SIDE, device=device) for _ in range(2))
+    product = Variant(lambda sample=None: {"": a @ b}, {}, device)
+    return 2 * _SIDE**3 / in_turns({"": product}, 1.0)[""]
+
+
 def in_turns(variants: dict[str, Variant], seconds: float) -> dict[str, float]:
     """The least time of a step of each, one step after another in turns.
 
     With one thread on a CPU the time that the process computes, which others on the machine disturb less.
     """
-    device = next(iter(variants.values())).device
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    clock = _clock(next(iter(variants.values())).device)
     found = dict.fromkeys(variants, math.inf)
     end, rounds = time.perf_counter() + seconds, itertools.count()
     while next(rounds) < 3 or time.perf_counter() < end:
