@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 _STEP_TIMEOUT = timedelta(minutes=30)  # rank 0 saves and evaluates while the others wait in their next step
 _MESSAGE_TIMEOUT = timedelta(days=30)
+_MESSAGE_BYTES = 2**28  # of several tensors that are sent as one
 _LEAVE_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -215,11 +216,22 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-        own = [tensor.detach() for tensor in tensors if (tensor.dtype, tensor.device) == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in own])
-        dist.broadcast(flat, 0)
-        for tensor, part in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        for own in _messages_of([t.detach() for t in tensors if (t.dtype, t.device) == kind]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            dist.broadcast(flat, 0)
+            for tensor, part in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def _messages_of(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors that go together: many small ones, but not so many that their copy would take much memory."""
+    together: list[Tensor] = []
+    for tensor in tensors:
+        if together and sum(t.nbytes for t in together) + tensor.nbytes > _MESSAGE_BYTES:
+            yield together
+            together = []
+        together.append(tensor)
+    yield together
 
 
 def exact_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
