@@ -148,6 +148,27 @@ def test_every_rank_has_its_share_and_every_replica_its_own(
     assert flops("train.replicas=3") == 3 * flops()
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_ranks_share_out_is_counted_once_over_all_of_them(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    rates = estimates.Rates(matmul=1, copy=1)
+    monkeypatch.setattr(estimates, "measure", lambda device, precision: rates)
+
+    def needs(*words: str) -> Needs:
+        config = toy("train.batch_size=8", f"launcher.ranks_per_node={ranks}", *words)
+        return estimates.estimate(config, preflight(config)).needs
+
+    for words in ([], ["train.accumulate=2"]):
+        whole, shared = needs(*words), needs("train.shard=optimizer", *words)
+        saved = 3 * 4 * whole.trained * (ranks - 1) / ranks  # gradients and two moments
+        assert whole.resident - shared.resident == pytest.approx(saved, rel=0.01)
+        moments = 2 * 4 * whole.trained * (ranks - 1) / ranks  # whole gradients are there at the peak
+        assert whole.peak - shared.peak >= 0.95 * moments
+        assert shared.flops == whole.flops
+        assert shared.moved < whole.moved
+
+
 def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimates, "_SECONDS", 0.0)
     rates = estimates.measure(CPU, Precision.fp32)

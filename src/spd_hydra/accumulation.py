@@ -73,6 +73,8 @@ class AccumulatedStep:
 
     def __call__(self, step: int, schedule: ScheduledValues) -> StepLoss:
         """Loss, terms and L0 of the batch of a step; the optimiser's gradients are those of the total."""
+        for holder in self._holders:
+            holder.grad = None
         self._schedule_keys, scheduled = _flat(schedule)
         terms = self._terms_that_are_no_means(step)
         self._module.weighted = tuple(terms)

@@ -39,7 +39,7 @@ class Step:
     def __call__(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
         """Loss, terms and L0 of a batch; afterwards the optimiser's gradients are those of the total."""
         if self._kernel is None:
-            for parameter in self._parameters.values():
+            for parameter in [*self._parameters.values(), *self._holders]:
                 parameter.grad = None
             loss = self._objective(batch, draws, schedule)
             torch.autograd.backward(loss.total)
@@ -92,7 +92,7 @@ class Step:
             self.leave(self._pieces.sums(parameters, gradients))
 
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """The step as a function of tensors: total, terms, L0 by site, gradients (to be summed, if shared)."""
+        """The step as a function of tensors: total, terms, L0 by site, gradients, unsummed if shared."""
         scheduled = others[: len(self._schedule_keys)]
         schedule: ScheduledValues = {}
         for (term, name), value in zip(self._schedule_keys, scheduled, strict=True):
