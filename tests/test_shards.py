@@ -33,8 +33,8 @@ RANKS, STEPS, SAVED = 3, 30, 10
 SHARED = "train.shard=optimizer"
 # C = 7: most parameters have numbers of elements that are no multiples of the ranks.
 WORDS = [
-    "decomposition.sites.linear.C=7",
-    "train.faithfulness_warmup.steps=20",
+    "decomposition.sites={embed:{C:7},unembed:{C:7}}",
+    "train.faithfulness_warmup.steps=5",
     f"train={{steps:{STEPS},checkpoint_every:{SAVED},keep_checkpoints:3,log_every:2,batch_size:64}}",
     "train.clip_components=0.05",
     "train.clip_ci_fn=0.02",
@@ -216,9 +216,9 @@ def test_a_rank_holds_its_part_of_moments_and_gradients_alone(done: Path, how: s
         assert [(rank["moments"], rank["gradients"]) for rank in ranks] == [(2 * whole, whole)] * RANKS
         return
     assert sum(rank["moments"] for rank in ranks) == 2 * whole
-    rounding = 4 * 10  # a number more or less, of each of the tensors
+    rounding = 4 * 10 * (RANKS - 1)  # of each of 10 tensors the last rank has so many numbers fewer
     for rank in ranks:
-        assert rank["moments"] == pytest.approx(2 * whole / RANKS, abs=2 * 2 * rounding)
+        assert rank["moments"] == pytest.approx(2 * whole / RANKS, abs=2 * rounding)
         assert rank["gradients"] == pytest.approx(whole / RANKS, abs=rounding)
 
 
