@@ -45,10 +45,17 @@ def test_text_under_a_secret_s_name_is_hidden_at_any_depth(name: str) -> None:
         {"key": 3, "token": None, "use_auth": True, "api": 2.5},
         {"data": {"name": "tokens"}, "sites": {"embed": {"C": 20}}, "list": [1, 2.5, "x", None, True]},
         {"empty": {"api_key": ""}},
+        {"data": {"token_column": "ids"}},
+        {"decomposition": {"sites": {"key": {"pattern": "*.key", "C": 3}}, "tied": {"a.key": "b.key"}}},
     ],
 )
 def test_ordinary_settings_stay_as_they_are(tree: dict[str, Any]) -> None:
     assert redact(tree) == tree
+
+
+def test_passwords_are_hidden_also_among_the_names_of_modules() -> None:
+    tree = {"decomposition": {"sites": {"password": CANARY, "key": "hf_" + "aB3" * 8}}}
+    assert redact(tree) == {"decomposition": {"sites": {"password": HIDDEN, "key": HIDDEN}}}
 
 
 def test_numbers_under_a_password_are_hidden() -> None:
@@ -92,6 +99,7 @@ def test_values_of_secret_environment_variables_are_hidden_anywhere(monkeypatch:
         (["password=1234"], ["password=<redacted>"]),
         (["seed=3", "data.n_tokens=5", "key=3", "experiment=tms_5-2"],) * 2,
         (["'decomposition.sites={ffn:{pattern:layers.*.mlp,C:64}}'"],) * 2,
+        (["data.token_column=ids", "decomposition.sites.key.pattern=*.key"],) * 2,
         (["train.lr=1e-3", "loss.key.coeff=2.5e-5", "-m", "seed=range(5)"],) * 2,
     ],
 )

@@ -25,7 +25,7 @@ from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
-from spd_hydra.saved_run import read_target
+from spd_hydra.saved_run import read_target, require_trust
 from spd_hydra.section import ConfigError
 
 
@@ -36,10 +36,12 @@ class Run:
     Attributes:
         path: the directory.
         config: the configuration it was started with.
+        trust_remote_code: whether the target's own Python code may be run.
     """
 
     path: Path
     config: RunConfig
+    trust_remote_code: bool = False
 
     @cached_property
     def model(self) -> DecomposedModel:
@@ -50,11 +52,18 @@ class Run:
 
         Raises:
             RunDirectoryError: there is no checkpoint yet.
+            ConfigError: the target has Python code of its own, which was not allowed.
         """
         return self.model_at(None)
 
     def model_at(self, step: int | None) -> DecomposedModel:
         """The decomposed model as it was saved at a step; None: the newest."""
+        require_trust(
+            self.path,
+            self.config,
+            trusted=self.trust_remote_code,
+            yes="call load_run(..., trust_remote_code=True)",
+        )
         checkpoint = self._checkpoint(step)
         device = torch.device("cpu")
         target = read_target(self.config, self.path, device)
@@ -106,8 +115,13 @@ class Run:
         return newest
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
     """Open a run directory.
+
+    Args:
+        path: the directory.
+        trust_remote_code: allow `.model` to run the Python code that came with the target, where the run has
+            `model.trust_remote_code`.
 
     Raises:
         ConfigError: it is no run directory, of a version that this one cannot read, or of several replicas.
@@ -116,7 +130,7 @@ def load_run(path: str | Path) -> Run:
     path = Path(path).expanduser()
     config = load_config(path / "config.yaml")
     require_single(path, config)
-    return Run(path, config)
+    return Run(path, config, trust_remote_code)
 
 
 def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
@@ -138,7 +152,7 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
     outcome = run(config)
     if outcome.run_dir is None:
         raise ConfigError(f"task: got {config.task.name}, which makes no run directory; use task=decompose")
-    return load_run(outcome.run_dir)
+    return load_run(outcome.run_dir, trust_remote_code=True)  # it has run here already
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +166,7 @@ class SubmittedRun(JobHandle):
             JobFailed: it failed; the message says why.
         """
         self.wait(poll_seconds)
-        return load_run(self.run_dir)
+        return load_run(self.run_dir, trust_remote_code=True)  # who submitted it allowed that
 
 
 def submit(

@@ -79,6 +79,11 @@ class RunConfig(Section):
     run: str | None = option(None, "run directory, for task=analyse")
     sweep: str | None = option(None, "directory of a sweep, for task=sweep_status")
     resume: str | None = option(None, "run directory to go on with, using its saved configuration")
+    trust_remote_code: bool = option(
+        False,
+        "run the Python code that came with the model of a saved run, for resume= and task=analyse",
+        saved=False,
+    )
     allow_extra: bool = option(False, "accept keys that no section declares")
     model: TargetSpec = option(MISSING, "the target")
     data: DataSource = option(MISSING, "where inputs come from")
@@ -101,6 +106,12 @@ class RunConfig(Section):
         if self.task is not Task.analyse and self.run is not None:
             yield Problem(
                 "run", f"got {self.run}, which only task=analyse reads; to go on with a run use resume="
+            )
+        if self.trust_remote_code and self.task is not Task.analyse and self.resume is None:
+            yield Problem(
+                "trust_remote_code",
+                "got true, which only resume= and task=analyse read; for a new run it is "
+                "model.trust_remote_code",
             )
         if self.device is Device.cuda and isinstance(self.launcher, Background) and not self.launcher.gpus:
             yield Problem(
@@ -177,13 +188,16 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_dict(data: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` gave, with the default launcher.
+    """The configuration that `to_dict` gave; what is not saved has its default.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, an unknown kind, an interpolation.
     """
-    if "launcher" in data:
-        raise ConfigError("launcher: a saved configuration has none; it is chosen when a run is started")
+    for field in dataclasses.fields(RunConfig):
+        if field.name in data and not field.metadata.get("saved", True):
+            raise ConfigError(
+                f"{field.name}: a saved configuration has none; it is chosen when a run is started"
+            )
     schema = OmegaConf.structured(RunConfig)
     if KIND in data:
         raise ConfigError(f"{KIND}: a run is of no kind, got {data[KIND]!r}")

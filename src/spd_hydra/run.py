@@ -137,7 +137,7 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
     told = distributed.of_rank_0()
     if told.get("finished"):
         return Outcome(Path(told["path"]), {})
-    config = dataclasses.replace(config, resume=None, task=Task[told["task"]])
+    config = _for_its_run(config, Task[told["task"]])
     directory = RunDirectory.follow(Path(told["path"]), told["token"])
     return _recorded(directory, lambda: decompose(config, directory, signals))
 
@@ -170,7 +170,7 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
             f"resume={path}: these changes would make it another run:\n{lines}\n"
             "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for others"
         )
-    config = dataclasses.replace(config, resume=None, task=saved.task)
+    config = _for_its_run(config, saved.task)
     with contextlib.ExitStack() as on_error:
         directory = on_error.enter_context(RunDirectory.open(path))
         if config.train.steps < saved.train.steps:
@@ -180,6 +180,11 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
                 require_whole(folder)  # before anything is written
         on_error.pop_all()
     return config, directory
+
+
+def _for_its_run(config: RunConfig, task: Task) -> RunConfig:
+    """The configuration without the words that opened its directory again."""
+    return dataclasses.replace(config, resume=None, trust_remote_code=False, task=task)
 
 
 def _finished(config: RunConfig, directory: RunDirectory) -> Outcome | None:

@@ -18,8 +18,29 @@ from spd_hydra.model.weights import (
     save_target,
     target_metadata,
 )
+from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
+
+
+def require_trust(path: Path, config: RunConfig, *, trusted: bool, yes: str) -> None:
+    """Refuse to run Python code that a saved configuration names, unless the user said so.
+
+    Args:
+        path: the run directory.
+        config: as it was saved there.
+        trusted: whether the user said so.
+        yes: how that is said.
+
+    Raises:
+        ConfigError: names the code and says how to allow it.
+    """
+    code = config.model.foreign_code()
+    if code is not None and not trusted:
+        raise ConfigError(
+            f"trust_remote_code: the target of {path} comes with Python code, which is not run unasked: that "
+            f"of {code}; if you have read it and trust it, {yes}"
+        )
 
 
 def target_facts(target: TrainedTarget) -> dict[str, Any]:

@@ -284,3 +284,13 @@ def test_an_unknown_split_names_those_there_are(spec: Any, tmp_path: Path) -> No
     write_saved(tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"data.split: got test, but .*saved has train"):
         tokens(tmp_path / "saved", tmp_path, split="test").bind(spec)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_data_are_looked_at_while_a_model_without_values_is_built(
+    name: str, spec: Any, tmp_path: Path
+) -> None:
+    WRITERS[name](tmp_path / name)
+    with torch.device("meta"):
+        batches = tokens(tmp_path / name, tmp_path, eval_fraction=0.3).bind(spec)
+    assert texts_of(batches, 1)

@@ -163,8 +163,9 @@ def _tokenise(
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).exists() else name)
+    place = str(Path(name).expanduser()) if Path(name).exists() else name
+    try:  # without code of its own; unless told, transformers would ask whoever sits there
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # of several libraries, all about finding or reading it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.data.packing import Document, Layout, is_held_out
 from spd_hydra.data.streamed import StreamedBatches
@@ -108,10 +110,12 @@ class Tokens(DataSource):
         find = functools.partial(
             find_source, self.name, self.config_name, self.revision, text_unit=self.text_unit
         )
-        source = find(split=self.split)
-        held_out = None if self.eval_split is None else find(split=self.eval_split)
+        with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
+            source = find(split=self.split)
+            held_out = None if self.eval_split is None else find(split=self.eval_split)
+            columns = source.columns()
         reader = make_reader(
-            source.columns(),
+            columns,
             text_column=self.text_column,
             token_column=self.token_column,
             tokenizer=self.tokenizer or (None if self.token_column else target.tokenizer_name()),

@@ -72,6 +72,10 @@ class TargetSpec(Section):
         """Whether a run directory gets a copy of the weights; if not, `build` must find the same again."""
         return True
 
+    def foreign_code(self) -> str | None:
+        """Whose Python code `build` runs, for people; None: that of installed packages alone."""
+        return None
+
     def prefetch(self) -> list[str]:
         """Download what `build` needs to where it finds it without a network; a line for each thing."""
         return []

@@ -109,7 +109,7 @@ class HuggingFace(TargetSpec):
         if architecture is not None and not self.trust_remote_code:
             from transformers import AutoConfig
 
-            config = AutoConfig.for_model(**json.loads(architecture))
+            config = _without_kernels(AutoConfig.for_model(**json.loads(architecture)))
         else:
             config = self._config()
         with torch.random.fork_rng(devices=[]):
@@ -126,6 +126,10 @@ class HuggingFace(TargetSpec):
         if self.keep_weights is KeepWeights.auto:
             return sum(p.numel() * p.element_size() for p in module.parameters()) <= _SMALL
         return self.keep_weights is KeepWeights.always
+
+    def foreign_code(self) -> str | None:
+        """The repository and the commit whose code is run, if any is."""
+        return f"{self.name} at commit {self.revision}" if self.trust_remote_code else None
 
     def prefetch(self) -> list[str]:
         """Download the model and its tokenizer into Hugging Face's cache; nothing for a local directory."""
@@ -168,6 +172,7 @@ class HuggingFace(TargetSpec):
 
         directory = self._directory(hub.CONFIG)
         try:
+            self._require_own_code(directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -178,7 +183,21 @@ class HuggingFace(TargetSpec):
                 f"model.name: got {self.name}, which takes two inputs, one for its encoder and one for its "
                 "decoder; only models with one input can be decomposed"
             )
-        return config
+        return _without_kernels(config)
+
+    def _require_own_code(self, directory: Path) -> None:
+        """Refuse code of another repository, of which no commit was given.
+
+        Raises:
+            ConfigError: names the repository.
+        """
+        classes = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        others = sorted({str(name).partition("--")[0] for name in classes.values() if "--" in str(name)})
+        if self.trust_remote_code and others:
+            raise ConfigError(
+                f"model.trust_remote_code: got true, but the code of {self.name} lies in "
+                f"{', '.join(others)}, at no fixed commit; copy model and code into one repository"
+            )
 
     def _made(self, method: str, source: Any) -> Any:
         """The model by `from_config`, or by `from_pretrained` with a report of what did not fit."""
@@ -194,6 +213,13 @@ class HuggingFace(TargetSpec):
             raise ConfigError(
                 f"model: {self.name} cannot be loaded as {self.auto_class.name}: {_first_line(error)}"
             ) from error
+
+
+def _without_kernels(config: Any) -> Any:
+    """A configuration that names no attention kernel of a repository on the hub, which would be code."""
+    if "/" in (config._attn_implementation or ""):
+        config._attn_implementation = None
+    return config
 
 
 @contextlib.contextmanager

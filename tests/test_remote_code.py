@@ -1,0 +1,174 @@
+"""A model's own Python code is run from a saved run only where the user said so."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
+from tests.hub_cache import COMMIT, cached_model
+from tests.model.tiny_hf import saved_model, tokens
+
+from spd_hydra import decompose, load_run
+from spd_hydra.composition import compose
+from spd_hydra.exit_code import ExitCode
+from spd_hydra.model.hf import HuggingFace
+from spd_hydra.section import ConfigError
+
+NAME = "owner/model"
+CODE = """
+import os
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class OwnConfig(GPT2Config):
+    model_type = "own_of_a_test"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with open(os.environ["WHERE_CODE_TELLS"], "a") as file:
+            file.write("ran")
+
+class Own(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+ASKED = (
+    "trust_remote_code: the target of {path} comes with Python code, which is not run unasked: that of "
+    f"owner/model at commit {COMMIT}; if you have read it and trust it, "
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where a cache has a model that comes with Python code, and where `told` appears when that has run."""
+    folder = tmp_path_factory.mktemp("remote_code")
+    files = folder / "files"
+    saved_model("gpt2", files)
+    config = json.loads((files / "config.json").read_text())
+    config["model_type"] = "own_of_a_test"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (files / "config.json").write_text(json.dumps(config))
+    (files / "own.py").write_text(CODE)
+    cached_model(folder / "hub", NAME, files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+        patch.syspath_prepend(str(folder / "modules"))
+        patch.setenv("WHERE_CODE_TELLS", str(folder / "told"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """A run of two steps on that model."""
+    text = folder / "ids.jsonl"
+    text.write_text("\n".join(json.dumps({"ids": row}) for row in tokens(rows=40).tolist()))
+    words = [
+        *("experiment=lm_hf", "name=own", "device=cpu", f"out_dir={folder / 'runs'}"),
+        *(f"model.name={NAME}", "model.trust_remote_code=true", f"model.revision={COMMIT}"),
+        *(f"data.name={text}", "data.token_column=ids", "data.length=12", f"data.cache_dir={folder}"),
+        *("data.eval_fraction=0.5", "decomposition.sites.blocks.pattern=transformer.h.0.mlp.*"),
+        *("decomposition.sites.blocks.C=3", "ci_fn.hidden=[4]", "loss=paper/tms_5-2"),
+        *("train.steps=2", "train.batch_size=4", "train.compile=false", "train.checkpoint_every=1"),
+        *("train.restarts.number=1", "train.faithfulness_warmup.steps=1", "eval.batches=1"),
+        *("eval.batch_size=4", "eval.pgd_steps=[]", "eval.ablations=false", "eval.subcomponents=0"),
+    ]
+    return decompose(words).path
+
+
+@pytest.fixture
+def done(finished: Path, told: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(finished, tmp_path / "done"))
+
+
+@pytest.fixture
+def told(folder: Path) -> Path:
+    """The file that exists as soon as the model's own code has run again."""
+    (folder / "told").unlink(missing_ok=True)
+    return folder / "told"
+
+
+@pytest.mark.slow
+def test_a_run_that_was_opened_runs_code_only_on_request(done: Path, told: Path) -> None:
+    found = load_run(done)
+    assert found.summary["steps"] == 2
+    with pytest.raises(ConfigError) as caught:
+        _ = found.model
+    assert str(caught.value) == ASKED.format(path=done) + "call load_run(..., trust_remote_code=True)"
+    assert not told.exists()
+    model = load_run(done, trust_remote_code=True).model
+    assert told.exists()
+    weights = load_file(done / "checkpoints" / "step_2" / "model.safetensors")
+    assert all(torch.equal(model.trainable_state()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_the_code_of_a_saved_run_only_on_request(
+    done: Path,
+    told: Path,
+    spd_run: Call,  # noqa: F811
+) -> None:
+    for words in ([f"resume={done}", "train.steps=3"], ["task=analyse", f"run={done}"]):
+        refused = spd_run(*words)
+        assert refused.code == ExitCode.bad_config
+        assert ASKED.format(path=done) + "add trust_remote_code=true" in refused.out + refused.err
+        assert not told.exists()
+        assert spd_run(*words, "trust_remote_code=true").code == ExitCode.ok
+        told.unlink()
+    assert load_run(done).summary["steps"] == 3
+    assert not told.exists()
+
+
+@pytest.mark.slow
+def test_no_file_of_a_run_can_allow_code(done: Path, told: Path) -> None:
+    path = done / "config.yaml"
+    data = yaml.safe_load(path.read_text())
+    assert "trust_remote_code" not in data
+    path.write_text(yaml.safe_dump(data | {"trust_remote_code": True}))
+    with pytest.raises(ConfigError, match=r"^trust_remote_code: a saved configuration has none"):
+        load_run(done)
+    assert not told.exists()
+
+
+def test_a_new_run_is_told_where_to_say_yes() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^trust_remote_code: got true, .* it is model\.trust_remote_code$"
+    ):
+        compose(["trust_remote_code=true"])
+
+
+def test_a_model_without_code_of_its_own_needs_no_yes() -> None:
+    assert compose(["experiment=tms_5-2"]).model.foreign_code() is None
+    assert HuggingFace(name=NAME).foreign_code() is None
+
+
+def test_code_of_another_repository_has_no_commit_and_is_refused(folder: Path, told: Path) -> None:
+    snapshot = cached_model(folder / "hub", "owner/elsewhere", folder / "files")
+    path = snapshot / "config.json"
+    path.write_text(path.read_text().replace('"own.', '"other/repo--own.'))
+    spec = HuggingFace(name="owner/elsewhere", revision=COMMIT, trust_remote_code=True)
+    with pytest.raises(ConfigError, match=r"code of owner/elsewhere lies in other/repo, at no fixed commit"):
+        spec.skeleton()
+    assert not told.exists()
+
+
+def test_without_trust_the_code_is_refused_when_a_model_is_built(folder: Path, told: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape("model.name: got owner/model, whose config.json")):
+        HuggingFace(name=NAME).skeleton()
+    assert not told.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_configuration_cannot_name_a_kernel_to_download(tmp_path: Path, key: str) -> None:
+    saved_model("gpt2", tmp_path)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text()) | {key: "owner/kernel"}
+    path.write_text(json.dumps(data))
+    spec = HuggingFace(name=str(tmp_path))
+    for module in (spec.skeleton(), spec.skeleton(json.dumps(data))):
+        assert "/" not in module.config._attn_implementation
