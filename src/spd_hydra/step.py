@@ -83,11 +83,9 @@ class Step:
         if self._pieces is None and distributed.world_size() == 1:
             return
         parameters = list(self._parameters.values())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
+        gradients = map(_taken, parameters)  # one after the other, so that each is free once it is shared
         if self._pieces is None:
-            self.leave(distributed.global_sum(gradients))
+            self.leave(distributed.global_sum(list(gradients)))
         else:
             self.leave(self._pieces.sums(parameters, gradients))
 
@@ -259,6 +257,13 @@ class _AgainstModule(_LossModule):
 
     def forward(self, batch: Tensor, draws: Tensor) -> Tensor:  # type: ignore[override]
         return self._objective.against(batch, draws)
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, which has none then."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameter.grad = None
+    return gradient
 
 
 def _frozen_tensors(module: nn.Module) -> dict[str, Tensor]:

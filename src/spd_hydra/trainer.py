@@ -309,7 +309,7 @@ class Trainer:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _named_updated(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, *self._own([p])) for name, p in self._named_parameters()]
+        return [(name, self._own([p])[0]) for name, p in self._named_parameters()]
 
     def _own(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         return parameters if self.shards is None else self.shards.of(parameters)
