@@ -12,7 +12,6 @@ from spd_hydra.config import Device, RunConfig
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Precision
 from spd_hydra.simulation import Needs, simulate
-from spd_hydra.trainer_config import Sharding
 
 _SECONDS = 0.25  # of one measurement
 _SIDE = 1024  # of the square matrices that are multiplied
@@ -100,8 +99,8 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     device = torch.device("cuda" if wants_gpu and here else "cpu")
     launcher = config.launcher
     ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
-    sharers = 1 if config.train.shard is Sharding.none else ranks
-    needs = simulate(parts, rows=-(-config.train.batch_size // ranks), device=device, sharers=sharers)
+    rows = -(-config.train.batch_size // ranks)
+    needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
     needs = needs.times(config.train.replicas)
     known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
     return Estimate(needs=needs, ranks=ranks, device=device, rates=known)

@@ -20,6 +20,7 @@ from spd_hydra.loss.objective import Objective
 from spd_hydra.optimizer import adamw
 from spd_hydra.sampler import position_index
 from spd_hydra.step import Step
+from spd_hydra.trainer_config import Sharding
 
 _UPDATE_ACCESSES = 7  # gradient, parameter and two moments read, the last three written
 _INPUT_ACCESSES = 2  # written when they are drawn, read by the step
@@ -52,14 +53,17 @@ class Needs:
         return Needs(**{name: replicas * value for name, value in dataclasses.asdict(self).items()})
 
 
-def simulate(parts: Parts, *, rows: int, device: torch.device, sharers: int = 1) -> Needs:
+def simulate(
+    parts: Parts, *, rows: int, device: torch.device, ranks: int = 1, shard: Sharding = Sharding.none
+) -> Needs:
     """Take steps with these parts, which may be on the meta device, on tensors that hold no values.
 
     Args:
         parts: of the run; afterwards they are as they were.
         rows: of the global batch that this process works on.
         device: where the run would compute.
-        sharers: processes among which gradients and moments are shared out.
+        ranks: processes that take the step together.
+        shard: what they share out.
     """
     row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
     example = _Example(row, device)
@@ -71,7 +75,8 @@ def simulate(parts: Parts, *, rows: int, device: torch.device, sharers: int = 1)
         model.roots = model.roots_without_values(example(1))
         sampler = _Draws(parts, rows, settings.accumulate, example)
         groups = [list(model.component_parameters()), list(model.ci_parameters())]
-        pieces = _Pieces([p for group in groups for p in group], sharers) if sharers > 1 else None
+        sharers = 1 if shard is Sharding.none else ranks
+        pieces = _Pieces([p for group in groups for p in group], sharers) if ranks > 1 else None
         updated = groups if pieces is None else [pieces.of(group) for group in groups]
         optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
         for parameter in (p for group in updated for p in group):
@@ -99,7 +104,7 @@ def simulate(parts: Parts, *, rows: int, device: torch.device, sharers: int = 1)
 
 
 class _Pieces:
-    """Of each parameter what one of several processes updates, as `shards.Shards` has it."""
+    """Of each parameter what one of several processes updates: its share, or all of it."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], sharers: int) -> None:
         self._sharers = sharers
@@ -110,7 +115,8 @@ class _Pieces:
 
     def sums(self, parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> list[Tensor]:
         return [
-            self._own(gradient).clone() if parameter in self._pieces else gradient
+            # What is sent is a copy, and what comes of it another.
+            self._own(gradient.clone()).clone() if parameter in self._pieces else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
 

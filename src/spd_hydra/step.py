@@ -83,9 +83,9 @@ class Step:
         if self._pieces is None and distributed.world_size() == 1:
             return
         parameters = list(self._parameters.values())
-        gradients = map(_taken, parameters)  # one after the other, so that each is free once it is shared
+        gradients = map(_taken, parameters)  # as they are sent, so that each is free once it is summed
         if self._pieces is None:
-            self.leave(distributed.global_sum(list(gradients)))
+            self.leave(distributed.global_sum(gradients))
         else:
             self.leave(self._pieces.sums(parameters, gradients))
 
