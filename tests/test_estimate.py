@@ -144,7 +144,11 @@ def test_every_rank_has_its_share_and_every_replica_its_own(
         config = toy("train.batch_size=64", *words)
         return estimates.estimate(config, preflight(config)).needs.flops
 
-    assert flops("launcher.ranks_per_node=2") == flops() / 2
+    alone = flops()
+    assert flops("launcher.ranks_per_node=2") == alone / 2
+    with monkeypatch.context() as as_rank:
+        as_rank.setenv("WORLD_SIZE", "4")
+        assert flops() == alone / 4
     assert flops("train.replicas=3") == 3 * flops()
 
 

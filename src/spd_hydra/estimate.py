@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spd_hydra import distributed
 from spd_hydra.build import Parts
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.launcher_config import Slurm
@@ -99,6 +100,7 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     device = torch.device("cuda" if wants_gpu and here else "cpu")
     launcher = config.launcher
     ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
+    ranks = max(ranks, distributed.started_with())  # a process that was started as a rank has no launcher
     rows = -(-config.train.batch_size // ranks)
     needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
     needs = needs.times(config.train.replicas)
