@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from spd_hydra.model.hub import COMMIT
 from spd_hydra.section import ConfigError
 
 _KINDS = {
@@ -41,6 +42,7 @@ class TextSource:
         columns: names of its columns, each with whether it holds text.
         load: the whole split.
         stream: the split, read on the way.
+        commit: on the hub; None: it is local.
     """
 
     identity: str
@@ -48,6 +50,7 @@ class TextSource:
     columns: Callable[[], dict[str, bool]]
     load: Callable[[], Any]
     stream: Callable[[], Any]
+    commit: str | None = None
 
 
 def find_source(
@@ -178,6 +181,12 @@ def _on_hub(name: str, config_name: str | None, revision: str | None, split: str
         builder = load_dataset_builder(name, config_name, revision=revision)
     except Exception as error:  # of several libraries
         raise _unreachable(name, error) from error
+    commit = str(builder.hash) if COMMIT.fullmatch(str(builder.hash)) else None
+    if revision is not None and COMMIT.fullmatch(revision) and commit != revision:
+        raise ConfigError(  # offline, `datasets` takes what it has
+            f"data.revision: got {revision}, but the cache holds {name} at {commit or 'no known commit'} and "
+            "the hub cannot be asked; fetch it with `spd-run task=prefetch ...` where there is a network"
+        )
     if builder.info.splits:
         _require_split(split, list(builder.info.splits), name)
 
@@ -196,6 +205,7 @@ def _on_hub(name: str, config_name: str | None, revision: str | None, split: str
         columns=columns,
         load=load,
         stream=functools.partial(load, streaming=True),
+        commit=commit,
     )
 
 

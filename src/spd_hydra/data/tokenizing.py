@@ -26,7 +26,8 @@ class Reader:
 
     Attributes:
         column: holds texts, or token ids where they are `tokenised` already.
-        tokeniser: name of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        name: of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        revision: of the tokenizer on the hub; None: main.
         special_tokens: whether a text begins and ends as the tokenizer would have it.
         processes: that tokenise.
     """
@@ -34,12 +35,13 @@ class Reader:
     column: str
     tokenised: bool
     name: str | None
+    revision: str | None
     special_tokens: bool
     processes: int
 
     def tokenizer(self) -> Any:
         """The tokenizer, if there is one."""
-        return None if self.name is None else _tokenizer(self.name)
+        return None if self.name is None else _tokenizer(self.name, self.revision)
 
     def end(self) -> int | None:
         """The id behind every document: the end of the text, or the token that separates texts."""
@@ -99,6 +101,7 @@ def make_reader(
     text_column: str | None,
     token_column: str | None,
     tokenizer: str | None,
+    tokenizer_revision: str | None = None,
     special_tokens: bool,
     processes: int,
 ) -> Reader:
@@ -131,6 +134,7 @@ def make_reader(
         column=token_column or text_column or "",
         tokenised=token_column is not None,
         name=tokenizer,
+        revision=tokenizer_revision,
         special_tokens=special_tokens,
         processes=processes,
     )
@@ -160,12 +164,15 @@ def _tokenise(
 
 
 @functools.cache
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    place = str(Path(name).expanduser()) if Path(name).exists() else name
+    is_local = Path(name).expanduser().exists()
+    place = {} if is_local else {"revision": revision or "main"}
     try:  # without code of its own; unless told, transformers would ask whoever sits there
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(Path(name).expanduser()) if is_local else name, trust_remote_code=False, **place
+        )
     except Exception as error:  # of several libraries, all about finding or reading it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

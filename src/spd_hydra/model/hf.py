@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -18,7 +17,6 @@ from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.tokens_in import TokensIn, adapt
 from spd_hydra.section import ConfigError, Problem, option, register
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = 256 * 2**20  # bytes of weights that are copied into every run directory without asking
 
 
@@ -76,7 +74,7 @@ class HuggingFace(TargetSpec):
     def problems(self) -> Iterator[Problem]:
         """Adds: code is run only as it was at one commit."""
         yield from super().problems()
-        if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
+        if self.trust_remote_code and not hub.COMMIT.fullmatch(self.revision or ""):
             yield Problem(
                 "trust_remote_code",
                 f"got true with revision {self.revision}; give the full commit hash (40 hexadecimal digits) "
@@ -139,6 +137,10 @@ class HuggingFace(TargetSpec):
         directory = hub.download(self.name, self.revision, wanted)
         return [f"model {self.name}: {directory}"]
 
+    def commit(self) -> str | None:
+        """The commit of the snapshot in the cache; None for a local directory."""
+        return hub.commit_of(self._directory(hub.CONFIG))
+
     def vocab_size(self) -> int | None:
         """Number of tokens that the model knows."""
         return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))
@@ -146,6 +148,10 @@ class HuggingFace(TargetSpec):
     def tokenizer_name(self) -> str:
         """The model's own tokenizer comes with it."""
         return self.name
+
+    def tokenizer_revision(self) -> str | None:
+        """The same as the model's."""
+        return self.revision
 
     def context_length(self) -> int | None:
         """Longest text that the model takes, in tokens."""
@@ -172,7 +178,8 @@ class HuggingFace(TargetSpec):
 
         directory = self._directory(hub.CONFIG)
         try:
-            self._require_own_code(directory)
+            if self.trust_remote_code:
+                self._require_own_code(directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -191,9 +198,11 @@ class HuggingFace(TargetSpec):
         Raises:
             ConfigError: names the repository.
         """
-        classes = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        classes = dict(json.loads((directory / "config.json").read_text(encoding="utf-8"))).get(
+            "auto_map", {}
+        )
         others = sorted({str(name).partition("--")[0] for name in classes.values() if "--" in str(name)})
-        if self.trust_remote_code and others:
+        if others:
             raise ConfigError(
                 f"model.trust_remote_code: got true, but the code of {self.name} lies in "
                 f"{', '.join(others)}, at no fixed commit; copy model and code into one repository"
