@@ -67,7 +67,8 @@ def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
         [
             *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
             *(f"model.name={NAME}", "model.keep_weights=never", "data.name=owner/texts"),
-            *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}", *overrides),
+            *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}"),
+            *("data.eval_fraction=0.5", *overrides),
         ]
     )
 
