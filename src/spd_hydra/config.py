@@ -105,7 +105,7 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         """Bring `model.training` down to `target_steps`, so that all read the same there."""
-        if self.target_steps is not None and isinstance(self.model, TrainableTarget):
+        if self.target_steps and isinstance(self.model, TrainableTarget):
             training = self.model.training
             training.steps, training.max_tries = min(training.steps, self.target_steps), 1
         super().__post_init__()

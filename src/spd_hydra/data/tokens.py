@@ -100,8 +100,10 @@ class Tokens(DataSource):
             load_tokenizer=rows.reader.tokenizer,
         )
 
-    def _find(self, split: str) -> TextSource:
-        return find_source(self.name, self.config_name, self.revision, split=split, text_unit=self.text_unit)
+    def _find(self, split: str, key: str = "data.split") -> TextSource:
+        return find_source(
+            self.name, self.config_name, self.revision, split=split, text_unit=self.text_unit, key=key
+        )
 
     def _plan(self, target: TargetSpec) -> "_Rows":
         """Everything that can be known of the rows without reading the text."""
@@ -115,7 +117,7 @@ class Tokens(DataSource):
         require_length(self.length, target)
         with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
             source = self._find(self.split)
-            held_out = None if self.eval_split is None else self._find(self.eval_split)
+            held_out = None if self.eval_split is None else self._find(self.eval_split, "data.eval_split")
             columns = source.columns()
         reader = make_reader(
             columns,

@@ -91,12 +91,13 @@ class HuggingFace(TargetSpec):
         with _without_progress_bar():
             model, report = self._made("from_pretrained", directory)
         lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+        lacking = [key for key in lacking if not (self._leaves_pooler_out and key.startswith("pooler."))]
         if lacking:
             raise ConfigError(
                 f"model.auto_class: got {self.auto_class.name}, but the weights of {self.name} lack "
                 f"{_shortened(lacking)}; choose the class that it was trained as"
             )
-        return adapt(model, self.output_path)
+        return self._adapted(model)
 
     def skeleton(self, architecture: str | None = None) -> TokensIn:
         """The model without its weights, from its configuration alone.
@@ -113,7 +114,7 @@ class HuggingFace(TargetSpec):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._made("from_config", config)
-        return adapt(model, self.output_path)
+        return self._adapted(model)
 
     def architecture(self, module: nn.Module) -> str:
         """The configuration of the model as JSON."""
@@ -169,6 +170,16 @@ class HuggingFace(TargetSpec):
             return self.output
         return "last_hidden_state" if self.auto_class is AutoClass.base else "logits"
 
+    @property
+    def _leaves_pooler_out(self) -> bool:
+        return self.auto_class is AutoClass.base and self.output_path in {"last_hidden_state", "0"}
+
+    def _adapted(self, model: Any) -> TokensIn:
+        # What follows the compared output is left out: few who trained another head have weights for it.
+        if self._leaves_pooler_out and getattr(model, "pooler", None) is not None:
+            model.pooler = nn.Identity()
+        return adapt(model, self.output_path)
+
     def _directory(self, files: tuple[str, ...]) -> Path:
         code = hub.CODE if self.trust_remote_code else ()
         return hub.model_directory(self.name, self.revision, (*files, *code))
@@ -189,6 +200,11 @@ class HuggingFace(TargetSpec):
             raise ConfigError(
                 f"model.name: got {self.name}, which takes two inputs, one for its encoder and one for its "
                 "decoder; only models with one input can be decomposed"
+            )
+        if self.auto_class is AutoClass.causal_lm and _sees_what_follows(config):
+            raise ConfigError(
+                f"model.auto_class: got causal_lm, but {self.name}, a {config.model_type}, sees the tokens "
+                "that it would have to predict; use model.auto_class=masked_lm or base"
             )
         return _without_kernels(config)
 
@@ -222,6 +238,14 @@ class HuggingFace(TargetSpec):
             raise ConfigError(
                 f"model: {self.name} cannot be loaded as {self.auto_class.name}: {_first_line(error)}"
             ) from error
+
+
+def _sees_what_follows(config: Any) -> bool:
+    """Whether attention goes both ways: so in a model for masked tokens that is no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
 
 
 def _without_kernels(config: Any) -> Any:
