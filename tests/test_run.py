@@ -16,6 +16,7 @@ from spd_hydra.build import assemble, device_of, preflight, untrained_target
 from spd_hydra.composition import Composer, compose
 from spd_hydra.config import Device, RunConfig, Task, load_config
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.plan import plan_job
 from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import read_target
@@ -311,6 +312,29 @@ def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
     assert 0 < again.summary["seconds"]["train"] < again.summary["seconds"]["total"]
     assert again.summary["steps_per_second"] > 0
     assert (directory / "summary.json").exists()
+
+
+def test_analysing_with_other_words_for_eval_measures_anew_and_is_saved(toy: Toy) -> None:
+    first = run(toy())
+    directory = directory_of(first)
+    with Composer.open() as composer:
+        words = ["task=analyse", f"run={directory}", "eval.batches=3", "eval.ci_threshold=0.9"]
+        job = plan_job(composer, words)
+    again = run(job.config)
+    saved = load_config(directory / "config.yaml")
+    assert (saved.eval.batches, saved.eval.ci_threshold, saved.task) == (3, 0.9, Task.decompose)
+    assert dataclasses.replace(saved, eval=toy().eval) == toy()
+    assert again.summary["losses"] != first.summary["losses"]
+    assert read_json(directory / "summary.json")["losses"] == again.summary["losses"]
+
+
+def test_analysing_a_run_as_if_it_had_been_trained_otherwise_is_refused(toy: Toy) -> None:
+    directory = directory_of(run(toy()))
+    other = dataclasses.replace(toy("seed=7"), task=Task.analyse, run=str(directory))
+    before = (directory / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"(?s)not done with these settings:\n  seed: 0 → 7\nOnly eval"):
+        run(other)
+    assert (directory / "config.yaml").read_text() == before
 
 
 def test_analysing_needs_a_run_with_a_checkpoint(toy: Toy, tmp_path: Path) -> None:

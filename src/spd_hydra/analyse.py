@@ -6,37 +6,41 @@ from typing import Any
 
 from spd_hydra.build import assemble, device_of
 from spd_hydra.checkpoint import Checkpoint, load_newest
-from spd_hydra.config import Device, RunConfig, load_config
+from spd_hydra.config import RunConfig, differences, load_config, to_yaml
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import read_target, require_trust
 from spd_hydra.section import ConfigError
 
+_MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
+
 
 def analyse(config: RunConfig) -> Outcome:
     """Measure the newest checkpoint of a run: metrics, figures, report and summary, into its directory.
 
-    Everything is as the run's saved configuration says; only the device may be another.
+    Args:
+        config: the run's saved configuration, with `task` and `run`; `eval`, the device and the number of
+            threads may be others.
 
     Raises:
-        ConfigError: the directory is none of a run, it holds no checkpoint, or its model has code of its own
-            that was not allowed.
+        ConfigError: the directory is none of a run, it holds no checkpoint, its model has code of its own
+            that was not allowed, or the configuration is that of another run.
     """
     assert config.run is not None, "checked with the configuration"
     path = Path(config.run)
-    wanted, trusted = config.device, config.trust_remote_code
     try:
-        config = load_config(path / "config.yaml")
+        saved = load_config(path / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"run: {error}") from error
-    require_single(path, config)
-    require_trust(path, config, trusted=trusted, yes="add trust_remote_code=true")
+    require_single(path, saved)
+    require_trust(path, saved, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
+    _require_same(path, saved, config)
     with RunDirectory.open(path) as directory:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
-        if wanted is not Device.auto:  # the machine that measures may have no GPU where the run had one
-            config = dataclasses.replace(config, device=wanted)
+        if config.eval != saved.eval:  # the summary is then of these measurements
+            directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))
         device = device_of(config)
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
@@ -53,6 +57,19 @@ def analyse(config: RunConfig) -> Outcome:
             restarts=checkpoint.state["facts"].get("restarts"),
         )
         return Outcome(path, summary)
+
+
+def _require_same(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    changed = [
+        f"  {key}: {old} → {new}"
+        for key, old, new in differences(saved, config)
+        if not key.startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run={path}: it was not done with these settings:\n" + "\n".join(changed) + "\n"
+            "Only eval, device and threads may be others than in its config.yaml"
+        )
 
 
 def require_single(path: Path, config: RunConfig) -> None:

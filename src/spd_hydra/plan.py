@@ -7,13 +7,13 @@ from pathlib import Path
 from spd_hydra import suite
 from spd_hydra.build import preflight
 from spd_hydra.composition import Composer, apply_overrides
-from spd_hydra.config import KIND, RunConfig, Task, load_config, to_dict, to_yaml
+from spd_hydra.config import KIND, Device, RunConfig, Task, load_config, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, without_hydra
 from spd_hydra.saved_run import require_trust
 from spd_hydra.section import ConfigError
 
-_OF_ANALYSE = ("task", "run", "device", "threads", "launcher", "trust_remote_code")
+_OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,9 @@ def require_one_launcher(jobs: Sequence[Job]) -> None:
 
 
 def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | str | None = None) -> Job:
-    """One job, composed and checked; `resume=` takes the saved configuration with the other overrides on top.
+    """One job, composed and checked.
+
+    `resume=` and `task=analyse` take the saved configuration with the other overrides on top.
 
     Raises:
         ConfigError: lists everything that is wrong.
@@ -114,12 +116,7 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
     if directory is None:
         config = composer.run_config(overrides)
         if config.task is Task.analyse:
-            _require_only(_OF_ANALYSE, overrides)
-            if isinstance(config.launcher, Background):
-                raise ConfigError(
-                    f"launcher: got {config.launcher.kind}, but task=analyse is done in this process; use "
-                    "launcher=local, on a cluster within an allocation: srun spd-run task=analyse ..."
-                )
+            config = _of_analysis(config, overrides, config_dir)
         return Job(overrides=list(overrides), config=config)
     try:
         saved = load_config(Path(directory) / "config.yaml")
@@ -130,8 +127,26 @@ def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | st
     return Job(overrides=list(overrides), config=config, saved=saved)
 
 
+def _of_analysis(composed: RunConfig, overrides: Sequence[str], config_dir: Path | str | None) -> RunConfig:
+    """The run's saved configuration with what was typed; the machine is described by what was composed."""
+    _require_only(_OF_ANALYSE, overrides)
+    if isinstance(composed.launcher, Background):
+        raise ConfigError(
+            f"launcher: got {composed.launcher.kind}, but task=analyse is done in this process; use "
+            "launcher=local, on a cluster within an allocation: srun spd-run task=analyse ..."
+        )
+    try:
+        saved = load_config(Path(str(composed.run)) / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"run: {error}") from error
+    config = apply_overrides(saved, overrides, config_dir=config_dir)
+    # The machine that measures may have no GPU where the run had one.
+    device = config.device if composed.device is Device.auto else composed.device
+    return dataclasses.replace(config, device=device, threads=composed.threads, launcher=composed.launcher)
+
+
 def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
-    """Nothing that is typed may go unheard: task=analyse takes all other keys from the run."""
+    """Nothing that is typed may go unheard: task=analyse takes what was trained from the run."""
     read_words = [(text, read(text)) for text in without_hydra(overrides)]
     others = [
         text
@@ -140,7 +155,7 @@ def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
     ]
     if others:
         raise ConfigError(
-            f"task=analyse measures a run as it was configured, so it takes {', '.join(keys)} only; "
+            f"task=analyse measures a run as it was trained, so it takes {', '.join(keys)} only; "
             f"leave out {' '.join(others)}"
         )
 

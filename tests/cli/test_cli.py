@@ -85,9 +85,9 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
         (["-m", "seed="], "seed: got nothing, must be a whole number ≥ 0"),
         (["out_dir=~/x"], "out_dir=~/x: not understood; write ~ as $HOME, or in quotes: 'out_dir=\"~/x\"'"),
         (
-            ["task=analyse", "run=there", "device=cpu", "threads=2", "hydra.verbose=true", "eval.batches=9"],
-            "task=analyse measures a run as it was configured, so it takes task, run, device, threads, "
-            "launcher, trust_remote_code only; leave out eval.batches=9",
+            ["task=analyse", "run=there", "device=cpu", "threads=2", "hydra.verbose=true", "loss=vpd"],
+            "task=analyse measures a run as it was trained, so it takes task, run, eval, device, threads, "
+            "launcher, trust_remote_code only; leave out loss=vpd",
         ),
         (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
     ],
