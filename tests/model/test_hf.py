@@ -298,8 +298,8 @@ def test_a_model_for_masked_tokens_predicts_no_next_token(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         HuggingFace(name=str(tmp_path)).skeleton()
     assert str(caught.value) == (
-        f"model.auto_class: got causal_lm, but {tmp_path}, a bert, sees the tokens that it would have to predict; "
-        "use model.auto_class=masked_lm or base"
+        f"model.auto_class: got causal_lm, but {tmp_path}, a bert, sees the tokens that it would have to "
+        "predict; use model.auto_class=masked_lm or base"
     )
 
 
