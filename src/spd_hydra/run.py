@@ -35,6 +35,7 @@ _MAY_CHANGE_ON_RESUME = (
     "train.keep_checkpoints",
     "train.compile",
     "train.cuda_graphs",
+    "train.shard",
     "eval.",
     "logger",
     "out_dir",
