@@ -165,7 +165,7 @@ def adversarial(precision: Precision) -> Objective:
         "pgd_recon_subset": PGDRecon(coeff=1.0, routing=Routing.uniform_k, scope=Scope.per_datapoint),
         "persistent_pgd_recon": PersistentPGDRecon(coeff=1.0, ascents=2),
     }
-    losses = LossSet(divergence=Divergence.kl, **terms)  # type: ignore[arg-type]
+    losses = LossSet(divergence=Divergence.kl, **terms)
     return Objective(single.model, losses, precision=precision, ci_threshold=0.1, seed=0)
 
 

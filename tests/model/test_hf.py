@@ -307,7 +307,7 @@ def test_the_stream_of_a_model_needs_no_pooler(tmp_path: Path) -> None:
     original = saved_model("bert", tmp_path)
     spec = HuggingFace(name=str(tmp_path), auto_class=AutoClass.base)
     module = spec.build(GENERATOR)
-    wanted = original.bert(input_ids=tokens())  # type: ignore[operator]
+    wanted = original.bert(input_ids=tokens())
     close(module(tokens()), wanted.last_hidden_state)
     skeleton = spec.skeleton(spec.architecture(module))
     assert module.state_dict().keys() == skeleton.state_dict().keys()
