@@ -239,6 +239,16 @@ def exact_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _reduced(tensors, dist.ReduceOp.SUM)
 
 
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, along their first axis, in the order of ranks."""
+    if world_size() == 1:
+        return tensor
+    places = tensor.new_zeros(world_size(), *tensor.shape)
+    places[rank()] = tensor
+    (found,) = exact_sum([places])
+    return found.flatten(0, 1)
+
+
 def elementwise_largest(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each element's largest value over ranks; no gradient passes."""
     return _reduced(tensors, dist.ReduceOp.MAX)
