@@ -16,6 +16,7 @@ from spd_hydra.composition import Composer, apply_overrides, compose
 from spd_hydra.config import RunConfig, from_dict, to_dict, to_yaml
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.logger.wandb import Wandb
+from spd_hydra.model.training import TrainableTarget
 from spd_hydra.schedule import ScheduleKind
 from spd_hydra.section import ConfigError
 
@@ -29,7 +30,7 @@ OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("").as_posix()
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF
-    and not path.stem.startswith("_")
+    and not any(part.startswith("_") for part in path.parts)
     and path.relative_to(CONF).parts[0] not in {"hydra", "local", "suite"}  # test_suite.py has the suites
     and path.relative_to(CONF).with_suffix("").as_posix().removeprefix("experiment/") not in EXPERIMENTS
 )
@@ -146,6 +147,24 @@ def test_a_typed_value_wins_over_experiment_and_debug(composer: Composer) -> Non
     config = composer.run_config(["train.steps=7", "experiment=resid_mlp1", "debug=smoke"])
     assert config.train.steps == 7
     assert config.eval.batch_size == 64
+
+
+@pytest.mark.parametrize("experiment", ["tms_5-2", "induction_heads", "lm_tiny", "lm_hf"])
+def test_debug_smoke_is_for_every_kind_of_target(composer: Composer, experiment: str) -> None:
+    given = ["model.name=gpt2", "data.name=texts"] if experiment == "lm_hf" else []
+    config = composer.run_config([f"experiment={experiment}", "debug=smoke", *given])
+    assert (config.train.steps, config.train.batch_size) == (20, 4 if experiment == "lm_hf" else 64)
+    if isinstance(config.model, TrainableTarget):
+        assert (config.model.training.steps, config.model.training.max_tries) == (20, 1)
+
+
+def test_steps_of_a_target_are_at_most_as_many_as_asked_for(composer: Composer) -> None:
+    for words, steps in ((["target_steps=7"], 7), (["target_steps=7", "model.training.steps=3"], 3)):
+        config = composer.run_config(words)
+        assert isinstance(config.model, TrainableTarget)
+        assert (config.model.training.steps, config.model.training.max_tries) == (steps, 1)
+    with pytest.raises(ConfigError, match=r"^target_steps: got 0, must be ≥ 1$"):
+        composer.run_config(["target_steps=0"])
 
 
 def test_a_typed_group_wins_over_the_choice_of_the_experiment(composer: Composer) -> None:

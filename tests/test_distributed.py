@@ -108,6 +108,13 @@ def test_the_rows_of_all_ranks_are_the_batch(number: int, size: int, monkeypatch
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
+def test_small_tensors_go_together_and_large_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_MESSAGE_BYTES", 16)
+    tensors = [torch.zeros(number) for number in (1, 2, 1, 7, 1, 4)]  # of 4 bytes each
+    messages = [[tensor.numel() for tensor in own] for own in distributed._messages_of(tensors)]
+    assert messages == [[1, 2, 1], [7], [1], [4]]
+
+
 def test_alone_a_sum_over_ranks_is_the_tensor_itself() -> None:
     one = torch.tensor([1.0, 2.0])
     assert distributed.global_sum([one])[0] is one

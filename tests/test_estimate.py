@@ -144,8 +144,33 @@ def test_every_rank_has_its_share_and_every_replica_its_own(
         config = toy("train.batch_size=64", *words)
         return estimates.estimate(config, preflight(config)).needs.flops
 
-    assert flops("launcher.ranks_per_node=2") == flops() / 2
+    alone = flops()
+    assert flops("launcher.ranks_per_node=2") == alone / 2
+    with monkeypatch.context() as as_rank:
+        as_rank.setenv("WORLD_SIZE", "4")
+        assert flops() == alone / 4
     assert flops("train.replicas=3") == 3 * flops()
+
+
+def test_what_ranks_share_out_is_counted_once_over_all_of_them(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = 4
+    rates = estimates.Rates(matmul=1, copy=1)
+    monkeypatch.setattr(estimates, "measure", lambda device, precision: rates)
+
+    def needs(*words: str) -> Needs:
+        config = toy("train.batch_size=8", f"launcher.ranks_per_node={ranks}", *words)
+        return estimates.estimate(config, preflight(config)).needs
+
+    for words in ([], ["train.accumulate=2"]):
+        whole, shared = needs(*words), needs("train.shard=optimizer", *words)
+        saved = 3 * 4 * whole.trained * (ranks - 1) / ranks  # gradients and two moments
+        assert whole.resident - shared.resident == pytest.approx(saved, rel=0.01)
+        moments = 2 * 4 * whole.trained * (ranks - 1) / ranks  # whole gradients are there at the peak
+        assert whole.peak - shared.peak >= 0.95 * moments
+        assert shared.flops == whole.flops
+        assert shared.moved < whole.moved
 
 
 def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,3 +178,8 @@ def test_what_enters_the_modules_of_a_model_can_be_decomposed(tiny: Make) -> Non
     assert torch.equal(clean.output, parts.model(batch))
     entering = clean.inputs["model.layers.0.mlp.identity"]
     assert torch.equal(entering, clean.inputs["model.layers.0.mlp.up_proj"])
+    sizes = {name: len(sites) for name, sites in parts.groups().items()}
+    assert sizes == {"blocks": 14, "mlp.identity": 2}
+    measured = parts.ablations()
+    assert measured is not None
+    assert measured.groups == parts.groups()

@@ -46,6 +46,16 @@ CASES = {
         "ci_fn.n_layers=1",
         "ci_fn.d_mlp=8",
     ],
+    "adversary": [
+        "loss.pgd_recon.coeff=1",
+        "loss.stochastic_recon.coeff=0",
+        "loss.stochastic_recon_layerwise.coeff=0",
+    ],
+    "adversaries": [
+        "loss.pgd_recon={coeff:1.0,n_steps:2,step_size:0.4}",
+        "loss.pgd_recon_layerwise={coeff:0.5,scope:per_datapoint,start:zeros}",
+        "loss.pgd_recon_subset={coeff:0.5,scope:per_datapoint}",
+    ],
     "residual": [
         "experiment=resid_mlp1",
         "model.d_embed=20",
@@ -100,9 +110,9 @@ def test_each_becomes_what_it_would_be_alone(make: Make, words: list[str]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["tied"], ["residual"]], ids=["tied", "residual"])
-def test_compiled_replicas_become_what_they_would_be_alone(make: Make, words: list[str]) -> None:
-    words = [*CASES[words[0]], "train.compile=true"]
+@pytest.mark.parametrize("case", ["tied", "residual", "adversary"])
+def test_compiled_replicas_become_what_they_would_be_alone(make: Make, case: str) -> None:
+    words = [*CASES[case], "train.compile=true"]
     trainers, replicas = together(make, *words, seeds=range(2))
     replicas.fit()
     for seed, trainer in enumerate(trainers):

@@ -420,7 +420,8 @@ def another(value: Any) -> Any:
 
 def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
     keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
-    keys = [key for key in keys if not key.startswith(("launcher.", "suite."))]  # never saved
+    never_saved = ("launcher.", "suite.", "trust_remote_code")
+    keys = [key for key in keys if not key.startswith(never_saved)]
     may_change = set()
     with RunDirectory.open(finished):  # so that a change that is allowed gets no further than the lock
         before = digests(finished)
@@ -441,7 +442,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         assert digests(finished) == before
     assert may_change == {
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
-        "train.cuda_graphs",
+        "train.cuda_graphs", "train.shard",
         "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",
         "eval.contexts",

@@ -8,7 +8,7 @@ import pytest
 from spd_hydra.loss.objective import Precision
 from spd_hydra.schedule import ScheduleKind
 from spd_hydra.section import ConfigError
-from spd_hydra.trainer_config import Evaluation, FaithfulnessWarmup, Training
+from spd_hydra.trainer_config import Evaluation, FaithfulnessWarmup, Sharding, Training
 
 
 def test_the_warmup_of_the_toys_is_the_default() -> None:
@@ -21,6 +21,7 @@ def test_training_defaults_are_those_of_tms() -> None:
     assert (training.steps, training.batch_size, training.lr) == (10_000, 4096, 1e-3)
     assert training.lr_schedule.kind is ScheduleKind.cosine
     assert training.precision is Precision.fp32
+    assert training.shard is Sharding.none
     assert training.clip_components is None
     assert training.clip_ci_fn is None
 

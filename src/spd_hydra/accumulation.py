@@ -12,6 +12,7 @@ from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
 from spd_hydra.loss.base import Loss, Statistics
 from spd_hydra.loss.objective import POSITIONS, SPARSITY, Objective, ScheduledValues, StepLoss, over_ranks
+from spd_hydra.optimizer import Pieces
 
 Sums = dict[str, Statistics]
 """Statistics by term."""
@@ -50,12 +51,18 @@ class AccumulatedStep:
         objective: the loss.
         sampler: draws the parts.
         compile: trace and compile what is done with a part; otherwise run it as it is written.
+        pieces: as for `Step`; ranks then meet for the gradients of every part.
     """
 
-    def __init__(self, objective: Objective, sampler: Parts, *, compile: bool) -> None:
+    def __init__(
+        self, objective: Objective, sampler: Parts, *, compile: bool, pieces: Pieces | None = None
+    ) -> None:
         self._objective, self._sampler = objective, sampler
         self._module = _Part(objective)
         self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self._pieces = pieces
+        own = list(self._parameters.values())
+        self._holders = own if pieces is None else pieces.of(own)
         self._first = Kernel(self._flat_first) if compile else self._flat_first
         self._second = Kernel(self._flat_second) if compile else self._flat_second
         self._schedule_keys: Keys = []
@@ -65,7 +72,9 @@ class AccumulatedStep:
         self._is_by_position: bool | None = None if objective.padded else True
 
     def __call__(self, step: int, schedule: ScheduledValues) -> StepLoss:
-        """Loss, terms and L0 of the batch of a step; every parameter's `.grad` is that of the total."""
+        """Loss, terms and L0 of the batch of a step; the optimiser's gradients are those of the total."""
+        for holder in self._holders:
+            holder.grad = None
         self._schedule_keys, scheduled = _flat(schedule)
         terms = self._terms_that_are_no_means(step)
         self._module.weighted = tuple(terms)
@@ -74,14 +83,24 @@ class AccumulatedStep:
         sums: list[Tensor] = []
         gradients: list[Tensor] = []
         for part, share in enumerate(shares):
-            batch, draws = self._sampler(step, part)
-            found = self._second(batch, draws, share, *scheduled, *weights, *self._parameters.values())
-            sums = _added(sums, found[: len(self._second_keys)])
-            gradients = _added(gradients, found[len(self._second_keys) :])
-        summed = distributed.global_sum(gradients)
-        for parameter, gradient in zip(self._parameters.values(), summed, strict=True):
-            parameter.grad = gradient
+            own_sums, own_gradients = self._of_part(step, part, share, [*scheduled, *weights])
+            sums, gradients = _added(sums, own_sums), _added(gradients, own_gradients)
+        if self._pieces is None:
+            gradients = distributed.global_sum(gradients)
+        for holder, gradient in zip(self._holders, gradients, strict=True):
+            holder.grad = gradient
         return self._objective.loss_of(over_ranks(_nested(self._second_keys, sums)))
+
+    def _of_part(
+        self, step: int, part: int, share: Tensor, numbers: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What a part adds to the sums and to the gradients."""
+        batch, draws = self._sampler(step, part)
+        found = self._second(batch, draws, share, *numbers, *self._parameters.values())
+        sums, gradients = found[: len(self._second_keys)], found[len(self._second_keys) :]
+        if self._pieces is not None:  # now, so that the whole gradients of one part alone are held
+            gradients = self._pieces.sums(self._parameters.values(), gradients)
+        return sums, gradients
 
     def _terms_that_are_no_means(self, step: int) -> dict[str, Loss]:
         """Active terms whose gradient needs the sums over the whole batch."""

@@ -12,6 +12,7 @@ from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
@@ -122,16 +123,22 @@ class Parts:
         masks = self.reads_tokens if config.ablations is None else config.ablations
         if not masks and not config.pgd_steps:
             return None
-        sites, patterns = self.model.matrix_names, self.config.decomposition.sites
         return AblationSettings(
             next_token=self.config.model.predicts_next_token(),
             rounded=config.rounded,
-            groups=site_groups(sites, patterns) if masks else {},
+            groups=self.groups() if masks else {},
             adversaries={
                 f"pgd/{n}": PGDRecon(n_steps=n, step_size=config.pgd_step_size) for n in config.pgd_steps
             },
             masks=masks,
         )
+
+    def groups(self) -> dict[str, list[str]]:
+        """The sites of every pattern of the configuration, by its name; `<name>.identity` for identities."""
+        model, patterns = self.model, self.config.decomposition
+        matrices = model.matrix_names
+        inserted = [site for site in model.site_names if site not in matrices]
+        return site_groups(matrices, patterns.sites) | identity_groups(inserted, patterns.identities)
 
     def ideal_l0(self) -> dict[str, float]:
         """L0 of a perfect decomposition at sites with one subcomponent per feature: features x chance."""

@@ -18,6 +18,7 @@ from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
+from spd_hydra.model.training import TrainableTarget
 from spd_hydra.section import (
     ConfigError,
     Problem,
@@ -86,6 +87,11 @@ class RunConfig(Section):
     )
     allow_extra: bool = option(False, "accept keys that no section declares")
     model: TargetSpec = option(MISSING, "the target")
+    target_steps: int | None = option(
+        None,
+        "train a target in one try of at most so many steps, to try things out; null: as in model.training",
+        ge=1,
+    )
     data: DataSource = option(MISSING, "where inputs come from")
     decomposition: Decomposition = option(default_factory=Decomposition, help="what is decomposed")
     ci_fn: CausalImportanceFn = option(MISSING, "what predicts causal importances")
@@ -96,6 +102,13 @@ class RunConfig(Section):
     logger: LoggerSpec = option(default_factory=LoggerSpec, help="where metrics go besides the run directory")
     launcher: Launcher = option(default_factory=Launcher, help="where jobs run", saved=False)
     suite: Suite = option(default_factory=Suite, help="several experiments at once, as a sweep", saved=False)
+
+    def __post_init__(self) -> None:
+        """Bring `model.training` down to `target_steps`, so that all read the same there."""
+        if self.target_steps and isinstance(self.model, TrainableTarget):
+            training = self.model.training
+            training.steps, training.max_tries = min(training.steps, self.target_steps), 1
+        super().__post_init__()
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

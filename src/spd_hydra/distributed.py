@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 _STEP_TIMEOUT = timedelta(minutes=30)  # rank 0 saves and evaluates while the others wait in their next step
 _MESSAGE_TIMEOUT = timedelta(days=30)
+_MESSAGE_BYTES = 2**25  # at most, of several tensors that are sent as one
 _LEAVE_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -215,16 +216,37 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-        own = [tensor.detach() for tensor in tensors if (tensor.dtype, tensor.device) == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in own])
-        dist.broadcast(flat, 0)
-        for tensor, part in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        for own in _messages_of([t.detach() for t in tensors if (t.dtype, t.device) == kind]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            dist.broadcast(flat, 0)
+            for tensor, part in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+
+def _messages_of(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors that go together: many small ones, but not so many that their copy would take much memory."""
+    together: list[Tensor] = []
+    for tensor in tensors:
+        if together and sum(t.nbytes for t in together) + tensor.nbytes > _MESSAGE_BYTES:
+            yield together
+            together = []
+        together.append(tensor)
+    yield together
 
 
 def exact_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor summed over ranks in double precision, for counts; no gradient passes."""
     return _reduced(tensors, dist.ReduceOp.SUM)
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, along their first axis, in the order of ranks."""
+    if world_size() == 1:
+        return tensor
+    places = tensor.new_zeros(world_size(), *tensor.shape)
+    places[rank()] = tensor
+    (found,) = exact_sum([places])
+    return found.flatten(0, 1)
 
 
 def elementwise_largest(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -251,14 +273,18 @@ def own_rows(number: int) -> range:
     return range(first, first + each + (rank() < left))
 
 
-def global_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor summed over ranks, in one message; the gradient passes to this rank's share as it is.
+def global_sum(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor summed over ranks, small ones together; the gradient passes to this rank's share as it is.
 
     Args:
-        tensors: float32, the same shapes on every rank.
+        tensors: float32, the same shapes on every rank; they are taken as they are sent.
     """
     if world_size() == 1:
         return list(tensors)
+    return [summed for together in _messages_of(tensors) for summed in _sum_of_one_message(together)]
+
+
+def _sum_of_one_message(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat: Tensor = _GlobalSum.apply(torch.cat([tensor.reshape(-1) for tensor in tensors]))  # type: ignore[no-untyped-call]
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spd_hydra import distributed
 from spd_hydra.build import Parts
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.launcher_config import Slurm
@@ -99,7 +100,9 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     device = torch.device("cuda" if wants_gpu and here else "cpu")
     launcher = config.launcher
     ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
-    needs = simulate(parts, rows=-(-config.train.batch_size // ranks), device=device)
+    ranks = max(ranks, distributed.started_with())  # a process that was started as a rank has no launcher
+    rows = -(-config.train.batch_size // ranks)
+    needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
     needs = needs.times(config.train.replicas)
     known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
     return Estimate(needs=needs, ranks=ranks, device=device, rates=known)

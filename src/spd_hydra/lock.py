@@ -207,11 +207,9 @@ def _owner_in(path: Path) -> Owner | None:
 
 
 def _text_of(holder: dict[str, Any] | None) -> str:
-    try:
-        assert holder is not None
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (AssertionError, KeyError):
+    if holder is None or not {"pid", "host", "since"} <= holder.keys():
         return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
 _held: "weakref.WeakSet[FileLock]" = weakref.WeakSet()

@@ -2,11 +2,22 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class Pieces(Protocol):
+    """How the optimiser's work is shared out over ranks: `shards.Shards`."""
+
+    def of(self, parameters: Iterable[nn.Parameter], /) -> list[nn.Parameter]:
+        """What the optimiser of this rank changes of each parameter, and takes the gradient of."""
+
+    def sums(self, parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor], /) -> list[Tensor]:
+        """The gradients of these, summed over ranks, from the parameters' gradients on this rank's rows."""
 
 
 def adamw(groups: Iterable[Iterable[nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -26,6 +37,11 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParameters)
         for what, value in optimizer.state.get(parameter, {}).items():
             found[f"{what}.{name}"] = value
     return dict(sorted(found.items()))
+
+
+def is_step_count(key: str) -> bool:
+    """Whether a tensor of this name in `state_tensors` counts steps; others have the parameter's shape."""
+    return key.startswith("step.")
 
 
 def load_state_tensors(

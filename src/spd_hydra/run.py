@@ -7,6 +7,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
+from spd_hydra.saved_run import at_revisions, pinned, revisions
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals, unheard
 
@@ -34,6 +36,7 @@ _MAY_CHANGE_ON_RESUME = (
     "train.compile",
     "train.compile_blocks",
     "train.cuda_graphs",
+    "train.shard",
     "eval.",
     "logger",
     "out_dir",
@@ -106,12 +109,17 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
     """Open the run directory, tell the others where it is, and do the run."""
     _require_rows(config)
     if config.resume is None:
-        opened = _begin(config, run_dir)
+        config, opened = _begin(config, run_dir)
     else:
         config, opened = _reopen(config, saved)
     with opened as directory:
         finished = _finished(config, directory)
-        told = {"path": str(directory.path.absolute()), "token": directory.token, "task": config.task.name}
+        told: dict[str, Any] = {
+            "path": str(directory.path.absolute()),
+            "token": directory.token,
+            "task": config.task.name,
+        }
+        told["revisions"] = revisions(config)
         if finished is not None:
             steps = finished.summary["steps"]
             say(f"{directory.path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
@@ -137,16 +145,17 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
     told = distributed.of_rank_0()
     if told.get("finished"):
         return Outcome(Path(told["path"]), {})
-    config = _for_its_run(config, Task[told["task"]])
+    config = at_revisions(_for_its_run(config, Task[told["task"]]), told["revisions"])
     directory = RunDirectory.follow(Path(told["path"]), told["token"])
     return _recorded(directory, lambda: decompose(config, directory, signals))
 
 
-def _begin(config: RunConfig, run_dir: Path | None) -> RunDirectory:
-    """Check everything, then make and lock the directory of a new run."""
+def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirectory]:
+    """Check everything, fix what a hub may change, then make and lock the directory of a new run."""
     preflight(config)
+    config = pinned(config)
     root = Path(config.out_dir).expanduser()
-    return RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
+    return config, RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
 
 
 def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunDirectory]:

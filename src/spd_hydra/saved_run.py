@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,29 @@ def require_trust(path: Path, config: RunConfig, *, trusted: bool, yes: str) -> 
     code = config.model.foreign_code()
     if code is not None and not trusted:
         raise ConfigError(
-            f"trust_remote_code: the target of {path} comes with Python code, which is not run unasked: that "
-            f"of {code}; if you have read it and trust it, {yes}"
+            f"trust_remote_code: the target of {path} comes with Python code, which is not run unasked: "
+            f"that of {code}; if you have read it and trust it, {yes}"
         )
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """A configuration that names the commit of what it takes from a hub, where branches move on."""
+    return at_revisions(config, {"model": config.model.commit(), "data": config.data.commit()})
+
+
+def revisions(config: RunConfig) -> dict[str, str | None]:
+    """What `at_revisions` sets."""
+    return {part: getattr(getattr(config, part), "revision", None) for part in ("model", "data")}
+
+
+def at_revisions(config: RunConfig, commits: Mapping[str, str | None]) -> RunConfig:
+    """A configuration whose model and data are taken from the hub as they were at these commits, if any."""
+    parts = {
+        part: dataclasses.replace(getattr(config, part), revision=commit)
+        for part, commit in commits.items()
+        if commit is not None and hasattr(getattr(config, part), "revision")
+    }
+    return dataclasses.replace(config, **parts)
 
 
 def target_facts(target: TrainedTarget) -> dict[str, Any]:

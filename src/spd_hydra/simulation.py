@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from spd_hydra.loss.objective import Objective
 from spd_hydra.optimizer import adamw
 from spd_hydra.sampler import position_index
 from spd_hydra.step import Step
+from spd_hydra.trainer_config import Sharding
 
-_PARAMETER_ACCESSES = 8  # gradient written; gradient, parameter and two moments read, the last three written
+_UPDATE_ACCESSES = 7  # gradient, parameter and two moments read, the last three written
 _INPUT_ACCESSES = 2  # written when they are drawn, read by the step
 _PARTS = 2  # that are simulated of an accumulated step: a further one changes no peak
 
@@ -52,13 +53,17 @@ class Needs:
         return Needs(**{name: replicas * value for name, value in dataclasses.asdict(self).items()})
 
 
-def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
+def simulate(
+    parts: Parts, *, rows: int, device: torch.device, ranks: int = 1, shard: Sharding = Sharding.none
+) -> Needs:
     """Take steps with these parts, which may be on the meta device, on tensors that hold no values.
 
     Args:
         parts: of the run; afterwards they are as they were.
         rows: of the global batch that this process works on.
         device: where the run would compute.
+        ranks: processes that take the step together.
+        shard: what they share out.
     """
     row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
     example = _Example(row, device)
@@ -70,16 +75,19 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
         model.roots = model.roots_without_values(example(1))
         sampler = _Draws(parts, rows, settings.accumulate, example)
         groups = [list(model.component_parameters()), list(model.ci_parameters())]
-        optimizer = adamw(groups, lr=settings.lr, weight_decay=0.0)
-        for parameter in (p for group in groups for p in group):
+        sharers = 1 if shard is Sharding.none else ranks
+        pieces = _Pieces([p for group in groups for p in group], sharers) if ranks > 1 else None
+        updated = groups if pieces is None else [pieces.of(group) for group in groups]
+        optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
+        for parameter in (p for group in updated for p in group):
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes the moments, so that the next step is like all further ones
         watch.begin()
         schedule = parts.objective.scheduled(0.0)
         if settings.accumulate == 1:
-            Step(parts.objective, compile=False)(*sampler(0, 0), schedule)
+            Step(parts.objective, compile=False, pieces=pieces)(*sampler(0, 0), schedule)
         else:
-            AccumulatedStep(parts.objective, sampler, compile=False)(0, schedule)
+            AccumulatedStep(parts.objective, sampler, compile=False, pieces=pieces)(0, schedule)
         optimizer.step()
         trained = sum(p.numel() for group in groups for p in group)
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -90,8 +98,31 @@ def simulate(parts: Parts, *, rows: int, device: torch.device) -> Needs:
             peak=watch.peak,
             flops=round(watch.flops * sampler.scale),
             moved=round((watch.moved + _INPUT_ACCESSES * sampler.drawn) * sampler.scale)
-            + 4 * _PARAMETER_ACCESSES * trained,
+            + 4 * trained  # gradients written
+            + 4 * _UPDATE_ACCESSES * trained // sharers,
         )
+
+
+class _Pieces:
+    """Of each parameter what one of several processes updates: its share, or all of it."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], sharers: int) -> None:
+        self._sharers = sharers
+        self._pieces = {p: nn.Parameter(self._own(p.detach())) for p in parameters}
+
+    def of(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        return [self._pieces.get(parameter, parameter) for parameter in parameters]
+
+    def sums(self, parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> list[Tensor]:
+        return [
+            # What is sent is a copy, and what comes of it another.
+            self._own(gradient.clone()).clone() if parameter in self._pieces else gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """The largest piece, in the memory of the tensor."""
+        return tensor.reshape(-1)[: -(-tensor.numel() // self._sharers)]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
 from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
+from spd_hydra.optimizer import Pieces
 
 
 class Step:
@@ -22,19 +23,23 @@ class Step:
     Args:
         objective: the loss.
         compile: trace and compile the step; otherwise run it as it is written.
+        pieces: how the optimiser's work is shared out; a rank then keeps the gradients of its pieces alone.
     """
 
-    def __init__(self, objective: Objective, *, compile: bool) -> None:
+    def __init__(self, objective: Objective, *, compile: bool, pieces: Pieces | None = None) -> None:
         self._objective = objective
         self._module = _LossModule(objective)
         self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self._pieces = pieces
+        own = list(self._parameters.values())
+        self._holders = own if pieces is None else pieces.of(own)
         self._kernel = Kernel(self._flat) if compile else None
         self._schedule_keys: list[tuple[str, str]] = []
 
     def __call__(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
-        """Loss, terms and L0 of a batch; afterwards every parameter's `.grad` is that of the total."""
+        """Loss, terms and L0 of a batch; afterwards the optimiser's gradients are those of the total."""
         if self._kernel is None:
-            for parameter in self._parameters.values():
+            for parameter in [*self._parameters.values(), *self._holders]:
                 parameter.grad = None
             loss = self._objective(batch, draws, schedule)
             torch.autograd.backward(loss.total)
@@ -64,23 +69,28 @@ class Step:
             dict(zip(self._objective.losses.active_terms(), values[:n_terms], strict=True)),
             dict(zip(self._objective.model.site_names, values[n_terms : n_terms + n_sites], strict=True)),
         )
-        return loss, tuple(values[n_terms + n_sites :])
+        gradients = values[n_terms + n_sites :]
+        if self._pieces is not None:
+            gradients = self._pieces.sums(self._parameters.values(), gradients)
+        return loss, tuple(gradients)
 
     def leave(self, gradients: Sequence[Tensor]) -> None:
-        """Make what `compute` gave the parameters' gradients."""
-        for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
-            parameter.grad = gradient
+        """Make what `compute` gave the gradients that the optimiser reads."""
+        for holder, gradient in zip(self._holders, gradients, strict=True):
+            holder.grad = gradient
 
     def _sum_over_ranks(self) -> None:
-        if distributed.world_size() == 1:
+        if self._pieces is None and distributed.world_size() == 1:
             return
         parameters = list(self._parameters.values())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter, gradient in zip(parameters, distributed.global_sum(gradients), strict=True):
-            parameter.grad = gradient
+        gradients = map(_taken, parameters)  # as they are sent, so that each is free once it is summed
+        if self._pieces is None:
+            self.leave(distributed.global_sum(gradients))
+        else:
+            self.leave(self._pieces.sums(parameters, gradients))
 
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """The step as a function of tensors: total, terms, L0 by site, gradients."""
+        """The step as a function of tensors: total, terms, L0 by site, gradients, unsummed if shared."""
         scheduled = others[: len(self._schedule_keys)]
         schedule: ScheduledValues = {}
         for (term, name), value in zip(self._schedule_keys, scheduled, strict=True):
@@ -89,7 +99,9 @@ class Step:
         parameters = dict(zip(self._parameters, values, strict=True))
         # Inside, gradients too: what a checkpoint computes again has to see the same parameters.
         loss, gradients = functional_call(self._module, parameters, (batch, draws, schedule, values))
-        gradients = tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
+        if self._pieces is None:
+            gradients = distributed.global_sum(gradients)
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
         terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
         l0 = [loss.l0[site] for site in self._objective.model.site_names]
         return loss.total.detach(), *terms, *l0, *gradients
@@ -245,6 +257,13 @@ class _AgainstModule(_LossModule):
 
     def forward(self, batch: Tensor, draws: Tensor) -> Tensor:  # type: ignore[override]
         return self._objective.against(batch, draws)
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, which has none then."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameter.grad = None
+    return gradient
 
 
 def _frozen_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
-from spd_hydra.trainer_config import Evaluation, Training
+from spd_hydra.trainer_config import Evaluation, Sharding, Training
+
+if TYPE_CHECKING:
+    from spd_hydra.shards import Shards
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +81,20 @@ class Trainer:
         self.facts: dict[str, Any] = {}
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
-        self.optimizer = adamw([self.components, self.ci_fn], lr=training.lr, weight_decay=0.0)
+        self.shards = _shards(training.shard, self.components + self.ci_fn)
+        # What this rank's optimiser changes, and takes gradients of: the parameters, or its pieces of them.
+        self.updated = {"components": self._own(self.components), "ci_fn": self._own(self.ci_fn)}
+        self.optimizer = adamw(self.updated.values(), lr=training.lr, weight_decay=0.0)
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self._is_to_be_compiled = compile  # by the first step
         if compile and self._blocks_alone():
             self.model.compiled_blocks, compile = CompiledBlocks(), False
-        self.loss_and_gradients = Step(objective, compile=compile)
+        self.loss_and_gradients = Step(objective, compile=compile, pieces=self.shards)
         self.accumulated: AccumulatedStep | None = None
         if training.accumulate > 1:
             parts = SplitSampler(sampler, training.accumulate)
-            self.accumulated = AccumulatedStep(objective, parts, compile=compile)
+            self.accumulated = AccumulatedStep(objective, parts, compile=compile, pieces=self.shards)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_prepared = False
@@ -137,24 +143,35 @@ class Trainer:
         return result
 
     def set_state(self, parameters: dict[str, Tensor], optimizer: dict[str, Tensor], *, step: int) -> None:
-        """Go on from a step with these parameters, optimiser moments and adversaries (none: new ones)."""
+        """Go on from a step with these parameters, optimiser moments and adversaries (none: new ones).
+
+        Moments are whole, or the pieces that `state` gave.
+        """
         self.model.load_trainable_state(parameters)
         self.adversary.set_state(optimizer)
         moments = {name: value for name, value in optimizer.items() if not is_adversarys(name)}
+        moments = moments if self.shards is None else self.shards.cut(moments)
         with nullcontext() if self._graph is None else in_same_memory(self.optimizer):
             self.optimizer.state.clear()
-            load_state_tensors(self.optimizer, self._named_parameters(), moments)
+            load_state_tensors(self.optimizer, self._named_updated(), moments)
         self.step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters, and moments with adversaries, as `set_state` takes them; training changes them."""
-        moments = state_tensors(self.optimizer, self._named_parameters())
+        """Parameters, and moments with adversaries, as `set_state` takes them; training changes them.
+
+        Of moments that are shared out, this rank's pieces.
+        """
+        moments = state_tensors(self.optimizer, self._named_updated())
         return self.model.trainable_state(), moments | self.adversary.state()
 
     def take_from_rank_0(self) -> None:
-        """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little."""
+        """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little.
+
+        Moments that are shared out are nobody else's, and stay as they are.
+        """
         parameters, optimizer = self.state()
-        distributed.take_from_rank_0([*parameters.values(), *optimizer.values()])
+        common = optimizer if self.shards is None else self.adversary.state()
+        distributed.take_from_rank_0([*parameters.values(), *common.values()])
 
     def stop_if_asked(self, *, saving: bool = True) -> None:
         """At the end of a step, where all is whole: if any rank is asked to, save, if asked here, and end.
@@ -240,29 +257,38 @@ class Trainer:
         return self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
 
     def _update(self) -> None:
-        self._clip(self.components, self.training.clip_components)
-        self._clip(self.ci_fn, self.training.clip_ci_fn)
+        self._clip(self.updated["components"], self.training.clip_components)
+        self._clip(self.updated["ci_fn"], self.training.clip_ci_fn)
         self.optimizer.step()
+        if self.shards is not None:
+            self.shards.gather(self.components + self.ci_fn)
         self.adversary.ascend()
 
     def fit_weights(self) -> None:
         """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""
         warmup = self.training.faithfulness_warmup
-        optimizer = adamw([self.components], lr=warmup.lr, weight_decay=warmup.weight_decay)
+        components = self.updated["components"]
+        optimizer = adamw([components], lr=warmup.lr, weight_decay=warmup.weight_decay)
         for _ in range(warmup.steps):
             optimizer.zero_grad()
             statistics = faithfulness_statistics(self.model)
             torch.autograd.backward(statistics["sum"] / statistics["count"])
+            if self.shards is not None:
+                self.shards.take_gradients(self.components)
             optimizer.step()
+            if self.shards is not None:
+                self.shards.gather(self.components)
         optimizer.zero_grad()
 
     def save(self) -> None:
         """Write a checkpoint of this step, from which all ranks go on."""
         self.take_from_rank_0()
+        parameters, optimizer = self.state()
+        if self.shards is not None:
+            optimizer = self.shards.join(optimizer, self._named_parameters(), keep=not self.run.follows)
         if self.run.follows:
             return
         self.run.sync_metrics()
-        parameters, optimizer = self.state()
         tensors = {"model": parameters, "optimizer": optimizer}
         state = {"step": self.step, "facts": self.facts, "times": self.times()}
         keep, allowed = self.training.keep_checkpoints, self.run.require_ownership
@@ -295,6 +321,12 @@ class Trainer:
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def _named_updated(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, self._own([p])[0]) for name, p in self._named_parameters()]
+
+    def _own(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return parameters if self.shards is None else self.shards.of(parameters)
+
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due now."""
         return self.step % every == 0 or self.step == self.training.steps
@@ -306,11 +338,11 @@ class Trainer:
 
     def _norms(self) -> dict[str, Tensor]:
         """Norms of the gradients, before any clipping."""
-        parts = {"components": self.components, "ci_fn": self.ci_fn}
-        return {
-            name: nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
-            for name, part in parts.items()
-        }
+        norms: dict[str, Tensor] = {}
+        for name, part in self.updated.items():
+            norm = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+            norms[name] = norm if self.shards is None else self.shards.whole(norm)
+        return norms
 
     def _clip(self, parameters: list[nn.Parameter], limit: float | None) -> None:
         if limit is not None:
@@ -365,3 +397,15 @@ class Trainer:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - started
+
+
+def _shards(wanted: Sharding, parameters: list[nn.Parameter]) -> "Shards | None":
+    """The parameters shared out over ranks; None if that is not wanted, or if there is one rank."""
+    if wanted is Sharding.none:
+        return None
+    if distributed.world_size() == 1:
+        logger.info("train.shard=%s has no effect: there is one process, which keeps all", wanted.name)
+        return None
+    from spd_hydra.shards import Shards  # noqa: PLC0415
+
+    return Shards(parameters)

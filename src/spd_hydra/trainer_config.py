@@ -2,10 +2,22 @@
 
 import dataclasses
 from collections.abc import Iterator
+from enum import Enum
 
 from spd_hydra.loss.objective import Precision
 from spd_hydra.schedule import Schedule, ScheduleKind
 from spd_hydra.section import Problem, Section, option
+
+
+class Sharding(Enum):
+    """What ranks share out among themselves; the numbers are the same up to rounding.
+
+    `none`: nothing. `optimizer`: each keeps, of V, U and the causal-importance function, the moments and the
+    summed gradients of its part alone, 1/ranks of them. Parameters and the target are whole on each.
+    """
+
+    none = "none"
+    optimizer = "optimizer"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,6 +65,10 @@ class Training(Section):
     replicas: int = option(
         1, "decompositions trained at once in one process, of the seeds seed, seed + 1, ...", ge=1
     )
+    shard: Sharding = option(
+        Sharding.none,
+        "none | optimizer: of several ranks each keeps its part of AdamW's moments and gradients alone",
+    )
     clip_components: float | None = option(
         None, "largest gradient norm of V and U together; null: no limit", gt=0
     )
@@ -91,6 +107,12 @@ class Training(Section):
                 "checkpoint_activations",
                 f"got true with train.replicas={self.replicas}, must be false: what is mapped over replicas "
                 "cannot be computed again; use train.replicas=1 and a sweep over seeds",
+            )
+        if self.shard is not Sharding.none and self.replicas > 1:
+            yield Problem(
+                "shard",
+                f"got {self.shard.name} with train.replicas={self.replicas}, must be none: replicas have one "
+                "process, and nothing to share out over several",
             )
         if self.replicas > 1 and self.keep_checkpoints < 2:
             yield Problem(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.data.reader import END, ReaderSpec, save_byte_tokenizer
+from tests.model.tiny_hf import saved_model
 
 from spd_hydra import rng
 from spd_hydra.data.text_source import TextUnit
@@ -294,3 +295,72 @@ def test_data_are_looked_at_while_a_model_without_values_is_built(
     with torch.device("meta"):
         batches = tokens(tmp_path / name, tmp_path, eval_fraction=0.3).bind(spec)
     assert texts_of(batches, 1)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "large", "with gaps"])
+def test_token_columns_of_every_kind_of_list_are_read(kind: str, spec: Any, tmp_path: Path) -> None:
+    import datasets
+
+    ids = [[97 + n % 26, 97 + n // 26, 33] for n in range(40)]
+    value = datasets.Value("int32")
+    features = {
+        "fixed": datasets.List(value, length=3),
+        "large": datasets.LargeList(value),
+        "with gaps": datasets.List(value),
+    }
+    rows: list[list[int] | None] = [
+        None if kind == "with gaps" and n % 4 == 0 else i for n, i in enumerate(ids)
+    ]
+    made = datasets.Dataset.from_dict({"ids": rows}, features=datasets.Features({"ids": features[kind]}))
+    made.save_to_disk(tmp_path / "saved")
+    source = tokens(
+        tmp_path / "saved",
+        tmp_path,
+        token_column="ids",
+        text_column=None,
+        pack=False,
+        length=4,
+        eval_fraction=0.3,
+    )
+    wanted = sorted("".join(map(chr, row)) for row in rows if row is not None)
+    assert all_documents(source, spec) == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (1, "got ids, which holds no lists of token ids but Value"),
+        ([0.5, 2.0], "got ids, which holds no lists of token ids but List"),
+        ("a text", "got ids, which holds text and no token ids; name it as data.text_column"),
+    ],
+)
+def test_a_column_without_token_ids_is_refused(values: Any, message: str, spec: Any, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"ids": [values] * 9}).save_to_disk(tmp_path / "saved")
+    source = tokens(tmp_path / "saved", tmp_path, token_column="ids", text_column=None)
+    with pytest.raises(ConfigError, match=rf"^data\.token_column: {message}"):
+        source.bind(spec)(rng.key(0, "any"), torch.arange(1, dtype=torch.int32))
+
+
+def test_a_split_that_is_not_there_is_named_by_its_key(spec: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    write_saved(tmp_path / "saved")
+    for name, where in (("a.jsonl", "what is read from files"), ("saved", str(tmp_path / "saved"))):
+        for key in ("split", "eval_split"):
+            with pytest.raises(ConfigError) as caught:
+                tokens(tmp_path / name, tmp_path, **{key: "test"}).bind(spec)
+            assert str(caught.value) == f"data.{key}: got test, but {where} has train"
+
+
+def test_files_that_hold_nothing_are_named(spec: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"^data\.name: .*a\.txt holds nothing$"):
+        tokens(tmp_path / "a.txt", tmp_path).bind(spec)
+
+
+def test_a_directory_without_a_tokenizer_is_not_taken_for_one(tmp_path: Path, spec: Any) -> None:
+    saved_model("gpt2", tmp_path / "model")
+    write_text(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: .*model holds no tokenizer; name one with"):
+        tokens(tmp_path / "a.txt", tmp_path, tokenizer=str(tmp_path / "model")).bind(spec)

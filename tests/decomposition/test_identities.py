@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.section import ConfigError
 
@@ -180,3 +181,16 @@ def test_a_module_whose_input_its_first_matrix_does_not_read_is_refused() -> Non
         "decomposition.identities: the input of 0 has the shape [2, 3], but its first matrix reads 4 "
         "numbers; choose a module whose input it reads"
     )
+
+
+def test_identities_are_in_the_group_of_their_pattern() -> None:
+    sites = ["blocks.0.identity", "blocks.1.identity", "blocks.1.up.identity", "blocks.0.down"]
+    patterns = {
+        "blocks": SitePattern(pattern="blocks.[0-9]", C=3),
+        "ups": SitePattern(pattern="*.up", C=3),
+        "none": SitePattern(pattern="wte", C=3),
+    }
+    assert identity_groups(sites, patterns) == {
+        "blocks.identity": ["blocks.0.identity", "blocks.1.identity"],
+        "ups.identity": ["blocks.1.up.identity"],
+    }

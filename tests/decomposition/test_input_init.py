@@ -64,3 +64,18 @@ def test_tokens_are_no_directions() -> None:
     )
     with pytest.raises(ConfigError, match=r"decomposition.init: got inputs, but site '0' is an embedding"):
         start_from_inputs(model, torch.arange(5))
+
+
+def test_padding_is_no_direction() -> None:
+    class Target(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding.from_pretrained(torch.eye(4)), nn.Linear(4, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            read: Tensor = self.out(self.embed(tokens.clamp(min=0)))  # padding is read as token 0
+            return read
+
+    model = decomposed(Target(), out=3)
+    start_from_inputs(model, torch.tensor([[3, -1], [-1, 1], [2, -1]]))
+    assert torch.equal(model.pieces("out").V, torch.eye(4)[:, [3, 1, 2]])

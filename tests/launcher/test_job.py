@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.config import RunConfig, load_config, to_dict
+from spd_hydra.config import RunConfig, load_config, to_dict, to_yaml
 from spd_hydra.environment import code_digest
 from spd_hydra.launcher import job as module
 from spd_hydra.launcher.job import RunJob
@@ -72,7 +72,7 @@ def test_a_job_that_finds_its_run_goes_on_with_it(
     toy: Toy, tmp_path: Path, calls: list[dict[str, Any]]
 ) -> None:
     config = toy("seed=3")
-    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
     made(config, tmp_path)()
     assert calls[0]["config"] == dataclasses.replace(config, resume=str(tmp_path))
     assert calls[0].get("saved") is None  # what the directory holds is compared with the job

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spd_hydra.loss.ascent import Scope, Sources, worst_sources
+from spd_hydra.compiling import Kernel
+from spd_hydra.loss.ascent import Scope, Sources, _uniform_of_first_position, worst_sources
 
 
 class Divergence:
@@ -82,3 +83,12 @@ def test_nothing_but_the_sources_gets_a_gradient_also_where_none_are_recorded() 
         assert worst.item() == 0.75
         assert not worst.requires_grad
         assert weight.grad is None
+
+
+@pytest.mark.slow
+def test_replicas_start_where_each_would_alone_also_when_compiled() -> None:
+    draws = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    alone = torch.stack([_uniform_of_first_position(own, 5) for own in draws])
+    mapped = torch.vmap(lambda own: _uniform_of_first_position(own, 5))
+    assert torch.equal(mapped(draws), alone)
+    assert torch.equal(Kernel(mapped)(draws), alone)

@@ -17,14 +17,17 @@ from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.routing import Routing
+from spd_hydra.loss.ascent import Scope, Start
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Objective, Precision
-from spd_hydra.loss.recon import Recon
+from spd_hydra.loss.persistent_recon import PersistentPGDRecon
+from spd_hydra.loss.pgd_recon import PGDRecon
+from spd_hydra.loss.recon import Recon, RoutedRecon
 from spd_hydra.optimizer import adamw
-from spd_hydra.step import Step
+from spd_hydra.step import Ascent, Step
 
 VOCABULARY, LENGTH, WIDTH, INNER, C = 31, 6, 10, 22, 7
 
@@ -154,6 +157,57 @@ def test_the_loss_in_bf16_is_close_to_that_in_fp32() -> None:
         losses[precision] = of(*sample(of, rows=16), {})
     for name, value in losses[Precision.fp32].terms.items():
         torch.testing.assert_close(losses[Precision.bf16].terms[name], value, rtol=2e-2, atol=1e-4, msg=name)
+
+
+def adversarial(precision: Precision) -> Objective:
+    """Every kind of adversary, with all sites masked, one by one, and by subsets."""
+    single = objective(precision=precision)
+    terms: dict[str, RoutedRecon] = {
+        "pgd_recon": PGDRecon(coeff=1.0, n_steps=5, step_size=0.2),
+        "pgd_recon_layerwise": PGDRecon(
+            coeff=1.0, routing=Routing.layerwise, scope=Scope.per_datapoint, start=Start.zeros
+        ),
+        "pgd_recon_subset": PGDRecon(coeff=1.0, routing=Routing.uniform_k, scope=Scope.per_datapoint),
+        "persistent_pgd_recon": PersistentPGDRecon(coeff=1.0, ascents=2),
+    }
+    losses = LossSet(divergence=Divergence.kl, **terms)
+    return Objective(single.model, losses, precision=precision, ci_threshold=0.1, seed=0)
+
+
+def test_sums_and_gradients_of_adversaries_stay_fp32_in_bf16() -> None:
+    of = adversarial(Precision.bf16)
+    batch, draws = sample(of)
+    inputs = of.inputs(batch)
+    assert inputs.clean.output.dtype is torch.bfloat16
+    statistics = of.statistics(inputs, of.losses.active_terms(), draws, {})
+    assert {value.dtype for own in statistics.values() for value in own.values()} == {torch.float32}
+    with torch.no_grad():  # as an evaluation does
+        again = of.statistics(inputs, of.losses.active_terms(), draws, {})
+    for name, own in statistics.items():
+        assert torch.equal(own["sum"], again[name]["sum"]), name
+    Step(of, compile=False)(batch, draws, {})
+    trained = [*of.model.component_parameters(), *of.model.ci_parameters(), *of.adversary.parameters()]
+    for parameter in trained:
+        assert parameter.grad is not None
+        assert parameter.grad.dtype is torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+def test_what_adversaries_find_in_bf16_is_close_to_what_they_find_in_fp32() -> None:
+    losses, sources = {}, {}
+    for precision in Precision:
+        of = adversarial(precision)
+        batch, draws = sample(of, rows=16)
+        Ascent(of, compile=False)(batch, draws)
+        of.adversary.ascend(left=1)
+        losses[precision] = Step(of, compile=False)(batch, draws, {})
+        of.adversary.ascend()
+        sources[precision] = of.adversary.state()
+    for name, value in losses[Precision.fp32].terms.items():
+        torch.testing.assert_close(losses[Precision.bf16].terms[name], value, rtol=3e-2, atol=1e-4, msg=name)
+    for name, value in sources[Precision.bf16].items():
+        assert value.dtype is torch.float32, name
+        assert value.isfinite().all(), name
 
 
 # ---- recomputed masked passes --------------------------------------------------------------------------

@@ -76,3 +76,16 @@ def test_a_function_that_looks_at_other_positions_does_not_see_padding() -> None
     alone = objective(padded=False, ci_fn=ci_fn).inputs(torch.tensor([[1, 2, 4]])).ci
     for site in ("embed", "unembed"):
         torch.testing.assert_close(ours[site].z[:, :3], alone[site].z, atol=1e-5, rtol=1e-4)
+
+
+def test_importances_of_a_batch_are_those_of_training_and_see_no_padding() -> None:
+    ci_fn = GlobalTransformerCausalImportance(d_model=8, n_heads=2, n_layers=1, d_mlp=8)
+    ours = objective(padded=True, ci_fn=ci_fn)
+    tokens = torch.tensor([[1, 2, 4, -1, -1], [3, -1, -1, -1, -1]])
+    found, trained = ours.model.causal_importances(tokens), ours.inputs(tokens).ci
+    alone = objective(padded=False, ci_fn=ci_fn).model.causal_importances(tokens[:1, :3])
+    other = ours.model.causal_importances(tokens.clamp(min=0))
+    for site in ("embed", "unembed"):
+        assert torch.equal(found[site].z, trained[site].z)
+        torch.testing.assert_close(found[site].z[:1, :3], alone[site].z, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found[site].z[:1, :3], other[site].z[:1, :3], atol=1e-3)

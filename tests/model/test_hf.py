@@ -291,3 +291,27 @@ def test_without_it_foreign_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"whose config\.json cannot be used"):
         HuggingFace(name=str(tmp_path)).skeleton()
     assert not Path("ran").exists()
+
+
+def test_a_model_for_masked_tokens_predicts_no_next_token(tmp_path: Path) -> None:
+    saved_model("bert", tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        HuggingFace(name=str(tmp_path)).skeleton()
+    assert str(caught.value) == (
+        f"model.auto_class: got causal_lm, but {tmp_path}, a bert, sees the tokens that it would have to "
+        "predict; use model.auto_class=masked_lm or base"
+    )
+
+
+def test_the_stream_of_a_model_needs_no_pooler(tmp_path: Path) -> None:
+    original = saved_model("bert", tmp_path)
+    spec = HuggingFace(name=str(tmp_path), auto_class=AutoClass.base)
+    module = spec.build(GENERATOR)
+    wanted = original.bert(input_ids=tokens())
+    close(module(tokens()), wanted.last_hidden_state)
+    skeleton = spec.skeleton(spec.architecture(module))
+    assert module.state_dict().keys() == skeleton.state_dict().keys()
+    with pytest.raises(
+        ConfigError, match=r"lack pooler\.dense\.bias, pooler\.dense\.weight; choose the class"
+    ):
+        HuggingFace(name=str(tmp_path), auto_class=AutoClass.base, output="pooler_output").build(GENERATOR)

@@ -58,6 +58,7 @@ def test_a_local_directory_is_itself(tmp_path: Path, unreachable: list[str]) -> 
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_text("{}")
     assert hub.model_directory(str(tmp_path), None, hub.WEIGHTS) == tmp_path
+    assert hub.commit_of(tmp_path) is None
     assert not unreachable
 
 
@@ -67,6 +68,7 @@ def test_what_is_in_the_cache_needs_no_network(
 ) -> None:
     snapshot = downloaded(cache, "owner/model", "config.json", "model.safetensors")
     assert hub.model_directory("owner/model", revision, hub.WEIGHTS) == snapshot
+    assert hub.commit_of(snapshot) == COMMIT
     assert not unreachable
 
 

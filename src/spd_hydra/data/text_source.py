@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from spd_hydra.model.hub import COMMIT
 from spd_hydra.section import ConfigError
 
 _KINDS = {
@@ -41,6 +42,7 @@ class TextSource:
         columns: names of its columns, each with whether it holds text.
         load: the whole split.
         stream: the split, read on the way.
+        commit: on the hub; None: it is local.
     """
 
     identity: str
@@ -48,31 +50,38 @@ class TextSource:
     columns: Callable[[], dict[str, bool]]
     load: Callable[[], Any]
     stream: Callable[[], Any]
+    commit: str | None = None
 
 
 def find_source(
-    name: str, config_name: str | None, revision: str | None, *, split: str, text_unit: TextUnit
+    name: str,
+    config_name: str | None,
+    revision: str | None,
+    *,
+    split: str,
+    text_unit: TextUnit,
+    key: str = "data.split",
 ) -> TextSource:
-    """The source that a name stands for.
+    """The source that a name stands for; `key` is what a message calls the split.
 
     Raises:
         ConfigError: there is none, or it cannot be reached.
     """
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _saved(path, split)
+        return _saved(path, split, key)
     files = _files(path)
     if files:
-        return _local(files, split, text_unit)
+        return _local(files, split, text_unit, key)
     if path.exists() or not _HUB_ID.fullmatch(name) or any(letter in name for letter in "*?["):
         raise ConfigError(
             f"data.name: got {name}, where there is no file of {', '.join(_KINDS)} and no saved dataset; "
             "give the id of a dataset on the hub, a file, a folder, or a pattern"
         )
-    return _on_hub(name, config_name, revision, split)
+    return _on_hub(name, config_name, revision, split, key)
 
 
-def _saved(path: Path, split: str) -> TextSource:
+def _saved(path: Path, split: str, key: str) -> TextSource:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -80,12 +89,10 @@ def _saved(path: Path, split: str) -> TextSource:
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.name: {path} cannot be read: {_first_line(error)}") from error
     if isinstance(dataset, DatasetDict):
-        _require_split(split, list(dataset), str(path))
+        _require_split(key, split, list(dataset), str(path))
         dataset = dataset[split]
     elif split != "train":
-        raise ConfigError(
-            f"data.split: got {split}, but the dataset saved in {path} has no splits; leave it out"
-        )
+        raise ConfigError(f"{key}: got {split}, but the dataset saved in {path} has no splits; leave it out")
     return TextSource(
         identity=f"saved {dataset._fingerprint}",
         where=str(path.absolute()),
@@ -111,7 +118,7 @@ def _kind(path: Path) -> str | None:
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
+def _local(files: list[Path], split: str, text_unit: TextUnit, key: str) -> TextSource:
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1 or None in kinds:
         shown = ", ".join(str(file) for file in kinds.values())
@@ -120,6 +127,9 @@ def _local(files: list[Path], split: str, text_unit: TextUnit) -> TextSource:
             f"data.name: got files that are not of one kind ({shown}); name files of one of {wanted}"
         )
     kind = str(next(iter(kinds)))
+    _require_split(key, split, ["train"], "what is read from files")
+    if not any(file.stat().st_size for file in files):
+        raise ConfigError(f"data.name: {_shortened([str(file) for file in files])} holds nothing")
     names = [str(file.absolute()) for file in files]
     arguments: dict[str, Any] = {"data_files": {"train": names}}
     if kind == "text":
@@ -171,15 +181,21 @@ def _first_row(file: Path) -> dict[str, Any]:
     return next(iter(pandas.read_csv(file, nrows=1).to_dict("records")))
 
 
-def _on_hub(name: str, config_name: str | None, revision: str | None, split: str) -> TextSource:
+def _on_hub(name: str, config_name: str | None, revision: str | None, split: str, key: str) -> TextSource:
     from datasets import load_dataset, load_dataset_builder
 
     try:
         builder = load_dataset_builder(name, config_name, revision=revision)
     except Exception as error:  # of several libraries
         raise _unreachable(name, error) from error
+    commit = str(builder.hash) if COMMIT.fullmatch(str(builder.hash)) else None
+    if revision is not None and COMMIT.fullmatch(revision) and commit != revision:
+        raise ConfigError(  # offline, `datasets` takes what it has
+            f"data.revision: got {revision}, but the cache holds {name} at {commit or 'no known commit'} and "
+            "the hub cannot be asked; fetch it with `spd-run task=prefetch ...` where there is a network"
+        )
     if builder.info.splits:
-        _require_split(split, list(builder.info.splits), name)
+        _require_split(key, split, list(builder.info.splits), name)
 
     def load(*, streaming: bool = False) -> Any:
         try:
@@ -196,6 +212,7 @@ def _on_hub(name: str, config_name: str | None, revision: str | None, split: str
         columns=columns,
         load=load,
         stream=functools.partial(load, streaming=True),
+        commit=commit,
     )
 
 
@@ -207,10 +224,10 @@ def _unreachable(name: str, error: Exception) -> ConfigError:
     )
 
 
-def _require_split(split: str, known: list[str], where: str) -> None:
+def _require_split(key: str, split: str, known: list[str], where: str) -> None:
     base = re.split(r"[\[+]", split)[0]
     if base not in known:
-        raise ConfigError(f"data.split: got {split}, but {where} has {', '.join(map(str, known))}")
+        raise ConfigError(f"{key}: got {split}, but {where} has {', '.join(map(str, known))}")
 
 
 def _columns(features: Any) -> dict[str, bool]:

@@ -26,7 +26,8 @@ class Reader:
 
     Attributes:
         column: holds texts, or token ids where they are `tokenised` already.
-        tokeniser: name of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        name: of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        revision: of the tokenizer on the hub; None: main.
         special_tokens: whether a text begins and ends as the tokenizer would have it.
         processes: that tokenise.
     """
@@ -34,12 +35,13 @@ class Reader:
     column: str
     tokenised: bool
     name: str | None
+    revision: str | None
     special_tokens: bool
     processes: int
 
     def tokenizer(self) -> Any:
         """The tokenizer, if there is one."""
-        return None if self.name is None else _tokenizer(self.name)
+        return None if self.name is None else _tokenizer(self.name, self.revision)
 
     def end(self) -> int | None:
         """The id behind every document: the end of the text, or the token that separates texts."""
@@ -64,6 +66,8 @@ class Reader:
         """
         if not self.tokenised:
             dataset = self._tokenised(dataset, cache_file)
+        else:
+            _require_ids(self.column, dataset.features[self.column])
         return functools.partial(_documents, dataset, self.column if self.tokenised else _TOKENS)
 
     def streamed(self, dataset: Any) -> Iterator[Document]:
@@ -99,6 +103,7 @@ def make_reader(
     text_column: str | None,
     token_column: str | None,
     tokenizer: str | None,
+    tokenizer_revision: str | None = None,
     special_tokens: bool,
     processes: int,
 ) -> Reader:
@@ -112,6 +117,11 @@ def make_reader(
     """
     if token_column is not None:
         _require_column("token_column", token_column, columns)
+        if columns[token_column]:
+            raise ConfigError(
+                f"data.token_column: got {token_column}, which holds text and no token ids; name it as "
+                "data.text_column"
+            )
     elif text_column is not None:
         _require_column("text_column", text_column, columns)
     else:
@@ -131,6 +141,7 @@ def make_reader(
         column=token_column or text_column or "",
         tokenised=token_column is not None,
         name=tokenizer,
+        revision=tokenizer_revision,
         special_tokens=special_tokens,
         processes=processes,
     )
@@ -143,12 +154,22 @@ def _require_column(key: str, name: str, columns: Mapping[str, bool]) -> None:
         )
 
 
+def _require_ids(column: str, feature: Any) -> None:
+    """Refuse a column whose rows are no lists of whole numbers."""
+    inner = getattr(getattr(feature, "feature", None), "dtype", "")
+    if not inner.startswith(("int", "uint")):
+        raise ConfigError(
+            f"data.token_column: got {column}, which holds no lists of token ids but {feature}; name another "
+            "column, or data.text_column for text"
+        )
+
+
 def _documents(dataset: Any, column: str) -> Iterator[Document]:
     for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
         for chunk in table[column].chunks:
-            starts = chunk.offsets.to_numpy()
-            tokens = chunk.values.to_numpy()
-            for first, last in itertools.pairwise(starts):
+            tokens = chunk.flatten().to_numpy(zero_copy_only=False)
+            lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+            for first, last in itertools.pairwise(np.concatenate([[0], lengths.cumsum()])):
                 yield np.asarray(tokens[first:last])
 
 
@@ -160,12 +181,15 @@ def _tokenise(
 
 
 @functools.cache
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    place = str(Path(name).expanduser()) if Path(name).exists() else name
+    is_local = Path(name).expanduser().exists()
+    place = {} if is_local else {"revision": revision or "main"}
     try:  # without code of its own; unless told, transformers would ask whoever sits there
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(Path(name).expanduser()) if is_local else name, trust_remote_code=False, **place
+        )
     except Exception as error:  # of several libraries, all about finding or reading it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -173,6 +197,12 @@ def _tokenizer(name: str) -> Any:
             "`spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there is "
             "none"
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where there are no files
+        raise ConfigError(
+            f"data.tokenizer: {name} holds no tokenizer; name one with data.tokenizer=<id or directory>, or "
+            "data.token_column for data that are tokenised already"
+        )
+    return tokenizer
 
 
 def _digest(tokenizer: Any) -> str:

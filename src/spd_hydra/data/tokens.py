@@ -1,7 +1,6 @@
 """Text as rows of tokens: from the hub, from files, or from a saved dataset; tokenised once, then cached."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -78,6 +77,10 @@ class Tokens(DataSource):
         """The held-out rows; no document of theirs is among those to train on."""
         return self._batches(target, HELD_OUT)
 
+    def commit(self) -> str | None:
+        """The commit of a dataset on the hub."""
+        return self._find(self.split).commit
+
     def prefetch(self, target: TargetSpec) -> list[str]:
         rows = self._plan(target)
         if self.streaming:
@@ -97,6 +100,11 @@ class Tokens(DataSource):
             load_tokenizer=rows.reader.tokenizer,
         )
 
+    def _find(self, split: str, key: str = "data.split") -> TextSource:
+        return find_source(
+            self.name, self.config_name, self.revision, split=split, text_unit=self.text_unit, key=key
+        )
+
     def _plan(self, target: TargetSpec) -> "_Rows":
         """Everything that can be known of the rows without reading the text."""
         vocab_size = target.vocab_size()
@@ -107,18 +115,16 @@ class Tokens(DataSource):
                 "model.name=…) or the data source made for this model"
             )
         require_length(self.length, target)
-        find = functools.partial(
-            find_source, self.name, self.config_name, self.revision, text_unit=self.text_unit
-        )
         with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
-            source = find(split=self.split)
-            held_out = None if self.eval_split is None else find(split=self.eval_split)
+            source = self._find(self.split)
+            held_out = None if self.eval_split is None else self._find(self.eval_split, "data.eval_split")
             columns = source.columns()
         reader = make_reader(
             columns,
             text_column=self.text_column,
             token_column=self.token_column,
             tokenizer=self.tokenizer or (None if self.token_column else target.tokenizer_name()),
+            tokenizer_revision=None if self.tokenizer else target.tokenizer_revision(),
             special_tokens=not self.pack,
             processes=self.processes,
         )

@@ -337,8 +337,13 @@ class DecomposedModel(nn.Module):
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
     def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:
-        """Causal importances g of a batch by site, `[..., C]`: `.lower`, `.upper`, in [0, 1] up to a leak."""
-        return self.importances(self.activations(self.clean_pass(batch)))
+        """Causal importances g of a batch by site, `[..., C]`: `.lower`, `.upper`, in [0, 1] up to a leak.
+
+        Negative token ids are padding, as in training: no real position's importances depend on them.
+        """
+        activations = self.activations(self.clean_pass(batch))
+        positions = next(iter(activations.values())).inner.shape[:-1]
+        return self.importances(activations, valid=real_positions(batch, positions))
 
     @torch.no_grad()
     def find_roots(self, batch: Tensor) -> frozenset[str]:
@@ -385,6 +390,11 @@ class Reuse(NamedTuple):
     clean: CleanPass
     activations: dict[str, SiteActivation]
     products: Products
+
+
+def real_positions(batch: Tensor, positions: torch.Size) -> Bool[Tensor, "*positions"] | None:
+    """Which positions of token ids are no padding, where negative ids mark it; None: all are real."""
+    return batch >= 0 if batch.shape == positions and not batch.is_floating_point() else None
 
 
 def _key(site: str) -> str:

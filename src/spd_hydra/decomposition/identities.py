@@ -1,7 +1,7 @@
 """Identity matrices in front of chosen modules: sites that take apart what a stream carries into a module."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -74,6 +74,16 @@ def find_identities(
         f"{name}.{SUFFIX}": (patterns[key].C, Identity(name, _width(name, modules[name], key)))
         for name, key in sorted(matched_by.items(), key=lambda item: list(modules).index(item[0]))
     }
+
+
+def identity_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:
+    """The identities that each pattern stands for, as `<name of the pattern>.identity`."""
+    modules = {site: site.removesuffix(f".{SUFFIX}") for site in sites if site.endswith(f".{SUFFIX}")}
+    found = {
+        f"{name}.{SUFFIX}": [site for site, module in modules.items() if fnmatchcase(module, one.pattern)]
+        for name, one in patterns.items()
+    }
+    return {name: own for name, own in found.items() if own}
 
 
 def _width(name: str, module: nn.Module, key: str) -> int:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
 from spd_hydra.decomposition.subcomponents import TiedSubcomponents
 from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError
@@ -35,7 +35,8 @@ def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
 
     Args:
         model: gets the new V and U; tied sites follow their sources.
-        batch: input of the target, several times as many positions as the largest C.
+        batch: input of the target, several times as many positions as the largest C; negative token ids are
+            padding, which is passed over.
 
     Raises:
         ConfigError: a site is an embedding.
@@ -45,7 +46,10 @@ def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
         pieces = model.pieces(name)
         if isinstance(pieces, TiedSubcomponents):
             continue
-        V = spread_directions(dense(x).flatten(0, -2).float(), pieces.C, pieces.V.detach())
+        x = dense(x)
+        real = real_positions(batch, x.shape[:-1])
+        inputs = x.flatten(0, -2) if real is None else x[real]
+        V = spread_directions(inputs.float(), pieces.C, pieces.V.detach())
         pieces.V.copy_(V)
         pieces.U.copy_(torch.linalg.pinv(V) @ model.weight(name).T.float())
 

@@ -81,4 +81,6 @@ def _draw_points(panel: "Axes", values: dict[str, float], rows: list[str], colou
     panel.set_yticks(range(len(rows)), rows)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.margins(x=0.18)
+    if left == 0:  # a divergence has no values below
+        panel.set_xlim(left=0)
     panel.grid(visible=True, axis="x")

@@ -15,13 +15,14 @@ import torch
 
 from spd_hydra import atomic, distributed
 from spd_hydra.components import load_plugins
-from spd_hydra.config import RunConfig, from_dict
+from spd_hydra.config import RunConfig, from_dict, load_config
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher.local_ranks import free_port, local_ranks
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
+from spd_hydra.saved_run import at_revisions, revisions
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
             _link(Path(run_dir), Path(config.resume))
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
-        return run(dataclasses.replace(config, resume=run_dir))
+        began = load_config(Path(run_dir, "config.yaml"))
+        return run(dataclasses.replace(at_revisions(config, revisions(began)), resume=run_dir))
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 

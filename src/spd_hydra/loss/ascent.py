@@ -70,7 +70,9 @@ def _uniform_of_first_position(draws: Float[Tensor, "*positions 2"], number: int
     (first,) = distributed.global_sum([first])
     key = (first * 2**_BITS).to(torch.int32)
     places = torch.arange(number, dtype=torch.int32, device=draws.device)
-    return rng.uniform(key, key.new_zeros(()), places)
+    # One row, not a row without axes: mapped over replicas, the compiler rounds whole numbers that are
+    # multiplied with a tensor without axes to float32. Seen with torch 2.13.
+    return rng.uniform(key, key.new_zeros(1), places)[0]
 
 
 def worst_sources(

@@ -1,22 +1,21 @@
 """Importance minimality: few subcomponents should be needed per input, and few inputs should need each."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from spd_hydra.loss.base import Loss, LossInputs, Statistics
-from spd_hydra.schedule import annealed
-from spd_hydra.section import Problem, option
+from spd_hydra.loss.annealed import AnnealedLoss
+from spd_hydra.loss.base import LossInputs, Statistics
+from spd_hydra.section import option
 
 _POSITIONS_PER_SUM = 256
 
 
 @dataclasses.dataclass(kw_only=True)
-class ImportanceMinimality(Loss):
+class ImportanceMinimality(AnnealedLoss):
     """Σ_l Σ_c f_c (1 + β·log2(1 + N·f_c)) with f_c = mean over positions of (g_upper + ε)^p.
 
     Summed over sites and subcomponents, not divided by the number of sites. N is the number of
@@ -26,24 +25,15 @@ class ImportanceMinimality(Loss):
 
     p_start: float = option(1.0, "exponent at the beginning", gt=0)
     p_end: float = option(1.0, "exponent at the end; the same as p_start for none of the annealing", gt=0)
-    anneal_from: float = option(0.0, "fraction of training at which p begins to move", ge=0, le=1)
-    anneal_to: float = option(1.0, "fraction of training at which p reaches p_end", ge=0, le=1)
     beta: float = option(0.0, "weight of the frequency factor", ge=0)
     eps: float = option(1e-12, "keeps the slope of g^p finite at 0", gt=0)
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        if self.anneal_from > self.anneal_to:
-            yield Problem(
-                "anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}"
-            )
 
     def scheduled(self, progress: float) -> dict[str, float]:
         return {} if self._is_constant else {"p": self.p(progress)}
 
     def p(self, progress: float) -> float:
         """The exponent at `progress` in [0, 1] of training: linear between the two fractions."""
-        return annealed(progress, self.p_start, self.p_end, self.anneal_from, self.anneal_to)
+        return self.annealed(progress, self.p_start, self.p_end)
 
     @property
     def is_mean(self) -> bool:

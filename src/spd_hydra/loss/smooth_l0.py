@@ -1,20 +1,19 @@
 """Smooth L0: the number of subcomponents in use, counted softly."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.annealed import AnnealedLoss
+from spd_hydra.loss.base import LossInputs, Statistics
 from spd_hydra.loss.importance_minimality import sum_over_positions
-from spd_hydra.schedule import annealed
-from spd_hydra.section import Problem, option
+from spd_hydra.section import option
 
 
 @dataclasses.dataclass(kw_only=True)
-class SmoothL0(Loss):
+class SmoothL0(AnnealedLoss):
     """Σ_l Σ_c f_c (1 + κ·log2(1 + a·f_c)), f_c = mean over positions of ψ(g_upper), ψ(g) = g² / (g² + γ²).
 
     For γ → 0 ψ counts what is above 0, so that Σ f is L0. γ falls during training, as p does in
@@ -30,24 +29,15 @@ class SmoothL0(Loss):
 
     gamma_start: float = option(1.0, "γ at the beginning: the importance that counts half", gt=0)
     gamma_end: float = option(0.01, "γ at the end", gt=0)
-    anneal_from: float = option(0.0, "fraction of training at which γ begins to move", ge=0, le=1)
-    anneal_to: float = option(1.0, "fraction of training at which γ reaches gamma_end", ge=0, le=1)
     frequency_coeff: float = option(0.0, "κ, weight of the frequency term f·log2(1 + a·f)", ge=0)
     frequency_scale: float = option(1.0, "a: subcomponents rarer than 1 / a are hardly charged by it", gt=0)
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        if self.anneal_from > self.anneal_to:
-            yield Problem(
-                "anneal_from", f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}"
-            )
 
     def scheduled(self, progress: float) -> dict[str, float]:
         return {"gamma": self.gamma(progress)}
 
     def gamma(self, progress: float) -> float:
         """γ at `progress` in [0, 1] of training: linear between the two fractions."""
-        return annealed(progress, self.gamma_start, self.gamma_end, self.anneal_from, self.anneal_to)
+        return self.annealed(progress, self.gamma_start, self.gamma_end)
 
     @property
     def is_mean(self) -> bool:

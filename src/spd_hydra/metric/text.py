@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spd_hydra import distributed
 from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.loss.objective import Objective
 from spd_hydra.metric.evaluation import (
@@ -56,9 +57,26 @@ class TopContexts:
         if self.z is not None:
             best = torch.cat([self.z, best])
             found, around = torch.cat([self.tokens, found]), torch.cat([self.ci, around])
-        self.z, kept = best.topk(min(self._k, len(best)), dim=0)
-        wide = kept[..., None].expand(*kept.shape, found.shape[-1])
-        self.tokens, self.ci = found.gather(0, wide), around.gather(0, wide)
+        self._keep(best, found, around)
+
+    def over_ranks(self) -> None:
+        """Take the best of all ranks; each has looked at its own rows."""
+        if self.z is None or distributed.world_size() == 1:
+            return
+        lacking = self._k - len(self.z)
+        z, tokens, ci = (
+            pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, lacking), value=value)
+            for tensor, value in ((self.z, -torch.inf), (self.tokens, _NOTHING), (self.ci, 0.0))
+        )
+        self._keep(*map(distributed.side_by_side, (z, tokens, ci)))
+
+    def _keep(
+        self, z: Float[Tensor, "m n"], tokens: Int[Tensor, "m n window"], ci: Float[Tensor, "m n window"]
+    ) -> None:
+        """Keep the best of these."""
+        self.z, kept = z.topk(min(self._k, len(z)), dim=0)
+        wide = kept[..., None].expand(*kept.shape, tokens.shape[-1])
+        self.tokens, self.ci = tokens.gather(0, wide), ci.gather(0, wide)
 
     def contexts(self, n: int, name: Mapping[int, str]) -> list[Context]:
         """The places at which the n-th subcomponent is needed at all, the strongest first."""
@@ -100,6 +118,11 @@ class TokenResponses:
         self._sums.index_add_(0, index, ci[valid].double())
         self._counts += torch.bincount(index, minlength=len(self._vocabulary))
 
+    def over_ranks(self) -> None:
+        """Count the rows of all ranks."""
+        if self._sums is not None:
+            self._sums, self._counts = distributed.exact_sum([self._sums, self._counts])
+
     def strongest(self, n: int, name: Mapping[int, str]) -> list[TokenResponse]:
         """The tokens of largest mean g; of equal ones the more frequent first."""
         assert self._sums is not None, "a batch was added"
@@ -129,7 +152,8 @@ def look(
 ) -> Text:
     """What the heaviest subcomponents of every site respond to, and a few sequences token by token.
 
-    Of several ranks each sees its own rows. A site that is not per token is left out.
+    Of several ranks each looks at its own rows, and all find what one would find; the sequences are the first
+    of a rank's own. A site that is not per token is left out.
 
     Args:
         objective: the model and the threshold above which a subcomponent is active.
@@ -140,7 +164,8 @@ def look(
         contexts: at most so many for each.
     """
     seen = torch.cat([batch.flatten() for batch in batches])
-    vocabulary = seen[seen >= 0].unique()  # type: ignore[no-untyped-call]
+    seen = seen[seen >= 0]
+    vocabulary, positions = _seen_by_all(seen)
     chosen = {site: _heaviest(own, subcomponents) for site, own in sites.items()}
     best = {site: TopContexts(contexts) for site in chosen}
     responses = {site: TokenResponses(vocabulary) for site in chosen}
@@ -158,8 +183,11 @@ def look(
         if not examples:
             lowers = {site: ci.lower for site, ci in per_token.items()}
             examples = _examples(batch, lowers, objective.ci_threshold, names)
+    for site in per_token:
+        best[site].over_ranks()
+        responses[site].over_ranks()
     return Text(
-        positions=int((seen >= 0).sum()),
+        positions=positions,
         examples=examples,
         sites={
             site: [
@@ -176,6 +204,13 @@ def look(
             if site in per_token
         },
     )
+
+
+def _seen_by_all(tokens: Int[Tensor, " own"]) -> tuple[Int[Tensor, " tokens"], int]:
+    """The different tokens that all ranks have seen, ascending, and how many they have seen in all."""
+    (most,) = distributed.largest([int(tokens.max()) if len(tokens) else 0])
+    (counts,) = distributed.exact_sum([torch.bincount(tokens, minlength=most + 1)])
+    return counts.nonzero().flatten(), int(counts.sum())
 
 
 def _heaviest(site: SiteEvaluation, number: int) -> list[int]:

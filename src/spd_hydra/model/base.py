@@ -80,12 +80,20 @@ class TargetSpec(Section):
         """Download what `build` needs to where it finds it without a network; a line for each thing."""
         return []
 
+    def commit(self) -> str | None:
+        """The commit on the hub that `build` takes now, for the field `revision`; None: it is from no hub."""
+        return None
+
     def vocab_size(self) -> int | None:
         """Number of tokens of a target that takes tokens."""
         return None
 
     def tokenizer_name(self) -> str | None:
         """The tokenizer that belongs to the target, as transformers finds it."""
+        return None
+
+    def tokenizer_revision(self) -> str | None:
+        """Branch, tag or commit of the tokenizer on the hub; None: main, or it is local."""
         return None
 
     def context_length(self) -> int | None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -18,7 +17,6 @@ from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.tokens_in import TokensIn, adapt
 from spd_hydra.section import ConfigError, Problem, option, register
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMALL = 256 * 2**20  # bytes of weights that are copied into every run directory without asking
 
 
@@ -76,7 +74,7 @@ class HuggingFace(TargetSpec):
     def problems(self) -> Iterator[Problem]:
         """Adds: code is run only as it was at one commit."""
         yield from super().problems()
-        if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
+        if self.trust_remote_code and not hub.COMMIT.fullmatch(self.revision or ""):
             yield Problem(
                 "trust_remote_code",
                 f"got true with revision {self.revision}; give the full commit hash (40 hexadecimal digits) "
@@ -93,12 +91,13 @@ class HuggingFace(TargetSpec):
         with _without_progress_bar():
             model, report = self._made("from_pretrained", directory)
         lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+        lacking = [key for key in lacking if not (self._leaves_pooler_out and key.startswith("pooler."))]
         if lacking:
             raise ConfigError(
                 f"model.auto_class: got {self.auto_class.name}, but the weights of {self.name} lack "
                 f"{_shortened(lacking)}; choose the class that it was trained as"
             )
-        return adapt(model, self.output_path)
+        return self._adapted(model)
 
     def skeleton(self, architecture: str | None = None) -> TokensIn:
         """The model without its weights, from its configuration alone.
@@ -115,7 +114,7 @@ class HuggingFace(TargetSpec):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._made("from_config", config)
-        return adapt(model, self.output_path)
+        return self._adapted(model)
 
     def architecture(self, module: nn.Module) -> str:
         """The configuration of the model as JSON."""
@@ -139,6 +138,10 @@ class HuggingFace(TargetSpec):
         directory = hub.download(self.name, self.revision, wanted)
         return [f"model {self.name}: {directory}"]
 
+    def commit(self) -> str | None:
+        """The commit of the snapshot in the cache; None for a local directory."""
+        return hub.commit_of(self._directory(hub.CONFIG))
+
     def vocab_size(self) -> int | None:
         """Number of tokens that the model knows."""
         return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))
@@ -146,6 +149,10 @@ class HuggingFace(TargetSpec):
     def tokenizer_name(self) -> str:
         """The model's own tokenizer comes with it."""
         return self.name
+
+    def tokenizer_revision(self) -> str | None:
+        """The same as the model's."""
+        return self.revision
 
     def context_length(self) -> int | None:
         """Longest text that the model takes, in tokens."""
@@ -163,6 +170,16 @@ class HuggingFace(TargetSpec):
             return self.output
         return "last_hidden_state" if self.auto_class is AutoClass.base else "logits"
 
+    @property
+    def _leaves_pooler_out(self) -> bool:
+        return self.auto_class is AutoClass.base and self.output_path in {"last_hidden_state", "0"}
+
+    def _adapted(self, model: Any) -> TokensIn:
+        # What follows the compared output is left out: few who trained another head have weights for it.
+        if self._leaves_pooler_out and getattr(model, "pooler", None) is not None:
+            model.pooler = nn.Identity()
+        return adapt(model, self.output_path)
+
     def _directory(self, files: tuple[str, ...]) -> Path:
         code = hub.CODE if self.trust_remote_code else ()
         return hub.model_directory(self.name, self.revision, (*files, *code))
@@ -172,7 +189,8 @@ class HuggingFace(TargetSpec):
 
         directory = self._directory(hub.CONFIG)
         try:
-            self._require_own_code(directory)
+            if self.trust_remote_code:
+                self._require_own_code(directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -183,6 +201,11 @@ class HuggingFace(TargetSpec):
                 f"model.name: got {self.name}, which takes two inputs, one for its encoder and one for its "
                 "decoder; only models with one input can be decomposed"
             )
+        if self.auto_class is AutoClass.causal_lm and _sees_what_follows(config):
+            raise ConfigError(
+                f"model.auto_class: got causal_lm, but {self.name}, a {config.model_type}, sees the tokens "
+                "that it would have to predict; use model.auto_class=masked_lm or base"
+            )
         return _without_kernels(config)
 
     def _require_own_code(self, directory: Path) -> None:
@@ -191,9 +214,11 @@ class HuggingFace(TargetSpec):
         Raises:
             ConfigError: names the repository.
         """
-        classes = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        classes = dict(json.loads((directory / "config.json").read_text(encoding="utf-8"))).get(
+            "auto_map", {}
+        )
         others = sorted({str(name).partition("--")[0] for name in classes.values() if "--" in str(name)})
-        if self.trust_remote_code and others:
+        if others:
             raise ConfigError(
                 f"model.trust_remote_code: got true, but the code of {self.name} lies in "
                 f"{', '.join(others)}, at no fixed commit; copy model and code into one repository"
@@ -213,6 +238,14 @@ class HuggingFace(TargetSpec):
             raise ConfigError(
                 f"model: {self.name} cannot be loaded as {self.auto_class.name}: {_first_line(error)}"
             ) from error
+
+
+def _sees_what_follows(config: Any) -> bool:
+    """Whether attention goes both ways: so in a model for masked tokens that is no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
 
 
 def _without_kernels(config: Any) -> Any:

@@ -15,6 +15,7 @@ TOKENIZER = (
 )
 CODE = ("*.py",)
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _TIMEOUT = 5  # seconds for the first answer of the hub
 
@@ -88,6 +89,12 @@ def download(name: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from error
     _require_files(found, name, files)
     return found
+
+
+def commit_of(directory: Path) -> str | None:
+    """The commit of which `model_directory` gave the files; None: the directory is a user's own."""
+    in_cache = directory.parent.name == "snapshots" and COMMIT.fullmatch(directory.name)
+    return directory.name if in_cache else None
 
 
 def _cached(name: str, revision: str | None, files: Sequence[str]) -> Path | None:

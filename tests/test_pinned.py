@@ -1,0 +1,145 @@
+"""A run that takes its model or data from the hub names the commit that it took, and keeps to it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tests.hub_cache import COMMIT, cached_model
+from tests.model.tiny_hf import VOCAB, saved_model, tokens
+
+from spd_hydra import rng
+from spd_hydra.composition import compose
+from spd_hydra.config import RunConfig, load_config
+from spd_hydra.data.base import Batches
+from spd_hydra.data.tokens import Tokens
+from spd_hydra.launcher.job import begin_or_go_on
+from spd_hydra.model.hf import HuggingFace
+from spd_hydra.saved_run import pinned, read_target
+from spd_hydra.section import ConfigError
+
+NAME, LATER = "owner/model", "f" * 40
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a model and a dataset, on a machine without a network."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    saved_model("gpt2", tmp_path / "first")
+    cached_model(folder, NAME, tmp_path / "first")
+    cache_dataset(tmp_path / "datasets", COMMIT, list(range(4, VOCAB)))
+    return folder
+
+
+def cache_dataset(cache: Path, commit: str, ids: list[int]) -> None:
+    """Leave what `datasets` leaves of a dataset on the hub: a folder by name, version and commit."""
+    rows = cache.with_suffix(".jsonl")
+    rows.write_text("\n".join(json.dumps({"ids": ids[n:] + ids[:n]}) for n in range(30)))
+    made = datasets.load_dataset(
+        "json", data_files={"train": str(rows)}, cache_dir=str(cache / "scratch"), split="train"
+    )
+    made_in = Path(made.cache_files[0]["filename"]).parent
+    place = cache / "owner___texts" / "default" / "0.0.0" / commit
+    place.mkdir(parents=True)
+    for file in made_in.iterdir():
+        shutil.copy(file, place / file.name.replace("json-", "texts-"))
+    shutil.rmtree(cache / "scratch")
+
+
+def model_moves_on(tmp_path: Path, hub: Path) -> None:
+    """Let main of the model be another commit, with other weights."""
+    changed = saved_model("gpt2", tmp_path / "second")
+    with torch.no_grad():
+        changed.get_parameter("transformer.wpe.weight").add_(1)
+    changed.save_pretrained(tmp_path / "second")
+    cached_model(hub, NAME, tmp_path / "second", commit=LATER)
+
+
+def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
+    return compose(
+        [
+            *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
+            *(f"model.name={NAME}", "model.keep_weights=never", "data.name=owner/texts"),
+            *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}"),
+            *("data.eval_fraction=0.5", *overrides),
+        ]
+    )
+
+
+def test_a_run_builds_from_its_commit_when_the_branch_has_moved_on(tmp_path: Path, hub: Path) -> None:
+    config, place = config_of(tmp_path), tmp_path / "runs" / "0"
+    output = config.model.build(rng.generator(0, "unused"))(tokens())
+    begin_or_go_on(config, str(place), None)
+    saved = load_config(place / "config.yaml")
+    assert isinstance(saved.model, HuggingFace)
+    assert isinstance(saved.data, Tokens)
+    assert (saved.model.revision, saved.data.revision) == (COMMIT, COMMIT)
+    model_moves_on(tmp_path, hub)
+    assert not torch.equal(config.model.build(rng.generator(0, "unused"))(tokens()), output)
+    module = read_target(saved, place, torch.device("cpu")).module
+    assert torch.equal(module(tokens()), output)
+    begin_or_go_on(config, str(place), None)  # as after a requeue
+    assert load_config(place / "config.yaml") == saved
+
+
+def test_a_commit_that_was_given_is_kept(tmp_path: Path, hub: Path) -> None:
+    model_moves_on(tmp_path, hub)
+    given = config_of(tmp_path, f"model.revision={COMMIT}")
+    assert pinned(given).model == given.model
+    found = pinned(config_of(tmp_path)).model
+    assert isinstance(found, HuggingFace)
+    assert found.revision == LATER
+
+
+def test_what_is_local_has_no_commit(tmp_path: Path) -> None:
+    config = config_of(tmp_path, f"model.name={tmp_path / 'first'}")
+    assert pinned(config).model == config.model
+    toy = compose(["experiment=tms_5-2"])
+    assert pinned(toy) == toy
+
+
+def first_batch(config: RunConfig) -> Any:
+    batches: Batches = config.data.bind(config.model)
+    return batches(rng.key(0, "any"), torch.arange(2, dtype=torch.int32))
+
+
+def test_data_of_the_commit_are_the_same_data(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    assert torch.equal(first_batch(pinned(config)), first_batch(config))
+
+
+def test_data_of_another_commit_are_not_taken_for_those_of_the_run(tmp_path: Path) -> None:
+    config = pinned(config_of(tmp_path))
+    shutil.rmtree(tmp_path / "datasets" / "owner___texts")
+    cache_dataset(tmp_path / "datasets", LATER, list(range(VOCAB - 1, 3, -1)))
+    with pytest.raises(ConfigError) as caught:
+        config.data.bind(config.model)
+    assert str(caught.value) == (
+        f"data.revision: got {COMMIT}, but the cache holds owner/texts at {LATER} and the hub cannot be "
+        "asked; fetch it with `spd-run task=prefetch ...` where there is a network"
+    )
+
+
+def test_the_tokenizer_is_of_the_model_s_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def from_pretrained(name: str, *, revision: str, trust_remote_code: bool) -> None:
+        assert not trust_remote_code
+        asked.append((name, revision))
+        raise OSError("not there")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    for words in ([], [f"model.revision={COMMIT}"], ["data.tokenizer=owner/other"]):
+        config = config_of(tmp_path, *words, f"data.name={text}", "data.token_column=null")
+        with pytest.raises(ConfigError, match=r"^data\.tokenizer: owner/"):
+            config.data.bind(config.model)
+    assert asked == [(NAME, "main"), (NAME, COMMIT), ("owner/other", "main")]
