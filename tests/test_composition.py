@@ -195,7 +195,7 @@ def test_an_experiment_of_your_own_is_found_in_config_dir(tmp_path: Path) -> Non
     )
     config = compose(["experiment=mine", "seed=4"], config_dir=tmp_path)
     assert (config.name, config.seed) == ("mine", 4)
-    assert config.loss.importance_minimality.coeff == 1e-4
+    assert config.loss.importance_minimality.coeff == 2e-4
 
 
 def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_factors_are_sorted_numbers_above_nothing() -> None:
 
 
 def test_presets_have_their_own_coefficients() -> None:
-    assert presets(["tms_5-2", "tms_40-10"]) == {"tms_5-2": 3e-3, "tms_40-10": 1e-4}
+    assert presets(["tms_5-2", "tms_40-10"]) == {"tms_5-2": 6e-3, "tms_40-10": 2e-4}
 
 
 def test_the_table_has_a_line_for_each_factor_and_counts_what_is_missing() -> None:
