@@ -1,5 +1,6 @@
 """What the shipped configuration composes to, which of two settings wins, and what mistakes are told as."""
 
+import dataclasses
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -163,6 +164,11 @@ def test_steps_of_a_target_are_at_most_as_many_as_asked_for(composer: Composer) 
         config = composer.run_config(words)
         assert isinstance(config.model, TrainableTarget)
         assert (config.model.training.steps, config.model.training.max_tries) == (steps, 1)
+    whole = composer.run_config([])
+    short = dataclasses.replace(whole, target_steps=7)
+    assert isinstance(whole.model, TrainableTarget)
+    assert isinstance(short.model, TrainableTarget)
+    assert (whole.model.training.steps, short.model.training.steps) == (10_000, 7)
     with pytest.raises(ConfigError, match=r"^target_steps: got 0, must be ≥ 1$"):
         composer.run_config(["target_steps=0"])
 

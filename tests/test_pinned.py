@@ -98,8 +98,12 @@ def test_a_commit_that_was_given_is_kept(tmp_path: Path, hub: Path) -> None:
     assert found.revision == LATER
 
 
-def test_what_is_local_has_no_commit(tmp_path: Path) -> None:
+def test_what_is_local_has_no_commit(tmp_path: Path, hub: Path) -> None:
     config = config_of(tmp_path, f"model.name={tmp_path / 'first'}")
+    assert pinned(config).model == config.model
+    snapshot = hub / "models--owner--model" / "snapshots" / COMMIT
+    assert snapshot.is_dir()  # which is named by its path here
+    config = config_of(tmp_path, f"model.name={snapshot}")
     assert pinned(config).model == config.model
     toy = compose(["experiment=tms_5-2"])
     assert pinned(toy) == toy

@@ -54,8 +54,10 @@ def test_ordinary_settings_stay_as_they_are(tree: dict[str, Any]) -> None:
 
 
 def test_passwords_are_hidden_also_among_the_names_of_modules() -> None:
-    tree = {"decomposition": {"sites": {"password": CANARY, "key": "hf_" + "aB3" * 8}}}
-    assert redact(tree) == {"decomposition": {"sites": {"password": HIDDEN, "key": HIDDEN}}}
+    tree = {"decomposition": {"sites": {"password": CANARY, "key": "hf_" + "aB3" * 8}, "api_key": CANARY}}
+    hidden = {"decomposition": {"sites": {"password": HIDDEN, "key": HIDDEN}, "api_key": HIDDEN}}
+    assert redact(tree) == hidden
+    assert redact({"token": {"column": CANARY}}) == {"token": {"column": HIDDEN}}
 
 
 def test_numbers_under_a_password_are_hidden() -> None:

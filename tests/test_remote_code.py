@@ -113,7 +113,11 @@ def test_the_command_line_runs_the_code_of_a_saved_run_only_on_request(
     told: Path,
     spd_run: Call,  # noqa: F811
 ) -> None:
-    for words in ([f"resume={done}", "train.steps=3"], ["task=analyse", f"run={done}"]):
+    for words in (
+        [f"resume={done}", "train.steps=3"],
+        ["task=analyse", f"run={done}"],
+        ["-m", "task=analyse", f"run={done}"],
+    ):
         refused = spd_run(*words)
         assert refused.code == ExitCode.bad_config
         assert ASKED.format(path=done) + "add trust_remote_code=true" in refused.out + refused.err
@@ -161,6 +165,18 @@ def test_without_trust_the_code_is_refused_when_a_model_is_built(folder: Path, t
     with pytest.raises(ConfigError, match=re.escape("model.name: got owner/model, whose config.json")):
         HuggingFace(name=NAME).skeleton()
     assert not told.exists()
+
+
+def test_a_configuration_of_parts_cannot_name_a_kernel_to_download() -> None:
+    told = json.dumps({"model_type": "gemma3", "attn_implementation": {"text_config": "owner/kernel"}})
+    small = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 16}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    text = json.dumps(json.loads(told) | {"text_config": small, "vision_config": vision})
+    module = HuggingFace(name="anything").skeleton(text)
+    named = [part.config._attn_implementation for part in module.modules() if hasattr(part, "config")]
+    assert named
+    assert all("/" not in (name or "") for name in named)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
 
 from spd_hydra.build import assemble, device_of, preflight, untrained_target
 from spd_hydra.composition import Composer, compose
-from spd_hydra.config import Device, RunConfig, Task, load_config
+from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.plan import plan_job
 from spd_hydra.result import Outcome, settings_of
@@ -326,6 +327,25 @@ def test_analysing_with_other_words_for_eval_measures_anew_and_is_saved(toy: Toy
     assert dataclasses.replace(saved, eval=toy().eval) == toy()
     assert again.summary["losses"] != first.summary["losses"]
     assert read_json(directory / "summary.json")["losses"] == again.summary["losses"]
+
+
+@pytest.mark.slow
+def test_a_sweep_analyses_each_run_as_it_was_trained(toy: Toy, spd_run: Call) -> None:  # noqa: F811
+    places = [directory_of(run(toy(f"seed={seed}"))) for seed in (3, 4)]
+    ended = spd_run("-m", "task=analyse", f"run={places[0]},{places[1]}", "eval.batches=3")
+    assert ended.code == 0
+    found = [load_config(place / "config.yaml") for place in places]
+    assert [(config.seed, config.eval.batches) for config in found] == [(3, 3), (4, 3)]
+
+
+def test_a_run_that_may_go_on_keeps_how_it_is_measured(toy: Toy) -> None:
+    config = toy()
+    directory = directory_of(run(config))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
+    (directory / "config.yaml").write_text(to_yaml(longer))  # as of a run that was stopped half-way
+    measured = dataclasses.replace(longer.eval, batches=3)
+    run(dataclasses.replace(longer, eval=measured, task=Task.analyse, run=str(directory)))
+    assert load_config(directory / "config.yaml") == longer
 
 
 def test_analysing_a_run_as_if_it_had_been_trained_otherwise_is_refused(toy: Toy) -> None:

@@ -39,19 +39,21 @@ def analyse(config: RunConfig) -> Outcome:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
-        if config.eval != saved.eval:  # the summary is then of these measurements
-            directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))
         device = device_of(config)
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, directory.read_summary() or {})
+        measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
+        if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
+            # The summary is then of these measurements; a run that may go on keeps its own.
+            directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))
         summary, _ = conclude(
             directory,
             parts,
             target,
-            parts.evaluate(checkpoint.step, certified=target.certified, last=True),
+            measured,
             seconds=seconds,
             steps_per_second=speed,
             restarts=checkpoint.state["facts"].get("restarts"),

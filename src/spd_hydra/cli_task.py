@@ -91,14 +91,14 @@ class Task:
         return job
 
     def _swept(self, cfg: DictConfig, overrides: list[str]) -> Job:
-        return (
-            Job(overrides=overrides, config=to_run_config(cfg))
-            if cfg.resume is None
-            else self.planned(overrides)
-        )
+        if cfg.resume is None:
+            config = to_run_config(cfg)
+            if config.run is None:
+                return Job(overrides=overrides, config=config)
+        return self.planned(overrides)  # what a saved run says is not composed by Hydra
 
     def _run(self, job: Job, directory: Path | None) -> Outcome:
-        if job.config.launcher.local_ranks > 1:
+        if job.config.launcher.local_ranks > 1 and job.config.run is None:
             return self._as_job(job, directory).outcome()
         with command_line(self.command):  # what the person typed goes into the record of the run
             if directory is not None and job.saved is not None:

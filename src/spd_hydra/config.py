@@ -106,8 +106,9 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         """Bring `model.training` down to `target_steps`, so that all read the same there."""
         if self.target_steps and isinstance(self.model, TrainableTarget):
-            training = self.model.training
-            training.steps, training.max_tries = min(training.steps, self.target_steps), 1
+            recipe = self.model.training
+            training = dataclasses.replace(recipe, steps=min(recipe.steps, self.target_steps), max_tries=1)
+            self.model = dataclasses.replace(self.model, training=training)  # others may share the old one
         super().__post_init__()
 
     def problems(self) -> Iterator[Problem]:

@@ -57,7 +57,7 @@ def make_plan(
         try:
             job = plan_job(composer, setting, config_dir)
             layout = to_yaml(dataclasses.replace(job.config, seed=0))
-            if layout not in built:
+            if layout not in built and job.config.task is not Task.analyse:  # which looks at the run itself
                 preflight(job.config)
                 built.add(layout)
             jobs.append(job)
@@ -139,6 +139,9 @@ def _of_analysis(composed: RunConfig, overrides: Sequence[str], config_dir: Path
         saved = load_config(Path(str(composed.run)) / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"run: {error}") from error
+    require_trust(
+        Path(str(composed.run)), saved, trusted=composed.trust_remote_code, yes="add trust_remote_code=true"
+    )
     config = apply_overrides(saved, overrides, config_dir=config_dir)
     # The machine that measures may have no GPU where the run had one.
     device = config.device if composed.device is Device.auto else composed.device

@@ -16,7 +16,8 @@ HIDDEN = "<redacted>"
 _ALWAYS = {"secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials"}
 _TEXT = {"token", "key", "api", "apikey", "auth", "pat"}
 _TOKENIZER = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}  # eos_token: "</s>" is part of a vocabulary
-_OF_MODULES = "decomposition"  # below it are names of the target's modules, of which attention has a `key`
+# Below these are names of the target's modules, of which attention has a `key`.
+_OF_MODULES = ("decomposition.sites", "decomposition.identities", "decomposition.tied")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _FORMS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[oprsu]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bsk-[\w-]{16,}"
@@ -88,7 +89,8 @@ def _words_redacted(value: Any) -> Any:
 
 
 def _inherit(parent: str, key: str) -> str:
-    return f"{parent}.{key}" if _is_secret_name(parent) or _names_modules(parent) else key
+    goes_on = _is_secret_name(parent) or parent == "decomposition" or _names_modules(parent)
+    return f"{parent}.{key}" if goes_on else key
 
 
 def _hide_value(match: re.Match[str]) -> str:
@@ -109,7 +111,7 @@ def _is_secret_name(name: str) -> bool:
     words = _words(name)
     if _ALWAYS.intersection(words):
         return True
-    if _names_modules(name) or words[-2:] == ["token", "column"]:
+    if _names_modules(name) or name.rpartition(".")[2] == "token_column":
         return False
     return any(
         word in _TEXT and not (word == "token" and index and words[index - 1] in _TOKENIZER)
@@ -118,7 +120,7 @@ def _is_secret_name(name: str) -> bool:
 
 
 def _names_modules(name: str) -> bool:
-    return name.partition(".")[0] == _OF_MODULES
+    return name.startswith(_OF_MODULES)
 
 
 def _secrets_of_environment() -> list[str]:

@@ -140,6 +140,8 @@ class HuggingFace(TargetSpec):
 
     def commit(self) -> str | None:
         """The commit of the snapshot in the cache; None for a local directory."""
+        if Path(self.name).expanduser().is_dir():  # also a snapshot of the cache, named by its path
+            return None
         return hub.commit_of(self._directory(hub.CONFIG))
 
     def vocab_size(self) -> int | None:
@@ -214,9 +216,8 @@ class HuggingFace(TargetSpec):
         Raises:
             ConfigError: names the repository.
         """
-        classes = dict(json.loads((directory / "config.json").read_text(encoding="utf-8"))).get(
-            "auto_map", {}
-        )
+        told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        classes: dict[str, Any] = told.get("auto_map") or {}
         others = sorted({str(name).partition("--")[0] for name in classes.values() if "--" in str(name)})
         if others:
             raise ConfigError(
@@ -249,9 +250,8 @@ def _sees_what_follows(config: Any) -> bool:
 
 
 def _without_kernels(config: Any) -> Any:
-    """A configuration that names no attention kernel of a repository on the hub, which would be code."""
-    if "/" in (config._attn_implementation or ""):
-        config._attn_implementation = None
+    """A configuration that names no way of attention, here or below: a kernel on the hub would be code."""
+    config._attn_implementation = None
     return config
 
 
