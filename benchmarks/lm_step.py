@@ -231,6 +231,9 @@ def main() -> int:
     print(step_page.machine({"environment": environment}), flush=True)
     cases: tuple[Case | Preset, ...] = CUDA if arguments.device == "cuda" else CPU
     chosen = arguments.cases.split(";") if arguments.cases else [case.name for case in cases]
+    if unknown := set(chosen) - {case.name for case in cases}:
+        names = "; ".join(case.name for case in cases)
+        parser.error(f"--cases: there is no {', '.join(sorted(unknown))}; there are {names}")
     rows: list[list[str]] = []
     for case in cases:
         if case.name not in chosen:

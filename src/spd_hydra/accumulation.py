@@ -116,7 +116,7 @@ class AccumulatedStep:
         device = self._objective.model.device
         if not self._objective.padded:
             rows = [len(own) / self._sampler.rows_per_step for own in self._sampler.rows]
-            return [torch.tensor(share, device=device) for share in rows]
+            return [torch.full((), share, device=device) for share in rows]  # no wait for a GPU
         parts = range(len(self._sampler.rows))
         sizes = torch.stack([(self._sampler(step, part)[0] >= 0).sum(dtype=torch.float32) for part in parts])
         return list(sizes / distributed.global_sum([sizes.sum()])[0])

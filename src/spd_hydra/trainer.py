@@ -105,7 +105,7 @@ class Trainer:
     def _blocks_alone(self) -> bool:
         """Whether blocks are compiled one by one, rather than the step as a whole."""
         asked = self.training.compile_blocks
-        if self.model.n_blocks == 0 or self.model.shares_products:
+        if self.model.n_blocks == 0 or self.model.shares_products or self.training.replicas > 1:
             return False
         return self.objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
 

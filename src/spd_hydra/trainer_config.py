@@ -96,6 +96,11 @@ class Training(Section):
                 f"got {self.accumulate}, must be ≤ batch_size, which is {self.batch_size}: a part has a row "
                 "at least",
             )
+        if self.compile_blocks and self.replicas > 1:
+            yield Problem(
+                "compile_blocks",
+                f"got true with {self.replicas} replicas, whose step is compiled as a whole; leave it out",
+            )
         if self.accumulate > 1 and self.replicas > 1:
             yield Problem(
                 "accumulate",

@@ -18,6 +18,7 @@ from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
 
 WIDTH, C = 5, 3
@@ -123,7 +124,8 @@ def test_a_second_step_compiles_nothing(compilations: list[str]) -> None:
 
 def test_evaluations_compile_nothing(compilations: list[str]) -> None:
     of = objective(Stack([1.0, 1.0]), compiled=True)
-    with torch.no_grad():
+    of.losses.pgd_recon = PGDRecon(coeff=1.0, n_steps=2)
+    with torch.no_grad(), of.model.uncompiled():  # as `metric.evaluate` does: an ascent takes gradients
         columns = len(of.columns(of.losses.active_terms()))
         of(torch.ones(2, WIDTH), torch.rand(2, columns), {})
     assert not compilations
@@ -144,10 +146,45 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_a_line_says_so(
     assert all("no such operation" in line and "\n" not in line for line in lines)
 
 
-def test_a_block_with_other_arguments_than_tensors_and_numbers_runs_as_it_is(compilations: list[str]) -> None:
-    found = losses_and_gradients(objective(Stack([1.0, 1.0], hint=object()), compiled=True))
+def test_a_block_whose_backward_pass_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(gm: Any, inputs: Sequence[Any]) -> Any:
+        if "tangents" in gm.code:
+            raise NotImplementedError("no such slope")
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", refuse)
+    with caplog.at_level(logging.WARNING, logger="spd_hydra"):
+        found = losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=True))
+    require_close(found, losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=False)))
+    assert any("no such slope" in record.getMessage() for record in caplog.records)
+
+
+def test_a_block_that_takes_all_memory_is_not_said_to_be_beyond_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(gm: Any, inputs: Sequence[Any]) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=True))
+
+
+def test_a_block_with_other_arguments_than_tensors_and_numbers_runs_as_it_is_and_a_line_says_so(
+    compilations: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="spd_hydra"):
+        found = losses_and_gradients(objective(Stack([1.0, 1.0], hint=object()), compiled=True))
     require_close(found, losses_and_gradients(objective(Stack([1.0, 1.0]), compiled=False)))
     assert not compilations
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        f"blocks.{number} cannot be compiled and runs as it is, which is slower: "
+        "it takes an argument of type object"
+        for number in (0, 1)
+    ]
 
 
 class _Straight(torch.autograd.Function):
@@ -170,6 +207,27 @@ def test_a_gradient_that_somebody_defined_stays_theirs(compilations: list[str]) 
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, torch.tensor([6.0, 6.0]))
     assert compilations
+
+
+@pytest.mark.slow
+def test_gradients_are_right_where_the_compiler_pads_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.disable_padding_cpu", False)
+    generator = torch.Generator().manual_seed(0)
+    wide = 1100  # above 1,024 and no multiple of 32
+    shapes = {"x": (40, 8), "V": (8, wide), "U": (wide, 8), "mask": (40, wide)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def masked(own: dict[str, Tensor]) -> Tensor:
+        return own["x"] + ((own["x"] @ own["V"]) * own["mask"]) @ own["U"]
+
+    def gradients(run: Callable[[dict[str, Tensor]], Tensor]) -> tuple[Tensor, ...]:
+        leaves = {name: own.clone().requires_grad_() for name, own in given.items()}
+        return torch.autograd.grad(run(leaves).square().sum(), list(leaves.values()))
+
+    blocks = CompiledBlocks()
+    compiled = gradients(lambda own: blocks("wide", masked, own))
+    for found, wanted in zip(compiled, gradients(masked), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from spd_hydra.compiling import OPTIONS
 logger = logging.getLogger(__name__)
 
 _CONSTANTS = (type(None), bool, int, float, str)
+# A backward pass is compiled for the strides that were traced. On a GPU the compiler would pad what the
+# forward pass saves for it, and the backward pass would read between the numbers.
+_OPTIONS = OPTIONS | {"comprehensive_padding": False}
 
 
 class _Compiled(NamedTuple):
@@ -34,6 +37,7 @@ class CompiledBlocks:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], _Compiled | None] = {}
         self._kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._refused: set[str] = set()
 
     def __call__(self, name: str, function: Callable[..., Any], *inputs: Any) -> Any:
         """The function's value, whose backward pass is compiled too.
@@ -48,7 +52,11 @@ class CompiledBlocks:
         leaves, structure = tree_flatten(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        if not all(isinstance(leaf, _CONSTANTS) for leaf in rest):
+        strange = next((leaf for leaf in rest if not isinstance(leaf, _CONSTANTS)), None)
+        if strange is not None:
+            if name not in self._refused:
+                self._refused.add(name)
+                _say(name, f"it takes an argument of type {type(strange).__name__}")
             return function(*inputs)
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
         autocast = torch.is_autocast_enabled(tensors[0].device.type)
@@ -61,14 +69,15 @@ class CompiledBlocks:
             with warnings.catch_warnings():
                 # Tracing looks at every `.grad`, also of tensors that are no leaves.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-                value = _filled(compiled, compiled.run(*tensors))
+                _try_both_ways(compiled, tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler may say about a model that it was not made for
             self._known[key] = None
-            reason = str(error).partition("\n")[0]
-            logger.warning("%s cannot be compiled and runs as it is, which is slower: %s", name, reason)
+            _say(name, str(error).partition("\n")[0])
             return function(*inputs)
         self._known[key] = compiled
-        return value
+        return _filled(compiled, compiled.run(*tensors))
 
     def _traced(self, function: Callable[..., Any], leaves: list[Any], structure: TreeSpec) -> _Compiled:
         # Imported only now: the compiler takes longer to import than all else together.
@@ -108,7 +117,7 @@ class CompiledBlocks:
         key = (gm.code, kinds)
         if key in self._kernels:
             return self._kernels[key]
-        with config.patch(OPTIONS):
+        with config.patch(_OPTIONS):
             kernel = compile_fx_inner(gm, example_inputs)
         if not holds_tensors:  # which the code does not show
             self._kernels[key] = kernel
@@ -116,6 +125,25 @@ class CompiledBlocks:
 
 
 _TENSOR = object()
+
+
+def _say(name: str, reason: str) -> None:
+    logger.warning("%s cannot be compiled and runs as it is, which is slower: %s", name, reason)
+
+
+def _try_both_ways(compiled: _Compiled, tensors: Sequence[Tensor]) -> None:
+    """Run a function and its backward pass on tensors apart: both are compiled when they first run."""
+    apart = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    # Hooks of whoever recomputes in the backward pass would run all of it here.
+    with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
+        outputs = [tensor for tensor in compiled.run(*apart) if tensor.requires_grad]
+    wanted = [tensor for tensor in apart if tensor.requires_grad]
+    if outputs and wanted:
+        torch.autograd.grad(outputs, wanted, [torch.zeros_like(own) for own in outputs], allow_unused=True)
+
+
+def _unchanged(saved: Any) -> Any:
+    return saved
 
 
 def _filled(compiled: _Compiled, tensors: Any) -> Any:

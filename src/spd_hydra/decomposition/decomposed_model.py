@@ -230,6 +230,15 @@ class DecomposedModel(nn.Module):
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
         return self._run(batch, at_site, at_block, reuse.products)
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Passes of the block run as they are, also where they are differentiated."""
+        compiled, self.compiled_blocks = self.compiled_blocks, None
+        try:
+            yield
+        finally:
+            self.compiled_blocks = compiled
+
     def _standing_in(self, masks: Mapping[str, SiteMask], reuse: "Reuse | None") -> StandIns:
         """What stands in place of the sites' layers in a pass."""
         # A lone masked site sees clean activations whatever the architecture. To reuse those of roots where

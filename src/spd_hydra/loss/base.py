@@ -55,7 +55,7 @@ class LossInputs:
         if self.valid is not None:
             return self.valid.sum(dtype=torch.float32)
         one_site = next(iter(self.ci.values())).lower
-        return torch.tensor(float(one_site[..., 0].numel()), device=one_site.device)
+        return torch.full((), float(one_site[..., 0].numel()), device=one_site.device)  # no wait for a GPU
 
     @property
     def clean(self) -> CleanPass:

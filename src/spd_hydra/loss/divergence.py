@@ -65,9 +65,10 @@ def divergence_by_row(
     masked: Float[Tensor, "batch *rest d"],
     target: Float[Tensor, "batch *rest d"],
     valid: Bool[Tensor, "batch *rest"] | None = None,
+    target_normaliser: Float[Tensor, "batch *rest 2"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """The same sum for each row of the batch; over positions that count."""
-    return _parts(divergence, masked, target, valid).flatten(1).sum(1)
+    return _parts(divergence, masked, target, valid, target_normaliser).flatten(1).sum(1)
 
 
 def _parts(

@@ -32,5 +32,5 @@ def faithfulness_statistics(model: DecomposedModel) -> Statistics:
     total: Tensor = torch.stack([delta.square().sum() for delta in deltas]).sum()
     return {
         "sum": total,
-        "count": torch.tensor(float(sum(delta.numel() for delta in deltas)), device=total.device),
+        "count": torch.full((), float(sum(delta.numel() for delta in deltas)), device=total.device),
     }

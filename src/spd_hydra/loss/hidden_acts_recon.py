@@ -31,6 +31,9 @@ class HiddenActsRecon(Loss):
     def columns(self, model: DecomposedModel) -> int:
         return self.n_samples * mask_columns(MaskSource.stochastic, model)
 
+    def passes(self, model: DecomposedModel) -> int:
+        return self.n_samples
+
     @property
     def is_mean(self) -> bool:
         return True
@@ -42,7 +45,7 @@ class HiddenActsRecon(Loss):
             outputs: dict[str, Activation] = {}
             make = mask_maker(MaskSource.stochastic, inputs.model, draws)
             drawn = {site: make(site, ci) for site, ci in inputs.ci.items()}
-            inputs.model(inputs.batch, drawn, reuse=inputs.reuse, outputs=outputs)
+            inputs.model(inputs.batch, drawn, reuse=inputs.reuse, outputs=outputs, recompute=inputs.recompute)
             for site, y in outputs.items():
                 own = dense(inputs.clean.outputs[site])
                 error, elements = divergence_sum(Divergence.mse, dense(y), own, inputs.valid)

@@ -98,8 +98,10 @@ def adversarial_recon(
             reuse = fixed.reuse._replace(products=dict(fixed.reuse.products))
             make = _maker(fixed.model, r)
             masks = {site: make(site, fixed.ci[site])._replace(route=where) for site, where in route.items()}
-            output = fixed.model(fixed.batch, masks, reuse=reuse)
-            return divergence_by_row(fixed.divergence, output, fixed.clean.output, fixed.valid)
+            output = fixed.model(fixed.batch, masks, reuse=reuse, recompute=fixed.recompute)
+            return divergence_by_row(
+                fixed.divergence, output, fixed.clean.output, fixed.valid, fixed.target_normaliser
+            )
 
         found = worst_sources(
             divergence,

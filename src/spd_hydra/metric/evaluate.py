@@ -55,16 +55,19 @@ def evaluate(
     activity = Activity(objective.ci_threshold)
     ablated = None if ablations is None else Ablations(objective, ablations)
     totals: dict[str, Statistics] = {}
-    for number in range(batches):
-        batch, draws = sampler(number)
-        inputs = objective.inputs(batch)
-        activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
-        for name, found in objective.statistics(inputs, terms, draws, schedule).items():
-            totals[name] = (
-                {key: totals[name][key] + value for key, value in found.items()} if name in totals else found
-            )
-        if ablated is not None:
-            ablated.add(inputs, partial(sampler.numbers, number))
+    with model.uncompiled():  # batches of another size would be compiled once more
+        for number in range(batches):
+            batch, draws = sampler(number)
+            inputs = objective.inputs(batch)
+            activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
+            for name, found in objective.statistics(inputs, terms, draws, schedule).items():
+                totals[name] = (
+                    {key: totals[name][key] + value for key, value in found.items()}
+                    if name in totals
+                    else found
+                )
+            if ablated is not None:
+                ablated.add(inputs, partial(sampler.numbers, number))
     activity, totals = activity.over_ranks(), over_ranks(totals)
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
