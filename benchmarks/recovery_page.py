@@ -84,7 +84,7 @@ Or one run by itself, `<seed>` being the number in the table:
 
 ## Where it was measured
 
-{bullets(_facts(runs))}
+{bullets(facts(runs))}
 """
 
 
@@ -207,7 +207,7 @@ def _median(runs: Sequence[Run], key: str, shown: Callable[[float], str]) -> str
     return shown(statistics.median(values)) if values else NOTHING
 
 
-def _facts(runs: Sequence[Run]) -> list[str]:
+def facts(runs: Sequence[Run]) -> list[str]:
     """Machine, versions and commits: every value that occurs, so that a mixture shows."""
 
     def values(read: Callable[[Mapping[str, Any]], object]) -> str:

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.coefficient_range import MARK, Cell, factors_of, presets, read_cells, section, write
+from benchmarks.coefficient_range import Cell, factors_of, page, presets, read_cells, section
 from benchmarks.recovery_runs import Run
 
 from spd_hydra.report.sweep import SweepRow
@@ -46,9 +46,16 @@ def test_plans_in_the_folder_are_found_again(tmp_path: Path) -> None:
     assert found == [("tms_5-2", 0.5, 0.5e-3, 2), ("tms_5-2", 2.0, 2e-3, 2)]
 
 
-def test_the_table_replaces_the_one_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n")
-    write(page, "first")
-    write(page, "second")
-    assert page.read_text() == f"before\n\n{MARK}\nsecond\n{MARK}\n"
+def test_the_page_says_where_the_picture_lies_and_how_to_get_it_again() -> None:
+    cells = [
+        Cell(experiment=name, factor=factor, coeff=1e-3, runs=[run(0), run(2)])
+        for name in ("tms_5-2", "tms_40-10")
+        for factor in (0.5, 2.0)
+    ]
+    lines = page(cells, "images/range.png").splitlines()
+    assert any(line.endswith("(images/range.png)") for line in lines)
+    command = (
+        "python -m benchmarks.coefficient_range --experiments tms_5-2,tms_40-10 --factors 0.5,2 --seeds 0,2"
+    )
+    assert f"- `{command}`" in lines
+    assert sum(line.startswith("| tms_") for line in lines) == 4
