@@ -442,7 +442,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         assert digests(finished) == before
     assert may_change == {
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
-        "train.cuda_graphs", "train.shard",
+        "train.compile_blocks", "train.cuda_graphs", "train.shard",
         "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",
         "eval.contexts",

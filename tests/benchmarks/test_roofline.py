@@ -63,7 +63,7 @@ def test_the_work_of_a_step_by_hand() -> None:
     clean = 5 * 2 + 2 * 5  # embed, unembed
     inner = 2 * (5 * 3 + 2 * 4)  # x V at both, and the gradient of V
     embed_masked = 3 * (3 * 2) + 2 * (2 * 5)  # (h ⊙ m) U, with gradients of both; unembed, of its input
-    unembed_masked = 5 * 2 + 3 * (4 * 5)  # embed once more, and (h ⊙ m) U
+    unembed_masked = 3 * (4 * 5)  # (h ⊙ m) U; embed, which ran before, has its clean output
     assert work.matmul_flops == 2 * 8 * (clean + inner + embed_masked + unembed_masked)
 
 
