@@ -27,10 +27,10 @@ install-dev: $(INSTALLED_DEV) ## the same with test and lint tools and the pre-c
 run: $(INSTALLED) ## install if needed, then spd-run $(ARGS); without ARGS: tms_5-2
 	$(BIN)/spd-run $(ARGS)
 
-test: $(INSTALLED_DEV) ## the fast tests (about 3 minutes)
+test: $(INSTALLED_DEV) ## the fast tests (several minutes)
 	$(PYTEST) -m "not slow and not recovery" $(ARGS)
 
-test-all: $(INSTALLED_DEV) ## all tests but the recovery tables (about 15 minutes)
+test-all: $(INSTALLED_DEV) ## all tests but the recovery tables (about half an hour)
 	$(PYTEST) -m "not recovery" $(ARGS)
 
 check: lint type ## everything that must pass before a commit: lint, format, types, direction of imports
