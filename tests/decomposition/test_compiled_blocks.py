@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
@@ -210,8 +211,7 @@ def test_a_gradient_that_somebody_defined_stays_theirs(compilations: list[str]) 
 
 
 @pytest.mark.slow
-def test_gradients_are_right_where_the_compiler_pads_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.disable_padding_cpu", False)
+def test_gradients_are_right_where_the_compiler_pads_as_on_a_gpu() -> None:
     generator = torch.Generator().manual_seed(0)
     wide = 1100  # above 1,024 and no multiple of 32
     shapes = {"x": (40, 8), "V": (8, wide), "U": (wide, 8), "mask": (40, wide)}
@@ -225,7 +225,8 @@ def test_gradients_are_right_where_the_compiler_pads_as_on_a_gpu(monkeypatch: py
         return torch.autograd.grad(run(leaves).square().sum(), list(leaves.values()))
 
     blocks = CompiledBlocks()
-    compiled = gradients(lambda own: blocks("wide", masked, own))
+    with torch._inductor.config.patch(disable_padding_cpu=False):
+        compiled = gradients(lambda own: blocks("wide", masked, own))
     for found, wanted in zip(compiled, gradients(masked), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
 
