@@ -1,6 +1,7 @@
 """Loss and gradients of one training step, as one compiled graph where possible."""
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,45 @@ from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
 from spd_hydra.optimizer import Pieces
 
 
-class Step:
+class _FlatStep(abc.ABC):
+    """A step as a function of tensors alone, which can be compiled: `_flat`."""
+
+    def __init__(self, objective: Objective, *, compile: bool) -> None:
+        self._objective = objective
+        self._kernel = Kernel(self._flat) if compile else None
+        self._schedule_keys: list[tuple[str, str]] = []
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call runs compiled kernels."""
+        return self._kernel is not None
+
+    @abc.abstractmethod
+    def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Total, terms, L0 by site, gradients; the others are what is scheduled, then `_run`'s tensors."""
+
+    def _run(
+        self, batch: Tensor, draws: Tensor, schedule: ScheduledValues, tensors: Iterable[Tensor]
+    ) -> tuple[StepLoss, tuple[Tensor, ...]]:
+        self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
+        scheduled = [schedule[term][name] for term, name in self._schedule_keys]
+        run = self._flat if self._kernel is None else self._kernel
+        values = iter(run(batch, draws, *scheduled, *tensors))
+        terms, sites = self._objective.losses.active_terms(), self._objective.model.site_names
+        loss = StepLoss(
+            next(values), {name: next(values) for name in terms}, {site: next(values) for site in sites}
+        )
+        return loss, tuple(values)
+
+    def _schedule(self, given: Iterator[Tensor]) -> ScheduledValues:
+        """What is scheduled, from the first of the tensors that `_flat` was given."""
+        schedule: ScheduledValues = {}
+        for term, name in self._schedule_keys:
+            schedule.setdefault(term, {})[name] = next(given)
+        return schedule
+
+
+class Step(_FlatStep):
     """Computes the loss of a step and leaves its gradients in the parameters.
 
     Compiled, loss and gradients are one graph, a pure function of parameters, batch, draws and schedule.
@@ -27,14 +66,12 @@ class Step:
     """
 
     def __init__(self, objective: Objective, *, compile: bool, pieces: Pieces | None = None) -> None:
-        self._objective = objective
         self._module = _LossModule(objective)
         self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._pieces = pieces
         own = list(self._parameters.values())
         self._holders = own if pieces is None else pieces.of(own)
-        self._kernel = Kernel(self._flat) if compile else None
-        self._schedule_keys: list[tuple[str, str]] = []
+        super().__init__(objective, compile=compile)
 
     def __call__(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
         """Loss, terms and L0 of a batch; afterwards the optimiser's gradients are those of the total."""
@@ -49,30 +86,14 @@ class Step:
         self.leave(gradients)
         return loss
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether a call runs compiled kernels."""
-        return self._kernel is not None
-
     def compute(
         self, batch: Tensor, draws: Tensor, schedule: ScheduledValues
     ) -> tuple[StepLoss, tuple[Tensor, ...]]:
         """The loss and the gradients of all parameters; nothing is left anywhere."""
-        self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
-        scheduled = [schedule[term][name] for term, name in self._schedule_keys]
-        run = self._flat if self._kernel is None else self._kernel
-        total, *values = run(batch, draws, *scheduled, *self._parameters.values())
-        n_terms = len(self._objective.losses.active_terms())
-        n_sites = len(self._objective.model.site_names)
-        loss = StepLoss(
-            total,
-            dict(zip(self._objective.losses.active_terms(), values[:n_terms], strict=True)),
-            dict(zip(self._objective.model.site_names, values[n_terms : n_terms + n_sites], strict=True)),
-        )
-        gradients = values[n_terms + n_sites :]
+        loss, gradients = self._run(batch, draws, schedule, self._parameters.values())
         if self._pieces is not None:
-            gradients = self._pieces.sums(self._parameters.values(), gradients)
-        return loss, tuple(gradients)
+            gradients = tuple(self._pieces.sums(self._parameters.values(), gradients))
+        return loss, gradients
 
     def leave(self, gradients: Sequence[Tensor]) -> None:
         """Make what `compute` gave the gradients that the optimiser reads."""
@@ -91,11 +112,9 @@ class Step:
 
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The step as a function of tensors: total, terms, L0 by site, gradients, unsummed if shared."""
-        scheduled = others[: len(self._schedule_keys)]
-        schedule: ScheduledValues = {}
-        for (term, name), value in zip(self._schedule_keys, scheduled, strict=True):
-            schedule.setdefault(term, {})[name] = value
-        values = [p.detach().requires_grad_() for p in others[len(scheduled) :]]
+        given = iter(others)
+        schedule = self._schedule(given)
+        values = [p.detach().requires_grad_() for p in given]
         parameters = dict(zip(self._parameters, values, strict=True))
         # Inside, gradients too: what a checkpoint computes again has to see the same parameters.
         loss, gradients = functional_call(self._module, parameters, (batch, draws, schedule, values))
@@ -139,7 +158,7 @@ class Ascent:
         return tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
 
 
-class StackedStep:
+class StackedStep(_FlatStep):
     """Losses and gradients of several decompositions of one shape, in one step.
 
     Whatever is their own has a leading replica axis: parameters, target, batch, draws. The objective is
@@ -152,10 +171,9 @@ class StackedStep:
     """
 
     def __init__(self, objectives: Sequence[Objective], *, compile: bool) -> None:
-        self._objective = objectives[0]
         models = [objective.model for objective in objectives]
         models[0].roots = frozenset.intersection(*(model.roots for model in models))
-        self._module = _LossModule(self._objective)
+        self._module = _LossModule(objectives[0])
         modules = [dict(_LossModule(objective).named_parameters()) for objective in objectives]
         own = [name for name, p in modules[0].items() if p.requires_grad]
         self.parameters = {
@@ -166,8 +184,7 @@ class StackedStep:
                 parameters[name].data = self.parameters[name].data[replica]
         targets = [_frozen_tensors(_LossModule(objective)) for objective in objectives]
         self._frozen = {name: torch.stack([target[name] for target in targets]) for name in targets[0]}
-        self._kernel = Kernel(self._flat) if compile else None
-        self._schedule_keys: list[tuple[str, str]] = []
+        super().__init__(objectives[0], compile=compile)
 
     def __call__(self, batch: Tensor, draws: Tensor, schedule: ScheduledValues) -> StepLoss:
         """Losses, terms and L0, each `[replicas]`; every stacked parameter's `.grad` is set.
@@ -181,25 +198,11 @@ class StackedStep:
         self.leave(gradients)
         return loss
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether a call runs compiled kernels."""
-        return self._kernel is not None
-
     def compute(
         self, batch: Tensor, draws: Tensor, schedule: ScheduledValues
     ) -> tuple[StepLoss, tuple[Tensor, ...]]:
         """What a call computes, and the gradients of all stacked parameters; nothing is left anywhere."""
-        self._schedule_keys = [(term, name) for term, own in schedule.items() for name in own]
-        scheduled = [schedule[term][name] for term, name in self._schedule_keys]
-        run = self._flat if self._kernel is None else self._kernel
-        found = run(batch, draws, *scheduled, *self.parameters.values(), *self._frozen.values())
-        terms, sites = list(self._objective.losses.active_terms()), self._objective.model.site_names
-        values = iter(found)
-        loss = StepLoss(
-            next(values), {name: next(values) for name in terms}, {site: next(values) for site in sites}
-        )
-        return loss, tuple(values)
+        return self._run(batch, draws, schedule, [*self.parameters.values(), *self._frozen.values()])
 
     def leave(self, gradients: Sequence[Tensor]) -> None:
         """Make what `compute` gave the stacked parameters' gradients."""
@@ -209,9 +212,7 @@ class StackedStep:
     def _flat(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """The step as a function of tensors: totals, terms, L0 by site, gradients."""
         given = iter(others)
-        schedule: ScheduledValues = {}
-        for term, name in self._schedule_keys:
-            schedule.setdefault(term, {})[name] = next(given)
+        schedule = self._schedule(given)
         parameters = {name: next(given).detach().requires_grad_() for name in self.parameters}
         frozen = {name: next(given) for name in self._frozen}
 
