@@ -240,8 +240,7 @@ def of_an_exchange(rank: int, size: int, port: int, out: Path) -> None:
     with distributed.process_group(torch.device("cpu")):
         from spd_hydra.shards import Shards
 
-        group = torch.distributed.group.WORLD
-        assert group is not None
+        group: Any = torch.distributed.group.WORLD
         found = {}
         for number in (3, 40):
             own = [nn.Parameter(torch.zeros_like(values_of(0, index))) for index in range(number)]

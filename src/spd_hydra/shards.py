@@ -71,7 +71,7 @@ class Shards:
         rows = torch.cat([self._in_rows(gradient) for gradient in gradients], dim=1)
         addend = DTensor.from_local(rows.view(-1), self._mesh, [Partial()])
         own = addend.redistribute(placements=[Shard(0)]).to_local()
-        parts = own.split([self._width(gradient) for gradient in gradients])
+        parts = torch.split(own, [self._width(gradient) for gradient in gradients])
         return [
             self._piece(part[: self._length(gradient)], gradient.numel())
             for part, gradient in zip(parts, gradients, strict=True)
@@ -92,7 +92,7 @@ class Shards:
             pieces = [_local(self._pieces[parameter]) for parameter in together]
             own = torch.cat([_filled(piece, width) for piece, width in zip(pieces, widths, strict=True)])
             rows = DTensor.from_local(own, self._mesh, [Shard(0)]).full_tensor().view(-1, len(own))
-            for parameter, part in zip(together, rows.split(widths, dim=1), strict=True):
+            for parameter, part in zip(together, torch.split(rows, widths, dim=1), strict=True):
                 parameter.view(-1).copy_(part.reshape(-1)[: parameter.numel()])
 
     def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
