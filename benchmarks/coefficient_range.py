@@ -23,7 +23,7 @@ from benchmarks.recovery_page import facts
 from benchmarks.recovery_runs import Run, read_runs
 
 from spd_hydra import atomic
-from spd_hydra.composition import Composer
+from spd_hydra.composer import Composer
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.figure.base import as_png
 from spd_hydra.figure.style import drawing_style

@@ -26,7 +26,8 @@ from benchmarks.recovery_pictures import copy_pictures
 from benchmarks.recovery_runs import found, read_runs
 
 from spd_hydra.cli_task import guarded
-from spd_hydra.composition import Composer, compose
+from spd_hydra.composer import Composer
+from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, differences, load_config
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.run import run

@@ -1,5 +1,6 @@
 """A run directory opened from Python: its numbers, and the model at any checkpoint."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,41 @@ def test_what_only_building_shows_is_refused_before_anything_is_trained_or_made(
     with pytest.raises(ConfigError, match=r"sites\.embed\.pattern: 'embedd' .*Did you mean 'embed'\?"):
         decompose(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_measured_again_with_its_own_configuration_and_other_words_for_eval(done: Run) -> None:
+    before = done.summary
+    again = decompose(["task=analyse", f"run={done.path}", "eval.batches=3"])
+    assert again.path == done.path
+    assert again.config == dataclasses.replace(
+        done.config, eval=dataclasses.replace(done.config.eval, batches=3)
+    )
+    assert again.summary["steps"] == before["steps"] == 20
+    assert again.summary["losses"] != before["losses"]
+
+
+def test_a_run_goes_on_with_its_own_configuration(done: Run) -> None:
+    longer = decompose([f"resume={done.path}", "train.steps=30"])
+    assert longer.path == done.path
+    assert longer.summary["steps"] == 30
+    steps = dataclasses.replace(done.config.train, steps=30)
+    assert longer.config == dataclasses.replace(done.config, train=steps)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=analyse", "run={run}", "seed=7"], "takes task, run, eval, device, .* only; leave out seed=7"),
+        (["resume={run}", "seed=7"], r"(?s)would make it another run:\n  seed: 0 → 7\nOnly train\.steps"),
+        (["task=analyse", "run={run}/checkpoints"], "run: .*checkpoints is no run directory"),
+        (["resume={run}/checkpoints"], "resume: .*checkpoints is no run directory"),
+    ],
+)
+def test_from_python_too_a_saved_run_stays_what_it_is(done: Run, words: list[str], message: str) -> None:
+    before = (done.path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=message):
+        decompose([word.format(run=done.path) for word in words])
+    assert (done.path / "config.yaml").read_text() == before
 
 
 def test_a_check_leaves_no_run_to_open(toy: Toy) -> None:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from spd_hydra.build import preflight
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
-from spd_hydra.composition import Composer, apply_overrides, compose
+from spd_hydra.composer import Composer, apply_overrides
+from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, from_dict, to_dict, to_yaml
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.logger.wandb import Wandb

@@ -111,7 +111,7 @@ def test_the_rows_of_all_ranks_are_the_batch(number: int, size: int, monkeypatch
 def test_small_tensors_go_together_and_large_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_MESSAGE_BYTES", 16)
     tensors = [torch.zeros(number) for number in (1, 2, 1, 7, 1, 4)]  # of 4 bytes each
-    messages = [[tensor.numel() for tensor in own] for own in distributed._messages_of(tensors)]
+    messages = [[tensor.numel() for tensor in own] for own in distributed.messages_of(tensors)]
     assert messages == [[1, 2, 1], [7], [1], [4]]
 
 

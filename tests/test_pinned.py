@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tests.data.reader import END, save_byte_tokenizer
 from tests.hub_cache import COMMIT, cached_model
 from tests.model.tiny_hf import VOCAB, saved_model, tokens
 
@@ -22,6 +23,7 @@ from spd_hydra.saved_run import pinned, read_target
 from spd_hydra.section import ConfigError
 
 NAME, LATER = "owner/model", "f" * 40
+TOKENIZER = "owner/tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +144,78 @@ def test_the_tokenizer_is_of_the_model_s_revision(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    for words in ([], [f"model.revision={COMMIT}"], ["data.tokenizer=owner/other"]):
+    other = "data.tokenizer=owner/other"
+    for words in ([], [f"model.revision={COMMIT}"], [other], [other, "data.tokenizer_revision=v1"]):
         config = config_of(tmp_path, *words, f"data.name={text}", "data.token_column=null")
         with pytest.raises(ConfigError, match=r"^data\.tokenizer: owner/"):
             config.data.bind(config.model)
-    assert asked == [(NAME, "main"), (NAME, COMMIT), ("owner/other", "main")]
+    assert asked == [(NAME, "main"), (NAME, COMMIT), ("owner/other", "main"), ("owner/other", "v1")]
+
+
+# ---- a tokenizer of its own ----------------------------------------------------------------------------
+
+
+def cache_tokenizer(tmp_path: Path, hub: Path, commit: str, *, end: str) -> None:
+    """Let main of the tokenizer be at a commit, where the end of a text is called so."""
+    files = save_byte_tokenizer(tmp_path / f"tokenizer of {commit}")
+    for file in files.iterdir():
+        file.write_text(file.read_text().replace("<end>", end))
+    (files / "config.json").write_text("{}")  # offline, transformers does without it only if it was asked for
+    cached_model(hub, TOKENIZER, files, commit=commit)
+
+
+def with_tokenizer(tmp_path: Path, *overrides: str) -> RunConfig:
+    """Of text that is already token ids; the tokenizer ends and shows it."""
+    return config_of(tmp_path, "model.revision=main", f"data.tokenizer={TOKENIZER}", *overrides)
+
+
+def end_of(config: RunConfig) -> list[str] | None:
+    return config.data.bind(config.model).decode([END])
+
+
+def test_a_run_reads_with_its_tokenizer_when_that_has_moved_on(tmp_path: Path, hub: Path) -> None:
+    cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
+    config, place = with_tokenizer(tmp_path), tmp_path / "runs" / "0"
+    begin_or_go_on(config, str(place), None)
+    saved = load_config(place / "config.yaml")
+    assert isinstance(saved.data, Tokens)
+    assert (saved.data.tokenizer, saved.data.tokenizer_revision) == (TOKENIZER, COMMIT)
+    cache_tokenizer(tmp_path, hub, LATER, end="<later>")
+    assert end_of(saved) == ["<first>"]
+    begin_or_go_on(config, str(place), None)  # as after a requeue
+    assert load_config(place / "config.yaml") == saved
+    later = pinned(config).data
+    assert isinstance(later, Tokens)
+    assert later.tokenizer_revision == LATER
+
+
+def test_a_tokenizer_of_a_given_commit_is_kept(tmp_path: Path, hub: Path) -> None:
+    cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
+    cache_tokenizer(tmp_path, hub, LATER, end="<later>")
+    given = pinned(with_tokenizer(tmp_path, f"data.tokenizer_revision={COMMIT}"))
+    assert isinstance(given.data, Tokens)
+    assert given.data.tokenizer_revision == COMMIT
+    assert end_of(given) == ["<first>"]
+
+
+def test_a_tokenizer_in_a_directory_has_no_commit(tmp_path: Path) -> None:
+    directory = save_byte_tokenizer(tmp_path / "here")
+    found = pinned(config_of(tmp_path, f"data.tokenizer={directory}")).data
+    assert isinstance(found, Tokens)
+    assert found.tokenizer_revision is None
+    with pytest.raises(
+        ConfigError, match=r"^data\.tokenizer_revision: got v1, but .*here is local and has no"
+    ):
+        end_of(config_of(tmp_path, f"data.tokenizer={directory}", "data.tokenizer_revision=v1"))
+
+
+def test_a_tokenizer_of_a_commit_that_is_not_there_is_named_with_it(tmp_path: Path, hub: Path) -> None:
+    cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
+    config = with_tokenizer(tmp_path, f"data.tokenizer_revision={LATER}")
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer: {TOKENIZER} at {LATER} cannot be loaded"):
+        config.data.bind(config.model)
+
+
+def test_a_revision_of_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer_revision: got v1 without data\.tokenizer; name"):
+        config_of(tmp_path, "data.tokenizer_revision=v1")

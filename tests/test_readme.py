@@ -13,7 +13,8 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from spd_hydra.build import preflight
-from spd_hydra.composition import Composer, compose
+from spd_hydra.composer import Composer
+from spd_hydra.composition import compose
 from spd_hydra.plan import make_plan
 from spd_hydra.run import run
 

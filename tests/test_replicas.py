@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_hydra.api import decompose, load_run
 from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
+from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
@@ -250,7 +251,7 @@ def test_every_replica_leaves_a_run_that_opens_alone(toy: Toy, capsys: pytest.Ca
     with pytest.raises(ConfigError, match=r"holds 2 replicas, each of them a run: take .*/0 … .*/1"):
         load_run(outcome.run_dir)
     with pytest.raises(ConfigError, match=r"holds 2 replicas"):
-        run(dataclasses.replace(toy("task=analyse", f"run={outcome.run_dir}")))
+        run(compose(["task=analyse", f"run={outcome.run_dir}"]))
 
 
 class Killed(BaseException):

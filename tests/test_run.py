@@ -14,10 +14,10 @@ import torch
 from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
 
 from spd_hydra.build import assemble, device_of, preflight, untrained_target
-from spd_hydra.composition import Composer, compose
+from spd_hydra.composer import Composer
+from spd_hydra.composition import compose
 from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
 from spd_hydra.model.obtain import TrainedTarget
-from spd_hydra.plan import plan_job
 from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import read_target
@@ -318,10 +318,8 @@ def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
 def test_analysing_with_other_words_for_eval_measures_anew_and_is_saved(toy: Toy) -> None:
     first = run(toy())
     directory = directory_of(first)
-    with Composer.open() as composer:
-        words = ["task=analyse", f"run={directory}", "eval.batches=3", "eval.ci_threshold=0.9"]
-        job = plan_job(composer, words)
-    again = run(job.config)
+    words = ["task=analyse", f"run={directory}", "eval.batches=3", "eval.ci_threshold=0.9"]
+    again = run(compose(words))
     saved = load_config(directory / "config.yaml")
     assert (saved.eval.batches, saved.eval.ci_threshold, saved.task) == (3, 0.9, Task.decompose)
     assert dataclasses.replace(saved, eval=toy().eval) == toy()
@@ -363,10 +361,10 @@ def test_analysing_needs_a_run_with_a_checkpoint(toy: Toy, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"run: got there, which only task=analyse reads; .*resume="):
         toy("run=there")
     with pytest.raises(ConfigError, match=f"run: {tmp_path} is no run directory: it holds no config.yaml"):
-        run(toy("task=analyse", f"run={tmp_path}"))
+        compose(["task=analyse", f"run={tmp_path}"])
     empty = directory_of(run(toy("task=train_target")))
     with pytest.raises(ConfigError, match="holds no checkpoint yet"):
-        run(toy("task=analyse", f"run={empty}"))
+        run(compose(["task=analyse", f"run={empty}"]))
 
 
 # ---- what can go wrong ---------------------------------------------------------------------------------

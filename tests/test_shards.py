@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tests.ranks import free_port, play, result_in, rows_of
+from torch import nn
 
 from spd_hydra import distributed, load_run
 from spd_hydra.build import assemble, untrained_target
@@ -221,6 +222,67 @@ def test_a_rank_holds_its_part_of_moments_and_gradients_alone(done: Path, how: s
     for rank in ranks:
         assert rank["moments"] == pytest.approx(2 * whole / RANKS, abs=2 * rounding)
         assert rank["gradients"] == pytest.approx(whole / RANKS, abs=rounding)
+
+
+# ---- few messages --------------------------------------------------------------------------------------
+
+
+def values_of(rank: int, index: int) -> torch.Tensor:
+    """Whole numbers, whose sums are exact; of one number, of fewer than there are ranks, of many."""
+    return torch.arange(1 + index % 5 * 3) * (index + 2.0) - 7 * rank
+
+
+def of_an_exchange(rank: int, size: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with distributed.process_group(torch.device("cpu")):
+        from spd_hydra.shards import Shards
+
+        group: Any = torch.distributed.group.WORLD
+        found = {}
+        for number in (3, 40):
+            own = [nn.Parameter(torch.zeros_like(values_of(0, index))) for index in range(number)]
+            alone = nn.Parameter(torch.zeros(2))
+            shards = Shards(own)
+            pieces = shards.of(own)
+            marks = [group._get_sequence_number_for_group()]
+            gradients = iter(
+                [torch.tensor([rank, 1.0]), *(values_of(rank, index) for index in range(number))]
+            )
+            whole, *sums = shards.sums([alone, *own], gradients)
+            marks.append(group._get_sequence_number_for_group())
+            with torch.no_grad():
+                for piece, summed in zip(pieces, sums, strict=True):
+                    piece.add_(summed)
+            shards.gather(own)
+            marks.append(group._get_sequence_number_for_group())
+            found[number] = {
+                "messages": [after - before for before, after in itertools.pairwise(marks)],
+                "not shared": whole.tolist(),
+                "pieces": [summed.to_local().numel() for summed in sums],  # type: ignore[attr-defined]
+                "updated": [parameter.tolist() for parameter in own],
+            }
+        (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_however_many_parameters_there_are_as_many_messages_bring_their_sums(tmp_path: Path) -> None:
+    mp.spawn(of_an_exchange, (RANKS, free_port(), tmp_path), nprocs=RANKS)  # type: ignore[attr-defined]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    for number in (3, 40):
+        sums = [
+            torch.stack([values_of(rank, index) for rank in range(RANKS)]).sum(0) for index in range(number)
+        ]
+        for found in (rank[str(number)] for rank in ranks):
+            assert found["messages"] == [2, 1]  # one for what is not shared
+            assert found["not shared"] == [sum(range(RANKS)), RANKS]
+            assert found["updated"] == [own.tolist() for own in sums]
+        widths = [[len(part) for part in own.chunk(RANKS)] for own in sums]
+        assert [rank[str(number)]["pieces"] for rank in ranks] == [
+            [(own + [0] * RANKS)[place] for own in widths] for place in range(RANKS)
+        ]
 
 
 # ---- where there is nothing to share, or it cannot be --------------------------------------------------

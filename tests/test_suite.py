@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from spd_hydra.api import submit
-from spd_hydra.composition import Composer, compose
+from spd_hydra.composer import Composer
+from spd_hydra.composition import compose
 from spd_hydra.plan import make_plan
 from spd_hydra.section import ConfigError
 from spd_hydra.suite import expanded, require_none

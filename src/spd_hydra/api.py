@@ -12,8 +12,9 @@ from spd_hydra.analyse import require_single
 from spd_hydra.build import assemble
 from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
-from spd_hydra.composition import Composer, require_texts
+from spd_hydra.composer import Composer
 from spd_hydra.composition import compose as compose
+from spd_hydra.composition import require_texts
 from spd_hydra.config import RunConfig, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.launcher import start
@@ -135,6 +136,9 @@ def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
 
 def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
     """Train a decomposition in this process and open its run directory.
+
+    `decompose(["resume=<run directory>", "train.steps=30000"])` goes on with a run, and
+    `decompose(["task=analyse", "run=<run directory>", "eval.batches=50"])` measures one again.
 
     Args:
         config: a whole configuration, or overrides as on the command line.

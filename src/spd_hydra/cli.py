@@ -10,7 +10,7 @@ from hydra._internal.utils import get_args_parser
 from spd_hydra import distributed, suite
 from spd_hydra.cli_help import help_text
 from spd_hydra.cli_hydra import call_hydra
-from spd_hydra.composition import Composer
+from spd_hydra.composer import Composer
 from spd_hydra.config_errors import invalid
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.exit_code import ExitCode

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from spd_hydra.composition import CONFIG_MODULE, Composer
+from spd_hydra.composer import CONFIG_MODULE, Composer
 from spd_hydra.config import RunConfig
 from spd_hydra.config_errors import bounds_text
 from spd_hydra.section import Section, registered

@@ -6,7 +6,7 @@ from typing import Any
 
 import hydra
 
-from spd_hydra.composition import CONFIG_MODULE, CONFIG_NAME, HYDRA_VERSION_BASE
+from spd_hydra.composer import CONFIG_MODULE, CONFIG_NAME, HYDRA_VERSION_BASE
 from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
 

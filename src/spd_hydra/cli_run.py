@@ -10,7 +10,7 @@ from hydra_plugins.spd_hydra import NAME, BackgroundLauncher
 from spd_hydra import report
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.cli_task import Task
-from spd_hydra.composition import Composer
+from spd_hydra.composer import Composer
 from spd_hydra.config import RunConfig
 from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode

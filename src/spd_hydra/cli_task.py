@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from spd_hydra.build import preflight
 from spd_hydra.checkpoint import CheckpointError
-from spd_hydra.composition import Composer, to_run_config
+from spd_hydra.composer import Composer, to_run_config
+from spd_hydra.composition import Job, compose_job
 from spd_hydra.config import to_dict
 from spd_hydra.config_errors import invalid
 from spd_hydra.environment import command_line
@@ -20,7 +21,7 @@ from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher.job import RunJob, begin_or_go_on
 from spd_hydra.launcher.record import hide_secrets
 from spd_hydra.model.weights import WeightsError
-from spd_hydra.plan import Job, Plan, plan_job
+from spd_hydra.plan import Plan
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
@@ -86,7 +87,7 @@ class Task:
             if job.overrides == overrides:
                 return job
         with Composer.open(self._config_dir) as composer:
-            job = plan_job(composer, overrides, self._config_dir)
+            job = compose_job(composer, overrides, self._config_dir)
         preflight(job.config)
         return job
 

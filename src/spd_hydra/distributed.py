@@ -17,13 +17,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 _STEP_TIMEOUT = timedelta(minutes=30)  # rank 0 saves and evaluates while the others wait in their next step
 _MESSAGE_TIMEOUT = timedelta(days=30)
@@ -216,22 +218,23 @@ def take_from_rank_0(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
-        for own in _messages_of([t.detach() for t in tensors if (t.dtype, t.device) == kind]):
+        for own in messages_of([t.detach() for t in tensors if (t.dtype, t.device) == kind]):
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
             dist.broadcast(flat, 0)
             for tensor, part in zip(own, torch.split(flat, [tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
 
-def _messages_of(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def messages_of(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
     """Tensors that go together: many small ones, but not so many that their copy would take much memory."""
-    together: list[Tensor] = []
+    together: list[AnyTensor] = []
     for tensor in tensors:
         if together and sum(t.nbytes for t in together) + tensor.nbytes > _MESSAGE_BYTES:
             yield together
             together = []
         together.append(tensor)
-    yield together
+    if together:
+        yield together
 
 
 def exact_sum(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -281,7 +284,7 @@ def global_sum(tensors: Iterable[Tensor]) -> list[Tensor]:
     """
     if world_size() == 1:
         return list(tensors)
-    return [summed for together in _messages_of(tensors) for summed in _sum_of_one_message(together)]
+    return [summed for together in messages_of(tensors) for summed in _sum_of_one_message(together)]
 
 
 def _sum_of_one_message(tensors: Sequence[Tensor]) -> list[Tensor]:

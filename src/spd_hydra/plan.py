@@ -6,23 +6,12 @@ from pathlib import Path
 
 from spd_hydra import suite
 from spd_hydra.build import preflight
-from spd_hydra.composition import Composer, apply_overrides
-from spd_hydra.config import KIND, Device, RunConfig, Task, load_config, to_dict, to_yaml
+from spd_hydra.composer import Composer
+from spd_hydra.composition import Job, compose_job
+from spd_hydra.config import KIND, RunConfig, Task, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
-from spd_hydra.overrides import read, without_hydra
-from spd_hydra.saved_run import require_trust
+from spd_hydra.overrides import without_hydra
 from spd_hydra.section import ConfigError
-
-_OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run: its overrides, its configuration, and for a resume the configuration as it was saved."""
-
-    overrides: list[str]
-    config: RunConfig
-    saved: RunConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +34,7 @@ def make_plan(
     words = suite.expanded(composer, overrides)
     is_sweep = multirun or words != list(overrides) or composer.is_sweep(words)
     if not is_sweep:
-        job = plan_job(composer, words, config_dir)
+        job = compose_job(composer, words, config_dir)
         if _starts_processes(job.config):  # a run in this process checks this itself
             preflight(job.config)
         return Plan(overrides=words, jobs=[job], is_sweep=False)
@@ -55,7 +44,7 @@ def make_plan(
     settings = composer.jobs(words)
     for number, setting in enumerate(settings):
         try:
-            job = plan_job(composer, setting, config_dir)
+            job = compose_job(composer, setting, config_dir)
             layout = to_yaml(dataclasses.replace(job.config, seed=0))
             if layout not in built and job.config.task is not Task.analyse:  # which looks at the run itself
                 preflight(job.config)
@@ -102,76 +91,6 @@ def require_one_launcher(jobs: Sequence[Job]) -> None:
                 for key, values in varying.items()
             )
         )
-
-
-def plan_job(composer: Composer, overrides: Sequence[str], config_dir: Path | str | None = None) -> Job:
-    """One job, composed and checked.
-
-    `resume=` and `task=analyse` take the saved configuration with the other overrides on top.
-
-    Raises:
-        ConfigError: lists everything that is wrong.
-    """
-    directory = _resumed(overrides)
-    if directory is None:
-        config = composer.run_config(overrides)
-        if config.task is Task.analyse:
-            config = _of_analysis(config, overrides, config_dir)
-        return Job(overrides=list(overrides), config=config)
-    try:
-        saved = load_config(Path(directory) / "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(f"resume: {error}") from error
-    config = apply_overrides(saved, overrides, config_dir=config_dir)
-    require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
-    return Job(overrides=list(overrides), config=config, saved=saved)
-
-
-def _of_analysis(composed: RunConfig, overrides: Sequence[str], config_dir: Path | str | None) -> RunConfig:
-    """The run's saved configuration with what was typed; the machine is described by what was composed."""
-    _require_only(_OF_ANALYSE, overrides)
-    if isinstance(composed.launcher, Background):
-        raise ConfigError(
-            f"launcher: got {composed.launcher.kind}, but task=analyse is done in this process; use "
-            "launcher=local, on a cluster within an allocation: srun spd-run task=analyse ..."
-        )
-    try:
-        saved = load_config(Path(str(composed.run)) / "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(f"run: {error}") from error
-    require_trust(
-        Path(str(composed.run)), saved, trusted=composed.trust_remote_code, yes="add trust_remote_code=true"
-    )
-    config = apply_overrides(saved, overrides, config_dir=config_dir)
-    # The machine that measures may have no GPU where the run had one.
-    device = config.device if composed.device is Device.auto else composed.device
-    return dataclasses.replace(config, device=device, threads=composed.threads, launcher=composed.launcher)
-
-
-def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
-    """Nothing that is typed may go unheard: task=analyse takes what was trained from the run."""
-    read_words = [(text, read(text)) for text in without_hydra(overrides)]
-    others = [
-        text
-        for text, word in read_words
-        if word is not None and word.key_or_group.partition(".")[0] not in keys
-    ]
-    if others:
-        raise ConfigError(
-            f"task=analyse measures a run as it was trained, so it takes {', '.join(keys)} only; "
-            f"leave out {' '.join(others)}"
-        )
-
-
-def _resumed(overrides: Sequence[str]) -> str | None:
-    """The run directory that `resume=` names, if it is among the overrides."""
-    found = None
-    for text in overrides:
-        override = read(text)
-        if override is not None and override.key_or_group == "resume":
-            value = override.value()
-            found = value if isinstance(value, str) and value else None
-    return found
 
 
 def _names(settings: Sequence[Sequence[str]]) -> list[str]:

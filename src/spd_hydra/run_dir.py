@@ -5,13 +5,12 @@ checkpoints/  figures/  errors/  report.html  subcomponents.json
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
 import socket
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -23,17 +22,23 @@ from spd_hydra import atomic, metrics_log
 from spd_hydra.lock import FileLock, LockedError, TakenOverError, is_owner
 from spd_hydra.metrics_log import to_json
 from spd_hydra.redaction import redact, redact_text
+from spd_hydra.run_files import (
+    CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    METRICS,
+    STATUS,
+    SUBCOMPONENTS,
+    SUMMARY,
+    RunFiles,
+    cannot,
+    require_run,
+)
+from spd_hydra.run_files import RunDirectoryError as RunDirectoryError
 from spd_hydra.section import ConfigError
 
 _NAME_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _DEEPEST_NAME = 4
-_CONFIG, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
-_STATUS, _SUMMARY, _LOCK = "status.json", "summary.json", ".lock"
-_SUBCOMPONENTS = "subcomponents.json"
-
-
-class RunDirectoryError(RuntimeError):
-    """A run directory cannot be used: it is taken, read-only, gone, or holds something else."""
 
 
 class Status(Enum):
@@ -45,7 +50,7 @@ class Status(Enum):
     failed = "failed"
 
 
-class RunDirectory:
+class RunDirectory(RunFiles):
     """One run's directory. Made by `create`, `at` or `open`, which lock it for this process, or by `view`.
 
     A lock ends with `close`, with the `with` block, or with the process, however that ends. Where a later
@@ -53,7 +58,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, lock: FileLock | None = None, token: str | None = None) -> None:
-        self.path = path
+        super().__init__(path)
         self._lock = lock
         self._token = token if lock is None else lock.owner.token
         if lock is not None:
@@ -73,7 +78,7 @@ class RunDirectory:
             parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except OSError as error:
-            raise _cannot("make the run directory", path, error) from error
+            raise cannot("make the run directory", path, error) from error
         return cls._locked(path)
 
     @classmethod
@@ -88,7 +93,7 @@ class RunDirectory:
             _require_unused(path)
             directory = cls._locked(path)
         except OSError as error:
-            raise _cannot("use the run directory", path, error) from error
+            raise cannot("use the run directory", path, error) from error
         try:
             _require_unused(path)  # another process may have held the lock, and finished, in between
         except BaseException:
@@ -104,7 +109,7 @@ class RunDirectory:
             RunDirectoryError: there is no run in it, a folder of it is a link, another process writes to it,
                 or it is read-only.
         """
-        _require_run(path)
+        require_run(path)
         for folder in (path / "checkpoints", path / "figures", path / "wandb"):
             if folder.is_symlink():
                 raise RunDirectoryError(f"{folder} is a link, which may lead out of the run directory")
@@ -117,7 +122,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: there is no run in it.
         """
-        _require_run(path)
+        require_run(path)
         return cls(path)
 
     @classmethod
@@ -133,14 +138,14 @@ class RunDirectory:
     @classmethod
     def _locked(cls, path: Path) -> Self:
         try:
-            lock = FileLock(path / _LOCK)
+            lock = FileLock(path / LOCK)
         except LockedError as error:
             raise RunDirectoryError(
                 f"{path} is being written by {error}. Two runs cannot share a directory: wait for that one, "
                 "stop it, or start a new run"
             ) from None
         except OSError as error:
-            raise _cannot("write to the run directory", path, error) from error
+            raise cannot("write to the run directory", path, error) from error
         try:
             for leftover in path.glob(".*.tmp"):  # of a writer that was killed; nobody else holds the lock
                 leftover.unlink()
@@ -148,7 +153,7 @@ class RunDirectory:
             (path / ".probe").unlink()
         except OSError as error:
             lock.release()
-            raise _cannot("write to the run directory", path, error) from error
+            raise cannot("write to the run directory", path, error) from error
         return cls(path, lock)
 
     def close(self) -> None:
@@ -194,35 +199,25 @@ class RunDirectory:
                 "and writes nothing more"
             ) from None
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        """Where the pictures lie."""
-        return self.path / "figures"
-
     def write_config(self, text: str) -> None:
         """Save the resolved configuration; the text stays as it is unless it holds secrets."""
         plain = yaml.safe_load(text)
         shown = redact(plain)
         if shown != plain:
             text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
-        self._replace(_CONFIG, text)
+        self._replace(CONFIG, text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Save what `describe_environment` found."""
-        self._replace(_ENVIRONMENT, to_json(redact(environment), indent=2))
+        self._replace(ENVIRONMENT, to_json(redact(environment), indent=2))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Save the result of the run."""
-        self._replace(_SUMMARY, to_json(summary, indent=2))
+        self._replace(SUMMARY, to_json(summary, indent=2))
 
     def write_subcomponents(self, text: Mapping[str, Any]) -> None:
         """Save what the subcomponents of a model of text respond to."""
-        self._replace(_SUBCOMPONENTS, to_json(text))
+        self._replace(SUBCOMPONENTS, to_json(text))
 
     def write_status(
         self, status: Status, step: int, error: str | None = None, traceback: str | None = None
@@ -241,11 +236,11 @@ class RunDirectory:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        self._replace(_STATUS, to_json(content, indent=2))
+        self._replace(STATUS, to_json(content, indent=2))
 
     def write_rank_error(self, rank: int, text: str) -> Path | None:
         """Keep the trace of an error on a rank, from that rank; None where it could not be kept."""
-        if self._token is None or not is_owner(self.path / _LOCK, self._token):
+        if self._token is None or not is_owner(self.path / LOCK, self._token):
             return None
         path = self.path / "errors" / f"rank_{rank}.txt"
         try:
@@ -255,27 +250,6 @@ class RunDirectory:
             return None
         return path
 
-    def read_status(self) -> dict[str, Any] | None:
-        """What `write_status` last wrote; a killed run still says `running`, see `is_being_written`."""
-        return self._read_json(_STATUS)
-
-    def read_summary(self) -> dict[str, Any] | None:
-        """What was last written by `write_summary`."""
-        return self._read_json(_SUMMARY)
-
-    def read_subcomponents(self) -> dict[str, Any] | None:
-        """What was last written by `write_subcomponents`."""
-        return self._read_json(_SUBCOMPONENTS)
-
-    def read_environment(self) -> dict[str, Any]:
-        """What `write_environment` saved; empty if nothing was."""
-        return self._read_json(_ENVIRONMENT) or {}
-
-    def read_config(self) -> str:
-        """The text of the saved configuration."""
-        with self._errors("read", _CONFIG) as path:
-            return path.read_text()
-
     def writing(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """The path of a file of the run that the `with` block writes.
 
@@ -283,11 +257,7 @@ class RunDirectory:
             RunDirectoryError: in place of an OSError in the block, or another process has taken over.
         """
         self.require_ownership()
-        return self._errors("write", name)
-
-    def is_being_written(self) -> bool:
-        """Whether a process holds the lock of this directory."""
-        return FileLock.is_held(self.path / _LOCK)
+        return self.errors("write", name)
 
     def append_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Add a row to the metrics, given to the operating system at once; NaN and infinity become null."""
@@ -296,7 +266,7 @@ class RunDirectory:
         self.require_ownership()
         assert not {"step", "split"} & values.keys(), "a metric may not be called step or split"
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        with self._errors("write", _METRICS) as path:
+        with self.errors("write", METRICS) as path:
             metrics_log.append_row(path, {"step": step, "split": split, **numbers})
 
     def sync_metrics(self) -> None:
@@ -304,13 +274,8 @@ class RunDirectory:
         if self.follows:
             return
         self.require_ownership()
-        with self._errors("write", _METRICS) as path:
+        with self.errors("write", METRICS) as path:
             metrics_log.sync(path)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of the metrics in the order in which they were written; torn lines are passed over."""
-        with self._errors("read", _METRICS) as path:
-            return [row for _, row in metrics_log.read_rows(path)]
 
     def truncate_metrics(self, step: int) -> int:
         """Drop the rows of later steps than this, and torn lines, when going on from a checkpoint.
@@ -321,31 +286,15 @@ class RunDirectory:
         if self.follows:
             return 0
         self.require_ownership()
-        with self._errors("write", _METRICS) as path:
+        with self.errors("write", METRICS) as path:
             return metrics_log.truncate(path, step)
-
-    @contextlib.contextmanager
-    def _errors(self, what: str, name: str) -> Iterator[Path]:
-        try:
-            yield self.path / name
-        except OSError as error:
-            raise _cannot(what, self.path / name, error) from error
 
     def _replace(self, name: str, data: bytes | str) -> None:
         if self.follows:
             return
         self.require_ownership()
-        with self._errors("write", name) as path:
+        with self.errors("write", name) as path:
             atomic.replace(path, data)
-
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        with self._errors("read", name) as path:
-            if not path.exists():
-                return None
-            try:
-                return dict(json.loads(path.read_text()))
-            except ValueError as error:
-                raise RunDirectoryError(f"{path} is not JSON: {error}") from error
 
 
 def written_here() -> list[RunDirectory]:
@@ -379,16 +328,3 @@ def _require_unused(path: Path) -> None:
                 f"{path} already holds {entry.name}: a new run needs a directory of its own. "
                 f"To go on with a run use resume={path}"
             )
-
-
-def _require_run(path: Path) -> None:
-    if not (path / _CONFIG).is_file():
-        reason = f"it has no {_CONFIG}" if path.is_dir() else "there is no such directory"
-        raise RunDirectoryError(f"{path} is not the directory of a run: {reason}")
-
-
-def _cannot(what: str, path: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"cannot {what} {path}: {error.strerror or error}. Check that it exists, is writable and has room, "
-        "or choose another place with out_dir="
-    )

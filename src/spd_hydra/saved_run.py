@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from spd_hydra.model.weights import (
 from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
+
+Revisions = dict[str, dict[str, str]]
+"""By part of a configuration, `model` or `data`, and field: branch, tag or commit on the hub."""
 
 
 def require_trust(path: Path, config: RunConfig, *, trusted: bool, yes: str) -> None:
@@ -46,21 +48,22 @@ def require_trust(path: Path, config: RunConfig, *, trusted: bool, yes: str) -> 
 
 def pinned(config: RunConfig) -> RunConfig:
     """A configuration that names the commit of what it takes from a hub, where branches move on."""
-    return at_revisions(config, {"model": config.model.commit(), "data": config.data.commit()})
+    return at_revisions(config, {"model": config.model.commits(), "data": config.data.commits()})
 
 
-def revisions(config: RunConfig) -> dict[str, str | None]:
-    """What `at_revisions` sets."""
-    return {part: getattr(getattr(config, part), "revision", None) for part in ("model", "data")}
+def revisions(config: RunConfig) -> Revisions:
+    """Those that a configuration names: of fields `revision` and `<what>_revision`."""
+    named: Revisions = {}
+    for part, section in (("model", config.model), ("data", config.data)):
+        fields = [f.name for f in dataclasses.fields(section) if f.name.split("_")[-1] == "revision"]
+        values = {field: getattr(section, field) for field in fields}
+        named[part] = {field: value for field, value in values.items() if value is not None}
+    return named
 
 
-def at_revisions(config: RunConfig, commits: Mapping[str, str | None]) -> RunConfig:
-    """A configuration whose model and data are taken from the hub as they were at these commits, if any."""
-    parts = {
-        part: dataclasses.replace(getattr(config, part), revision=commit)
-        for part, commit in commits.items()
-        if commit is not None and hasattr(getattr(config, part), "revision")
-    }
+def at_revisions(config: RunConfig, revisions: Revisions) -> RunConfig:
+    """A configuration that takes from the hub what was there at these revisions."""
+    parts = {part: dataclasses.replace(getattr(config, part), **own) for part, own in revisions.items()}
     return dataclasses.replace(config, **parts)
 
 

@@ -1,15 +1,18 @@
 """The optimiser's state, and the gradients it reads, shared out over ranks; parameters stay whole on each.
 
 Each rank updates its own piece of every parameter, so it needs the moments and the summed gradient of that
-piece alone. Pieces are torch's distributed tensors, the form in which FSDP keeps what it shards.
+piece alone. Pieces are torch's distributed tensors, the form in which FSDP keeps what it shards. They travel
+together, so that a step makes a few messages however many parameters there are.
 
 Importing this takes as long as importing torch: it is done where pieces are made.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -47,14 +50,32 @@ class Shards:
             parameters: some are shared out, some are not: of these every rank gets the whole sum.
             gradients: of them, from this rank's rows.
         """
-        return [
-            self._sum(gradient) if parameter in self._pieces else distributed.global_sum([gradient])[0]
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
+        order: list[nn.Parameter] = []
+        others: list[Tensor] = []
 
-    def _sum(self, gradient: Tensor) -> Tensor:
-        addend = DTensor.from_local(gradient.reshape(-1), self._mesh, [Partial()])
-        return addend.redistribute(placements=[Shard(0)])
+        def shared() -> Iterator[Tensor]:  # one by one, so that what was sent is free
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                order.append(parameter)
+                if parameter in self._pieces:
+                    yield gradient.reshape(-1)
+                else:
+                    others.append(gradient)
+
+        messages = distributed.messages_of(shared())
+        pieces = iter([piece for together in messages for piece in self._sums_of_one_message(together)])
+        whole = iter(distributed.global_sum(others))
+        return [next(pieces if parameter in self._pieces else whole) for parameter in order]
+
+    def _sums_of_one_message(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Of flat gradients, this rank's pieces of their sums."""
+        rows = torch.cat([self._in_rows(gradient) for gradient in gradients], dim=1)
+        addend = DTensor.from_local(rows.view(-1), self._mesh, [Partial()])
+        own = addend.redistribute(placements=[Shard(0)]).to_local()
+        parts = torch.split(own, [self._width(gradient) for gradient in gradients])
+        return [
+            self._piece(part[: self._length(gradient)], gradient.numel())
+            for part, gradient in zip(parts, gradients, strict=True)
+        ]
 
     def take_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep this rank's pieces alone of gradients that are the same on every rank."""
@@ -66,8 +87,13 @@ class Shards:
     @torch.no_grad()
     def gather(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make parameters whole again, after each rank has changed its pieces."""
-        for parameter in parameters:
-            parameter.copy_(self.whole(self._pieces[parameter]).view(parameter.shape))
+        for together in distributed.messages_of(parameters):
+            widths = [self._width(parameter) for parameter in together]
+            pieces = [_local(self._pieces[parameter]) for parameter in together]
+            own = torch.cat([_filled(piece, width) for piece, width in zip(pieces, widths, strict=True)])
+            rows = DTensor.from_local(own, self._mesh, [Shard(0)]).full_tensor().view(-1, len(own))
+            for parameter, part in zip(together, torch.split(rows, widths, dim=1), strict=True):
+                parameter.view(-1).copy_(part.reshape(-1)[: parameter.numel()])
 
     def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces of an optimiser's state; what is in pieces already stays as it is."""
@@ -97,13 +123,38 @@ class Shards:
 
     def _own(self, tensor: Tensor) -> DTensor:
         """This rank's piece of a tensor that every rank has, in the memory of that tensor if it can be."""
-        flat = tensor.reshape(-1)
-        pieces, number = flat.chunk(self._mesh.size()), distributed.rank()
-        own = pieces[number] if number < len(pieces) else flat[:0]
-        own = own.to(self._mesh.device_type)
-        return DTensor.from_local(own, self._mesh, [Shard(0)], shape=flat.shape, stride=(1,))
+        start = distributed.rank() * self._width(tensor)
+        own = tensor.reshape(-1)[start : start + self._length(tensor)]
+        return self._piece(own.to(self._mesh.device_type), tensor.numel())
 
     @staticmethod
     def whole(tensor: Tensor) -> Tensor:
         """A tensor from the pieces of all ranks; flat, if it is a parameter's or a moment."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _piece(self, own: Tensor, numbers: int) -> DTensor:
+        return DTensor.from_local(own, self._mesh, [Shard(0)], shape=torch.Size([numbers]), stride=(1,))
+
+    def _width(self, tensor: Tensor) -> int:
+        """Numbers in a piece; the last ranks may have fewer."""
+        return math.ceil(tensor.numel() / self._mesh.size())
+
+    def _length(self, tensor: Tensor) -> int:
+        """Numbers in this rank's piece."""
+        width = self._width(tensor)
+        return min(max(tensor.numel() - distributed.rank() * width, 0), width)
+
+    def _in_rows(self, flat: Float[Tensor, " numbers"]) -> Float[Tensor, "ranks width"]:
+        """The pieces of all ranks, filled up to one width."""
+        width = self._width(flat)
+        return _filled(flat, width * self._mesh.size()).view(-1, width)
+
+
+def _filled(flat: Float[Tensor, " numbers"], length: int) -> Float[Tensor, " length"]:
+    """With zeros at the end."""
+    return nn.functional.pad(flat, (0, length - len(flat)))
+
+
+def _local(piece: Tensor) -> Tensor:
+    assert isinstance(piece, DTensor), "what is shared out is in pieces"
+    return piece.to_local()

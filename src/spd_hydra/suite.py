@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from spd_hydra.composition import Composer
+from spd_hydra.composer import Composer
 from spd_hydra.overrides import read
 from spd_hydra.section import ConfigError
 

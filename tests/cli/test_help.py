@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.composition import Composer, compose
+from spd_hydra.composer import Composer
+from spd_hydra.composition import compose
 from spd_hydra.config import sections
 from spd_hydra.section import registered
 from spd_hydra.suite import expanded

@@ -9,6 +9,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch.utils.flop_counter import FlopCounterMode
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
@@ -16,6 +17,7 @@ from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.routing import Routing
+from spd_hydra.loss.ascent import Start
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.objective import Objective, Precision
@@ -130,6 +132,42 @@ def test_evaluations_compile_nothing(compilations: list[str]) -> None:
         columns = len(of.columns(of.losses.active_terms()))
         of(torch.ones(2, WIDTH), torch.rand(2, columns), {})
     assert not compilations
+
+
+def adversarial(n_steps: int, *, compiled: bool, recompute: bool = False) -> Objective:
+    of = objective(Stack([1.0, 1.0, 1.0]), compiled=compiled)
+    of.losses = LossSet(pgd_recon=PGDRecon(coeff=1.0, n_steps=n_steps, step_size=0.1, start=Start.ones))
+    of.recompute = recompute
+    return of
+
+
+def flops(of: Objective, n_rows: int) -> int:
+    """Of a step that compiles nothing."""
+    columns = len(of.columns(of.losses.active_terms()))
+    batch, draws = torch.ones(n_rows, WIDTH), torch.ones(n_rows, columns)
+    parameters = [p for p in of.model.parameters() if p.requires_grad]
+    torch.autograd.grad(of(batch, draws, {}).total, parameters, allow_unused=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(of(batch, draws, {}).total, parameters, allow_unused=True)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_ascent_takes_no_gradients_of_the_matrices(compilations: list[str], recompute: bool) -> None:
+    two, three = (flops(adversarial(n, compiled=True, recompute=recompute), 7) for n in (2, 3))
+    width, hidden = 2 * 7 * WIDTH * WIDTH, 2 * 7 * WIDTH * C  # x W; h = x V, and as much for h U
+    forward = 6 * (width + 2 * hidden)  # three blocks of two sites
+    backward = 6 * (width + 2 * hidden) - (width + hidden)  # to x and h; the first x is the input
+    assert compilations
+    assert three - two == (2 if recompute else 1) * forward + backward
+
+
+def test_an_ascent_finds_what_it_finds_in_blocks_that_run_as_they_are(compilations: list[str]) -> None:
+    for recompute in (False, True):
+        plain, compiled = (adversarial(2, compiled=own, recompute=recompute) for own in (False, True))
+        for seed in range(2):
+            require_close(losses_and_gradients(compiled, seed), losses_and_gradients(plain, seed))
+    assert compilations
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_a_line_says_so(

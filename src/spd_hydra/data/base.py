@@ -59,9 +59,9 @@ class DataSource(Section):
         """
         return self.bind(target)
 
-    def commit(self) -> str | None:
-        """The commit on the hub that is read now, for the field `revision`; None: they are from no hub."""
-        return None
+    def commits(self) -> dict[str, str]:
+        """What is read from a hub now, as a commit for each field `revision` or `<what>_revision`."""
+        return {}
 
     def prefetch(self, target: TargetSpec) -> list[str]:
         """Fetch and prepare all that batches need, and say in a line for each thing where it lies."""

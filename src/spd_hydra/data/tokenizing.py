@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spd_hydra.data.packing import Document
+from spd_hydra.model.hub import commit_in_cache
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
 
@@ -185,17 +186,23 @@ def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     is_local = Path(name).expanduser().exists()
+    if is_local and revision is not None:
+        raise ConfigError(
+            f"data.tokenizer_revision: got {revision}, but data.tokenizer={name} is local and has no "
+            "revisions; leave it out"
+        )
     place = {} if is_local else {"revision": revision or "main"}
     try:  # without code of its own; unless told, transformers would ask whoever sits there
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if is_local else name, trust_remote_code=False, **place
         )
     except Exception as error:  # of several libraries, all about finding or reading it
+        at = "" if revision is None else f" at {revision}"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"data.tokenizer: {name} cannot be loaded ({reason}); give a local directory, or fetch it with "
-            "`spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there is "
-            "none"
+            f"data.tokenizer: {name}{at} cannot be loaded ({reason}); give a local directory, or fetch it "
+            "with `spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there "
+            "is none"
         ) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where there are no files
         raise ConfigError(
@@ -203,6 +210,16 @@ def _tokenizer(name: str, revision: str | None) -> Any:
             "data.token_column for data that are tokenised already"
         )
     return tokenizer
+
+
+def tokenizer_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a tokenizer on the hub, which is fetched first if the cache lacks it; None: it is local.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    _tokenizer(name, revision)
+    return commit_in_cache(name, revision)
 
 
 def _digest(tokenizer: Any) -> str:

@@ -14,7 +14,7 @@ from spd_hydra.data.streamed import StreamedBatches
 from spd_hydra.data.text_source import TextSource, TextUnit, find_source
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
-from spd_hydra.data.tokenizing import Reader, make_reader
+from spd_hydra.data.tokenizing import Reader, make_reader, tokenizer_commit
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
@@ -44,6 +44,9 @@ class Tokens(DataSource):
     tokenizer: str | None = option(
         None, "hub id or directory of a tokenizer; null: the target's own, for a token_column none"
     )
+    tokenizer_revision: str | None = option(
+        None, "branch, tag or commit of `tokenizer` on the hub; null: main"
+    )
     length: int = option(512, "tokens per row", ge=2)
     pack: bool = option(
         True, "concatenate documents and cut them into full rows; false: one document per row, cut or padded"
@@ -55,12 +58,18 @@ class Tokens(DataSource):
     cache_dir: str = option("~/.cache/spd_hydra", "where tokens are kept; as the run's cache_dir")
 
     def problems(self) -> Iterator[Problem]:
-        """Adds: text and tokens exclude each other."""
+        """Adds: text and tokens exclude each other, and a revision is that of a tokenizer on the hub."""
         yield from super().problems()
         if self.token_column is not None and self.text_column is not None:
             yield Problem(
                 "token_column",
                 f"got {self.token_column} beside text_column={self.text_column}; give one of them",
+            )
+        if self.tokenizer_revision is not None and self.tokenizer is None:
+            yield Problem(
+                "tokenizer_revision",
+                f"got {self.tokenizer_revision} without data.tokenizer; name one, or leave it out: the "
+                "target's own tokenizer is of model.revision",
             )
 
     def bind(self, target: TargetSpec) -> Batches:
@@ -77,9 +86,12 @@ class Tokens(DataSource):
         """The held-out rows; no document of theirs is among those to train on."""
         return self._batches(target, HELD_OUT)
 
-    def commit(self) -> str | None:
-        """The commit of a dataset on the hub."""
-        return self._find(self.split).commit
+    def commits(self) -> dict[str, str]:
+        """Those of a dataset and of a tokenizer that are named by their ids on the hub."""
+        found = {"revision": self._find(self.split).commit}
+        if self.tokenizer is not None:
+            found["tokenizer_revision"] = tokenizer_commit(self.tokenizer, self.tokenizer_revision)
+        return {field: commit for field, commit in found.items() if commit is not None}
 
     def prefetch(self, target: TargetSpec) -> list[str]:
         rows = self._plan(target)
@@ -124,7 +136,7 @@ class Tokens(DataSource):
             text_column=self.text_column,
             token_column=self.token_column,
             tokenizer=self.tokenizer or (None if self.token_column else target.tokenizer_name()),
-            tokenizer_revision=None if self.tokenizer else target.tokenizer_revision(),
+            tokenizer_revision=self.tokenizer_revision if self.tokenizer else target.tokenizer_revision(),
             special_tokens=not self.pack,
             processes=self.processes,
         )

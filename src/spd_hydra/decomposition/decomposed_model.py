@@ -18,7 +18,12 @@ from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.layers import is_embedding, weight_matrix
-from spd_hydra.decomposition.masked_site import MaskedSite, StandIns, standing_in
+from spd_hydra.decomposition.masked_site import (
+    MaskedSite,
+    StandIns,
+    standing_in,
+    with_fixed_matrices,
+)
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
 from spd_hydra.decomposition.sites import check_ties, find_sites
@@ -199,6 +204,7 @@ class DecomposedModel(nn.Module):
         reuse: "Reuse | None" = None,
         outputs: dict[str, Activation] | None = None,
         recompute: bool = False,
+        for_masks: bool = False,
     ) -> Tensor:
         """The model's output with the given sites masked; without masks, the target's own output.
 
@@ -211,6 +217,8 @@ class DecomposedModel(nn.Module):
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
             outputs: is filled with the output of every masked site.
             recompute: keep the inputs of blocks alone for the backward pass, which runs each block again.
+            for_masks: gradients with respect to masks are wanted and none for V and U, which compiled blocks
+                would compute with the rest.
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
@@ -224,7 +232,8 @@ class DecomposedModel(nn.Module):
         run: AtBlock = run_block
         if torch.is_grad_enabled():
             if self.compiled_blocks is not None and outputs is None:
-                run = self._compiled(sites, lone=len(masks) == 1)
+                own = with_fixed_matrices(sites) if for_masks else sites
+                run = self._compiled(own, lone=len(masks) == 1)
             run = self._recomputing(at_site, run) if recompute else run
         lone = next(iter(masks)) if len(masks) == 1 else None
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)

@@ -52,6 +52,14 @@ StandIns = Mapping[str, MaskedSite | Activation]
 """By site: what stands in place of its layer, or its output, where that is known to be the clean one."""
 
 
+def with_fixed_matrices(sites: StandIns) -> StandIns:
+    """The same, but V and U get no gradient."""
+    return {
+        name: site._replace(V=site.V.detach(), U=site.U.detach()) if isinstance(site, MaskedSite) else site
+        for name, site in sites.items()
+    }
+
+
 def standing_in(sites: StandIns, outputs: dict[str, Activation] | None = None) -> AtSite:
     """What the sites of a pass do; `outputs` is filled with the output of every masked site."""
 

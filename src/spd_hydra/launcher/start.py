@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from spd_hydra import atomic
+from spd_hydra.composition import Job
 from spd_hydra.config import to_dict
 from spd_hydra.distributed import say
 from spd_hydra.environment import code_digest, describe_environment
@@ -22,7 +23,7 @@ from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
 from spd_hydra.metrics_log import to_json
 from spd_hydra.overrides import without_hydra
-from spd_hydra.plan import Job, require_one_launcher
+from spd_hydra.plan import require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError

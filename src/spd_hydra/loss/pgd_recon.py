@@ -98,7 +98,7 @@ def adversarial_recon(
             reuse = fixed.reuse._replace(products=dict(fixed.reuse.products))
             make = _maker(fixed.model, r)
             masks = {site: make(site, fixed.ci[site])._replace(route=where) for site, where in route.items()}
-            output = fixed.model(fixed.batch, masks, reuse=reuse, recompute=fixed.recompute)
+            output = fixed.model(fixed.batch, masks, reuse=reuse, recompute=fixed.recompute, for_masks=True)
             return divergence_by_row(
                 fixed.divergence, output, fixed.clean.output, fixed.valid, fixed.target_normaliser
             )

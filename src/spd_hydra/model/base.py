@@ -80,9 +80,9 @@ class TargetSpec(Section):
         """Download what `build` needs to where it finds it without a network; a line for each thing."""
         return []
 
-    def commit(self) -> str | None:
-        """The commit on the hub that `build` takes now, for the field `revision`; None: it is from no hub."""
-        return None
+    def commits(self) -> dict[str, str]:
+        """What `build` takes from a hub now, as a commit for each field `revision` or `<what>_revision`."""
+        return {}
 
     def vocab_size(self) -> int | None:
         """Number of tokens of a target that takes tokens."""

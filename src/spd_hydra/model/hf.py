@@ -138,11 +138,12 @@ class HuggingFace(TargetSpec):
         directory = hub.download(self.name, self.revision, wanted)
         return [f"model {self.name}: {directory}"]
 
-    def commit(self) -> str | None:
-        """The commit of the snapshot in the cache; None for a local directory."""
+    def commits(self) -> dict[str, str]:
+        """The commit of the snapshot in the cache; nothing for a local directory."""
         if Path(self.name).expanduser().is_dir():  # also a snapshot of the cache, named by its path
-            return None
-        return hub.commit_of(self._directory(hub.CONFIG))
+            return {}
+        commit = hub.commit_of(self._directory(hub.CONFIG))
+        return {} if commit is None else {"revision": commit}
 
     def vocab_size(self) -> int | None:
         """Number of tokens that the model knows."""

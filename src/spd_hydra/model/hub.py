@@ -97,16 +97,33 @@ def commit_of(directory: Path) -> str | None:
     return directory.name if in_cache else None
 
 
+def commit_in_cache(name: str, revision: str | None) -> str | None:
+    """The commit of which the cache of Hugging Face gives the files of a repository now, without a network.
+
+    Args:
+        name: a local path, which has no commit, or an id on the hub.
+        revision: branch, tag or commit on the hub; None: `main`.
+    """
+    if Path(name).expanduser().exists():
+        return None
+    found = _snapshot(name, revision)
+    return None if found is None else commit_of(found)
+
+
 def _cached(name: str, revision: str | None, files: Sequence[str]) -> Path | None:
     """The snapshot in the cache, if it is whole."""
+    found = _snapshot(name, revision)
+    return None if found is None or _missing(found, files) else found
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
-        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return None if _missing(found, files) else found
 
 
 def _require_files(directory: Path, name: str, files: Sequence[str]) -> None:
