@@ -167,18 +167,18 @@ def test_a_compiler_that_cannot_plan_leaves_the_uncompiled_bound(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def other_version(*arguments: object) -> None:
-        raise TypeError("estimate_peak_memory() takes 4 positional arguments\nbut 3 were given")
+        raise TypeError("compute_memory_timeline() takes 4 positional arguments\nbut 3 were given")
 
     monkeypatch.setattr(estimates, "measure", lambda device, precision: estimates.Rates(matmul=1, copy=1))
     monkeypatch.setattr(estimates, "can_compile", lambda device: True)
-    monkeypatch.setattr("torch._inductor.memory.estimate_peak_memory", other_version)
+    monkeypatch.setattr("torch._inductor.memory.compute_memory_timeline", other_version)
     config = toy("train.batch_size=8", "train.compile=true")
     found = estimates.estimate(config, preflight(config))
     assert found.peak == (found.needs.peak, Way.uncompiled)
     assert "stays below" in found.lines()[1]
     (line,) = [r.getMessage() for r in caplog.records if r.name == "spd_hydra.estimate"]
     assert line.startswith("the memory of a compiled step is not known")
-    assert "estimate_peak_memory() takes 4" in line
+    assert "compute_memory_timeline() takes 4" in line
     assert "\n" not in line
 
 

@@ -74,6 +74,6 @@ def test_what_cannot_be_planned_is_told(planned: Planned, monkeypatch: pytest.Mo
     def other_version(*arguments: object) -> None:
         raise TypeError("another signature")
 
-    monkeypatch.setattr("torch._inductor.memory.estimate_peak_memory", other_version)
+    monkeypatch.setattr("torch._inductor.memory.compute_memory_timeline", other_version)
     with pytest.raises(Exception, match="another signature"):
         planned(torch.exp, (N, A))

@@ -1,6 +1,7 @@
 """What compiled kernels take of memory, as the compiler plans it before it would write their code."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class Planner:
 
     def __call__(self, graph: GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         """A kernel without code for a graph, for tensors without values."""
+        from torch._functorch.aot_autograd import make_boxed_func  # noqa: PLC0415
+
         outputs = _Outputs(graph)  # now, because the compiler changes the graph
         try:
             size = planned_bytes(graph, inputs, **settings)
@@ -35,7 +38,8 @@ class Planner:
             self.reach(size)
             return outputs(tensors)
 
-        return run
+        boxed: Callable[..., Any] = make_boxed_func(run)  # type: ignore[no-untyped-call]
+        return boxed
 
 
 def planned_bytes(graph: GraphModule, inputs: Sequence[Any], **settings: Any) -> int:
@@ -72,15 +76,10 @@ class _Planned(BaseException):
 @contextlib.contextmanager
 def _before_code_is_written() -> Iterator[None]:
     """Raise `_Planned` where the compiler would begin to write the code of what it has scheduled."""
-    from torch._inductor.memory import estimate_peak_memory  # noqa: PLC0415
     from torch._inductor.scheduler import Scheduler  # noqa: PLC0415
-    from torch._inductor.virtualized import V  # noqa: PLC0415
-    from torch.utils._ordered_set import OrderedSet  # noqa: PLC0415
 
     def stop(scheduler: Any) -> None:
-        # Inputs that could be freed are left out: whoever calls the kernel still holds them.
-        size, _ = estimate_peak_memory(scheduler.nodes, {}, OrderedSet(V.graph.get_output_names()))
-        raise _Planned(size)
+        raise _Planned(_most_bytes(scheduler.nodes))
 
     codegen = Scheduler.codegen
     Scheduler.codegen = stop  # type: ignore[method-assign]
@@ -88,6 +87,34 @@ def _before_code_is_written() -> Iterator[None]:
         yield
     finally:
         Scheduler.codegen = codegen  # type: ignore[method-assign]
+
+
+def _most_bytes(kernels: Sequence[Any]) -> int:
+    """Of the buffers that these kernels make, at a time."""
+    from torch._inductor.memory import compute_memory_timeline  # noqa: PLC0415
+    from torch._inductor.virtualized import V  # noqa: PLC0415
+    from torch.utils._ordered_set import OrderedSet  # noqa: PLC0415
+
+    # Inputs that could be freed are left out: whoever calls the kernels still holds them.
+    buffers = compute_memory_timeline(kernels, {}, OrderedSet(V.graph.get_output_names()))[0]
+    changes = [0] * (len(kernels) + 1)
+    writing_over: set[str] = set()  # operations that write their result over an input
+    for buffer in buffers:
+        first, last = buffer.start_step, buffer.end_step
+        operations = kernels[last].get_nodes()
+        if first == last and len(operations) > 1:
+            continue  # passed on between operations that are one kernel, which never writes it to memory
+        changes[first] += buffer.size_alloc
+        if last < 0:  # an output
+            continue
+        readers = [user for user in buffer.buffer.users if user.node in operations]
+        (reader,) = readers if len(readers) == 1 else (None,)
+        if reader is None or not reader.can_inplace or reader.get_name() in writing_over:
+            changes[last + 1] -= buffer.size_free
+        else:
+            writing_over.add(reader.get_name())
+            changes[last] -= buffer.size_free
+    return max(itertools.accumulate(changes))
 
 
 class _Outputs:
