@@ -104,15 +104,6 @@ def test_a_kernel_is_traced_without_values() -> None:
     assert given == [FakeTensor]
 
 
-def test_a_kernel_whose_course_depends_on_values_takes_that_of_the_first_ones() -> None:
-    def positive(x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-    with compiled_by(lambda graph, inputs, **settings: graph):
-        assert torch.equal(Kernel(positive)(-torch.ones(3)), torch.ones(3))
-        assert torch.equal(Kernel(positive)(torch.ones(3)), torch.ones(3))
-
-
 @pytest.mark.slow
 def test_the_command_works_on_a_machine_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -146,7 +146,7 @@ def test_what_people_read() -> None:
     assert shown(needs).lines()[1].endswith("5.0 GiB at the peak of an uncompiled step")
     unknown = shown(needs, way=Way.whole, planned=None).lines()[1]
     assert unknown.endswith(
-        "5.0 GiB at the peak of an uncompiled step; a compiled step, as the run takes it, stays below"
+        "5.0 GiB at the peak of an uncompiled step; not known of a compiled step, as the run takes it"
     )
 
 
@@ -163,7 +163,7 @@ def test_facts_say_of_which_step_the_peak_is() -> None:
     assert facts(Way.whole, None) == (9, "an uncompiled step", 9)
 
 
-def test_a_compiler_that_cannot_plan_leaves_the_uncompiled_bound(
+def test_a_compiler_that_cannot_plan_leaves_the_peak_of_an_uncompiled_step(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def other_version(*arguments: object) -> None:
@@ -175,14 +175,14 @@ def test_a_compiler_that_cannot_plan_leaves_the_uncompiled_bound(
     config = toy("train.batch_size=8", "train.compile=true")
     found = estimates.estimate(config, preflight(config))
     assert found.peak == (found.needs.peak, Way.uncompiled)
-    assert "stays below" in found.lines()[1]
+    assert found.lines()[1].endswith("not known of a compiled step, as the run takes it")
     (line,) = [r.getMessage() for r in caplog.records if r.name == "spd_hydra.estimate"]
-    assert line.startswith("the memory of a compiled step is not known")
+    assert line.startswith("the peak memory of a compiled step is not known")
     assert "compute_memory_timeline() takes 4" in line
     assert "\n" not in line
 
 
-def test_a_plan_is_below_the_uncompiled_step_and_starts_no_process(
+def test_the_plan_of_a_toy_is_below_its_uncompiled_step_and_starts_no_process(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object, **settings: object) -> None:

@@ -8,14 +8,13 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +113,8 @@ class Kernel:
         # Imported only now: the compiler takes longer to import than all else together.
         from torch._guards import TracingContext, detect_fake_mode, tracing  # noqa: PLC0415
         from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
-        from torch._subclasses.fake_tensor import (  # noqa: PLC0415
-            DataDependentOutputException,
-            FakeTensor,
-            FakeTensorMode,
-        )
+        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: PLC0415
+        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
         from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
         tensors = tuple(t.detach() for t in tensors)  # tracing others warns that it reads their `.grad`
@@ -129,26 +125,18 @@ class Kernel:
         inputs: list[Any] = [
             t if isinstance(t, FakeTensor) else fake.from_tensor(t, static_shapes=True) for t in tensors
         ]
+        token = _tracing.set(True)
         try:
-            with fake:  # without values: an uncompiled step may not fit into memory
-                graph = self._traced(inputs)
-        except DataDependentOutputException:
-            graph = self._traced(tensors)
+            with fake:  # without values: there may be too little memory for a step that is not compiled
+                # A function of its own, because a method's arguments would be miscounted.
+                graph = make_fx(lambda *args: self._function(*args))(*inputs)
+        finally:
+            _tracing.reset(token)
         with torch.no_grad(), tracing(TracingContext(fake)):
             run: Callable[..., Any] = compile_fx(
                 graph, inputs, inner_compile=graph_compiler(), config_patches=dict(self._options)
             )
         return run
-
-    def _traced(self, tensors: Sequence[Tensor]) -> GraphModule:
-        from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
-
-        token = _tracing.set(True)
-        try:
-            # A function of its own, because a method's arguments would be miscounted.
-            return make_fx(lambda *args: self._function(*args))(*tensors)
-        finally:
-            _tracing.reset(token)
 
 
 def main() -> None:

@@ -83,11 +83,11 @@ class Estimate:
         """What people read."""
         needs, (peak, way) = self.needs, self.peak
         each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
-        bound = "" if way is self.way else f"; {self.way}, as the run takes it, stays below"
+        other = "" if way is self.way else f"; not known of {self.way}, as the run takes it"
         found = [
             f"parameters: {needs.trained:,} trained, {needs.frozen:,} frozen",
             f"memory{each}: {_bytes(needs.resident)} for parameters, gradients and AdamW's moments, "
-            f"{_bytes(peak)} at the peak of {way}{bound}",
+            f"{_bytes(peak)} at the peak of {way}{other}",
             f"arithmetic{each}: {_number(needs.flops)}FLOP per step in matrix products",
         ]
         if self.rates is None or self.seconds is None:
@@ -138,7 +138,7 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
             one = planned_peak(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
             planned = replicas * one
         except Exception as error:  # whatever a compiler may say, of this version or of another
-            logger.warning("the memory of %s is not known: %s", way, str(error).partition("\n")[0])
+            logger.warning("the peak memory of %s is not known: %s", way, str(error).partition("\n")[0])
             planned = None
     known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
     return Estimate(needs=needs, way=way, planned=planned, ranks=ranks, device=device, rates=known)
