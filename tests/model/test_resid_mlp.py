@@ -77,6 +77,30 @@ def test_certification_measures_response_and_interference() -> None:
     assert all(m.passed for m in spec.certify(exact(4, 8)))
 
 
+def test_certification_measures_the_least_that_a_layer_adds_for_a_feature() -> None:
+    spec = ResidMLP(n_features=4, d_embed=8, n_layers=2, min_layer_effect=0.1)
+    W_E = torch.eye(8)[:4]
+    # What each layer adds to the outputs for a lone feature (row) of size 1.
+    first = torch.tensor([[0.5, 0, 0, 0], [0, 0.7, 0, 0], [0, 0, 0.03, 0.04], [0, 0, 0, 0.2]])
+    second = torch.tensor([[0.3, 0, 0, 0], [0, 0.3, 0, 0], [0, 0, 0.7, 0], [0, 0, 0, 0.3]])
+
+    def module(first: Tensor) -> ResidMLPModel:
+        read = torch.eye(4) + first  # by the second layer
+        return ResidMLPModel(
+            W_E,
+            [
+                MLPLayer(W_E.clone(), W_E.T @ first.T),
+                MLPLayer(W_E.clone(), W_E.T @ torch.linalg.solve(read, second).T),
+            ],
+        )
+
+    effect = {m.name: m for m in spec.certify(module(first))}["layer_effect"]
+    assert effect.value == pytest.approx(0.05)  # feature 2 in the first layer: 3-4-5
+    assert not effect.passed
+    first[2] *= 3
+    assert {m.name: m for m in spec.certify(module(first))}["layer_effect"].passed
+
+
 def test_known_answer_names_sites_of_the_module() -> None:
     spec = ResidMLP(n_features=6, d_embed=11, d_mlp=4, n_layers=2)
     module = spec.build(rng.generator(0, "t"))

@@ -87,6 +87,23 @@ class ResidMLPModel(KeepsFactors):
             yield cast(MLPLayer, layer)
 
 
+def layer_effects(
+    module: ResidMLPModel, probe: Float[Tensor, "n_features n_features"]
+) -> Float[Tensor, "n_layers n_features"]:
+    """What each layer adds for a lone feature: norm over all outputs.
+
+    Args:
+        module: the residual MLP.
+        probe: row i has feature i alone.
+    """
+    residual, effects = probe @ module.W_E, []
+    for layer in module.mlp_layers():
+        added = layer(residual)
+        residual = residual + added
+        effects.append((added @ module.W_U).norm(dim=1))
+    return torch.stack(effects)
+
+
 @register("model", "resid_mlp")
 @dataclasses.dataclass(kw_only=True)
 class ResidMLP(TrainableTarget):
@@ -104,6 +121,10 @@ class ResidMLP(TrainableTarget):
     )
     max_interference: float = option(
         1.0, "certified: a lone feature's effect on another output over its input, at most", gt=0
+    )
+
+    min_layer_effect: float = option(
+        0.0, "certified: norm of what each layer adds for a lone feature over its input, at least", ge=0
     )
 
     def build(self, generator: torch.Generator) -> ResidMLPModel:
@@ -138,15 +159,20 @@ class ResidMLP(TrainableTarget):
 
         `response`: (own output - 0.75) / 0.75, smallest over features; 1 is exact.
         `interference`: |output of another feature| / 0.75, largest over pairs; 0 is exact.
+        `layer_effect`: norm of what a layer adds to the outputs / 0.75, smallest over layers and features;
+        a layer that does next to nothing with a feature needs no subcomponent for it.
         """
-        output = module(self._probe(module)).cpu() / PROBE_MAGNITUDE
+        probe = self._probe(module)
+        output = module(probe).cpu() / PROBE_MAGNITUDE
         response = (output.diagonal() - 1).min().item()
         others = output.masked_fill(torch.eye(self.n_features, dtype=torch.bool), 0.0)
+        effect = layer_effects(cast(ResidMLPModel, module), probe).min().item() / PROBE_MAGNITUDE
         return [
             Measurement(name="response", value=response, lower=self.min_response, upper=math.inf),
             Measurement(
                 name="interference", value=others.abs().max().item(), lower=0, upper=self.max_interference
             ),
+            Measurement(name="layer_effect", value=effect, lower=self.min_layer_effect, upper=math.inf),
         ]
 
     def known_answer(self, module: nn.Module) -> KnownAnswer:
