@@ -25,7 +25,7 @@ class Planner:
 
     def __call__(self, graph: GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
         """A kernel without code for a graph, for tensors without values."""
-        from torch._functorch.aot_autograd import make_boxed_func  # noqa: PLC0415
+        from torch._functorch._aot_autograd.utils import make_boxed_func  # noqa: PLC0415
 
         outputs = _Outputs(graph)  # now, because the compiler changes the graph
         try:
@@ -38,7 +38,7 @@ class Planner:
             self.reach(size)
             return outputs(tensors)
 
-        boxed: Callable[..., Any] = make_boxed_func(run)  # type: ignore[no-untyped-call]
+        boxed: Callable[..., Any] = make_boxed_func(run)
         return boxed
 
 
@@ -81,22 +81,24 @@ def _before_code_is_written() -> Iterator[None]:
     def stop(scheduler: Any) -> None:
         raise _Planned(_most_bytes(scheduler.nodes))
 
-    codegen = Scheduler.codegen
-    Scheduler.codegen = stop  # type: ignore[method-assign]
+    compiler: Any = Scheduler
+    codegen = compiler.codegen
+    compiler.codegen = stop
     try:
         yield
     finally:
-        Scheduler.codegen = codegen  # type: ignore[method-assign]
+        compiler.codegen = codegen
 
 
-def _most_bytes(kernels: Sequence[Any]) -> int:
+def _most_bytes(kernels: list[Any]) -> int:
     """Of the buffers that these kernels make, at a time."""
     from torch._inductor.memory import compute_memory_timeline  # noqa: PLC0415
     from torch._inductor.virtualized import V  # noqa: PLC0415
     from torch.utils._ordered_set import OrderedSet  # noqa: PLC0415
 
     # Inputs that could be freed are left out: whoever calls the kernels still holds them.
-    buffers = compute_memory_timeline(kernels, {}, OrderedSet(V.graph.get_output_names()))[0]
+    outputs = OrderedSet(V.graph.get_output_names())
+    buffers: list[Any] = list(compute_memory_timeline(kernels, {}, outputs)[0])
     changes = [0] * (len(kernels) + 1)
     writing_over: set[str] = set()  # operations that write their result over an input
     for buffer in buffers:
@@ -155,4 +157,4 @@ class _Output(NamedTuple):
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -157,7 +157,8 @@ class _Steps:
 
     def watched(self, planner: Planner | None = None) -> "_Watch":
         """What is seen in a step that has gradients and moments before it, as all but the first have."""
-        with _Watch() as watch:
+        watch = _Watch()
+        with watch:
             for module in (self._objective.model, self._objective.adversary):
                 watch.see([*module.parameters(), *module.buffers()])
             self._optimizer.state.clear()
