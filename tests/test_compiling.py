@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from spd_hydra.compiling import can_compile
+from spd_hydra.compiling import Kernel, can_compile, compiled_by
 from spd_hydra.config import RunConfig
 from spd_hydra.run import run
 
@@ -84,6 +87,21 @@ def test_a_run_without_a_compiler_equals_one_that_is_not_compiled(
             metrics.append((outcome.run_dir / "metrics.jsonl").read_bytes())
     assert metrics[0] == metrics[1]
     assert len(warnings_in(caplog)) == 1
+
+
+def test_a_kernel_is_traced_without_values() -> None:
+    given: list[type] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        given.append(type(x))
+        return 2 * x
+
+    x = torch.arange(3.0)
+    with compiled_by(lambda graph, inputs, **settings: graph):
+        kernel = Kernel(doubled)
+        assert torch.equal(kernel(x), 2 * x)
+        assert torch.equal(kernel(x + 1), 2 * (x + 1))
+    assert given == [FakeTensor]
 
 
 @pytest.mark.slow

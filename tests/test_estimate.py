@@ -12,8 +12,9 @@ from spd_hydra.build import assemble, preflight, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.decomposition.subcomponents import Init
+from spd_hydra.estimate import Way
 from spd_hydra.loss.objective import Precision
-from spd_hydra.simulation import Needs, simulate
+from spd_hydra.simulation import Needs, planned_peak, simulate
 from spd_hydra.trainer import Trainer
 
 Toy = Callable[..., RunConfig]
@@ -23,6 +24,17 @@ CPU = torch.device("cpu")
 
 def needs_of(config: RunConfig) -> Needs:
     return simulate(preflight(config), rows=config.train.batch_size, device=CPU)
+
+
+def shown(
+    needs: Needs,
+    *,
+    way: Way = Way.uncompiled,
+    planned: int | None = None,
+    ranks: int = 1,
+    rates: estimates.Rates | None = None,
+) -> estimates.Estimate:
+    return estimates.Estimate(needs=needs, way=way, planned=planned, ranks=ranks, device=CPU, rates=rates)
 
 
 def most_bytes_in_a_step(trainer: Trainer) -> int:
@@ -112,7 +124,7 @@ def test_the_least_time_is_that_of_the_slower_of_products_and_memory() -> None:
     needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=6_000, moved=1_000)
     for matmul, copy, seconds in ((3_000, 1_000, 2.0), (6_000, 250, 4.0)):
         rates = estimates.Rates(matmul=matmul, copy=copy)
-        assert estimates.Estimate(needs=needs, ranks=1, device=CPU, rates=rates).seconds == seconds
+        assert shown(needs, rates=rates).seconds == seconds
 
 
 def test_what_people_read() -> None:
@@ -120,18 +132,70 @@ def test_what_people_read() -> None:
         trained=1_234_567, frozen=89, resident=3 * 2**20, peak=5 * 2**30, flops=4_200_000_000, moved=10
     )
     rates = estimates.Rates(matmul=2.1e12, copy=4e10)
-    shown = estimates.Estimate(needs=needs, ranks=2, device=CPU, rates=rates)
-    assert shown.lines(compiled=True) == [
+    assert shown(needs, way=Way.whole, planned=2**30, ranks=2, rates=rates).lines() == [
         "parameters: 1,234,567 trained, 89 frozen",
-        "memory of each of 2 ranks: 3.0 MiB for parameters, gradients and AdamW's moments, 5.0 GiB at the "
-        "peak of an uncompiled step; a compiled step stays below",
+        "memory of each of 2 ranks: 3.0 MiB for parameters, gradients and AdamW's moments, 1.0 GiB at the "
+        "peak of a compiled step",
         "arithmetic of each of 2 ranks: 4.2 GFLOP per step in matrix products",
         "time: at least 2 ms per step on this cpu (2.1 TFLOP/s, 40 GB/s), if everything ran as fast as "
         "matrix products",
     ]
-    unknown = estimates.Estimate(needs=needs, ranks=1, device=CPU, rates=None).lines(compiled=False)
-    assert unknown[1].endswith("5.0 GiB at the peak of an uncompiled step")
-    assert unknown[-1] == "time: this machine has no GPU to measure; run task=check where the run will be"
+    by_block = shown(needs, way=Way.blocks, planned=2**30).lines()
+    assert by_block[1].endswith("1.0 GiB at the peak of a step compiled block by block")
+    assert by_block[-1] == "time: this machine has no GPU to measure; run task=check where the run will be"
+    assert shown(needs).lines()[1].endswith("5.0 GiB at the peak of an uncompiled step")
+    unknown = shown(needs, way=Way.whole, planned=None).lines()[1]
+    assert unknown.endswith(
+        "5.0 GiB at the peak of an uncompiled step; not known of a compiled step, as the run takes it"
+    )
+
+
+def test_facts_say_of_which_step_the_peak_is() -> None:
+    needs = Needs(trained=1, frozen=1, resident=1, peak=9, flops=1, moved=1)
+
+    def facts(way: Way, planned: int | None) -> tuple[int, str, int]:
+        found = shown(needs, way=way, planned=planned).facts()
+        return found["peak_bytes"], found["peak_is_of"], found["uncompiled_peak_bytes"]
+
+    assert facts(Way.uncompiled, None) == (9, "an uncompiled step", 9)
+    assert facts(Way.whole, 5) == (5, "a compiled step", 9)
+    assert facts(Way.blocks, 6) == (6, "a step compiled block by block", 9)
+    assert facts(Way.whole, None) == (9, "an uncompiled step", 9)
+
+
+def test_a_compiler_that_cannot_plan_leaves_the_peak_of_an_uncompiled_step(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other_version(*arguments: object) -> None:
+        raise TypeError("compute_memory_timeline() takes 4 positional arguments\nbut 3 were given")
+
+    monkeypatch.setattr(estimates, "measure", lambda device, precision: estimates.Rates(matmul=1, copy=1))
+    monkeypatch.setattr(estimates, "can_compile", lambda device: True)
+    monkeypatch.setattr("torch._inductor.memory.compute_memory_timeline", other_version)
+    config = toy("train.batch_size=8", "train.compile=true")
+    found = estimates.estimate(config, preflight(config))
+    assert found.peak == (found.needs.peak, Way.uncompiled)
+    assert found.lines()[1].endswith("not known of a compiled step, as the run takes it")
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "spd_hydra.estimate"]
+    assert line.startswith("the peak memory of a compiled step is not known")
+    assert "compute_memory_timeline() takes 4" in line
+    assert "\n" not in line
+
+
+def test_the_plan_of_a_toy_is_below_its_uncompiled_step_and_starts_no_process(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError(f"started {arguments}")
+
+    config = toy("train.batch_size=2048", "train.compile=true")
+    parts = preflight(config)
+    state = parts.model.roots, parts.model.compiled_blocks
+    monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+    planned = planned_peak(parts, rows=2048, device=CPU)
+    needs = needs_of(config)
+    assert needs.resident < planned < needs.peak / 2
+    assert (parts.model.roots, parts.model.compiled_blocks) == state
 
 
 def test_every_rank_has_its_share_and_every_replica_its_own(

@@ -1,5 +1,6 @@
 """torch.compile where it can work, and one line that says so where it cannot."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -7,10 +8,10 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Options = dict[str, str | int | bool]
+GraphCompiler = Callable[..., Any]
+"""From a graph (a `GraphModule`), examples of its inputs, and settings by keyword to what computes it."""
+
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+_graph_compiler: ContextVar[GraphCompiler | None] = ContextVar("graph_compiler", default=None)
 
 OPTIONS: Options = {
     # Checks of every buffer's shape in every call, for those who work on the compiler.
@@ -61,6 +66,24 @@ def is_tracing() -> bool:
     return _tracing.get()
 
 
+def graph_compiler() -> GraphCompiler:
+    """What makes code of graphs that were traced, lowered to basic operations and split into passes."""
+    # Imported only now: the compiler takes longer to import than all else together.
+    from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
+
+    return _graph_compiler.get() or compile_fx_inner
+
+
+@contextlib.contextmanager
+def compiled_by(compiler: GraphCompiler) -> Iterator[None]:
+    """Graphs of kernels and blocks that are compiled in the block are given to this function instead."""
+    token = _graph_compiler.set(compiler)
+    try:
+        yield
+    finally:
+        _graph_compiler.reset(token)
+
+
 class Kernel:
     """A pure function of tensors, compiled as one piece per set of shapes, without a backward pass.
 
@@ -88,25 +111,32 @@ class Kernel:
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         # Imported only now: the compiler takes longer to import than all else together.
-        import torch._inductor  # noqa: PLC0415
-        from torch._guards import TracingContext, tracing  # noqa: PLC0415
-        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+        from torch._guards import TracingContext, detect_fake_mode, tracing  # noqa: PLC0415
+        from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
+        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: PLC0415
         from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
         from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
         tensors = tuple(t.detach() for t in tensors)  # tracing others warns that it reads their `.grad`
+        # The compiler's cache on disk wants to know on which shapes a graph depends: here on all of them.
+        fake = detect_fake_mode(tensors) or FakeTensorMode(
+            shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
+        )
+        inputs: list[Any] = [
+            t if isinstance(t, FakeTensor) else fake.from_tensor(t, static_shapes=True) for t in tensors
+        ]
         token = _tracing.set(True)
         try:
-            # A function of its own, because a method's arguments would be miscounted.
-            graph = make_fx(lambda *args: self._function(*args))(*tensors)
+            with fake:  # without values: there may be too little memory for a step that is not compiled
+                # A function of its own, because a method's arguments would be miscounted.
+                graph = make_fx(lambda *args: self._function(*args))(*inputs)
         finally:
             _tracing.reset(token)
-        # The compiler's cache on disk wants to know on which shapes a graph depends: here on all of them.
-        fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-        inputs: list[Any] = [fake.from_tensor(tensor, static_shapes=True) for tensor in tensors]
         with torch.no_grad(), tracing(TracingContext(fake)):
-            run: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=dict(self._options))
-        return run
+            run: Any = compile_fx(
+                graph, inputs, inner_compile=graph_compiler(), config_patches=dict(self._options)
+            )
+        return cast(Callable[..., Any], run)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """What a run will take on this machine: memory, arithmetic and time of a step, before anything is trained."""
 
 import dataclasses
+import enum
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +11,26 @@ import torch
 
 from spd_hydra import distributed
 from spd_hydra.build import Parts
+from spd_hydra.compiling import can_compile
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Precision
-from spd_hydra.simulation import Needs, simulate
+from spd_hydra.simulation import Needs, planned_peak, simulate
+from spd_hydra.trainer import compiles_blocks
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 0.25  # of one measurement
 _SIDE = 1024  # of the square matrices that are multiplied
 _COPIED = 2**26  # bytes that are copied, more than most caches hold
+
+
+class Way(enum.StrEnum):
+    """How a step is taken."""
+
+    uncompiled = "an uncompiled step"
+    whole = "a compiled step"
+    blocks = "a step compiled block by block"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +46,27 @@ class Estimate:
     """What one process of a run needs per step.
 
     Attributes:
-        needs: of one process, of all its replicas together.
+        needs: of one process, of all its replicas together, in an uncompiled step.
+        way: how the run takes its steps.
+        planned: most bytes that tensors take at a time in a step taken that way; None: not known.
         ranks: processes that share a batch.
         device: where a step was simulated.
         rates: of that device; None where this machine does not have the one that the run will use.
     """
 
     needs: Needs
+    way: Way
+    planned: int | None
     ranks: int
     device: torch.device
     rates: Rates | None
+
+    @property
+    def peak(self) -> tuple[int, Way]:
+        """Most bytes that tensors take at a time, and in which step: the run's own, where that is known."""
+        if self.planned is None:
+            return self.needs.peak, Way.uncompiled
+        return self.planned, self.way
 
     @property
     def seconds(self) -> float | None:
@@ -54,15 +79,15 @@ class Estimate:
             return None
         return max(self.needs.flops / self.rates.matmul, self.needs.moved / self.rates.copy)
 
-    def lines(self, *, compiled: bool) -> list[str]:
+    def lines(self) -> list[str]:
         """What people read."""
-        needs = self.needs
+        needs, (peak, way) = self.needs, self.peak
         each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
-        above = "; a compiled step stays below" if compiled else ""
+        other = "" if way is self.way else f"; not known of {self.way}, as the run takes it"
         found = [
             f"parameters: {needs.trained:,} trained, {needs.frozen:,} frozen",
             f"memory{each}: {_bytes(needs.resident)} for parameters, gradients and AdamW's moments, "
-            f"{_bytes(needs.peak)} at the peak of an uncompiled step{above}",
+            f"{_bytes(peak)} at the peak of {way}{other}",
             f"arithmetic{each}: {_number(needs.flops)}FLOP per step in matrix products",
         ]
         if self.rates is None or self.seconds is None:
@@ -76,12 +101,14 @@ class Estimate:
 
     def facts(self) -> dict[str, Any]:
         """The numbers, by name."""
-        needs = self.needs
+        needs, (peak, way) = self.needs, self.peak
         return {
             "trainable_parameters": needs.trained,
             "frozen_parameters": needs.frozen,
             "resident_bytes": needs.resident,
-            "peak_bytes": needs.peak,
+            "peak_bytes": peak,
+            "peak_is_of": way.value,
+            "uncompiled_peak_bytes": needs.peak,
             "flops_per_step": needs.flops,
             "least_seconds_per_step": self.seconds,
         }
@@ -102,10 +129,26 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
     ranks = max(ranks, distributed.started_with())  # a process that was started as a rank has no launcher
     rows = -(-config.train.batch_size // ranks)
-    needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
-    needs = needs.times(config.train.replicas)
+    replicas = config.train.replicas
+    needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard).times(replicas)
+    way = _way(parts, device)
+    planned: int | None = needs.peak
+    if way is not Way.uncompiled:
+        try:
+            one = planned_peak(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard)
+            planned = replicas * one
+        except Exception as error:  # whatever a compiler may say, of this version or of another
+            logger.warning("the peak memory of %s is not known: %s", way, str(error).partition("\n")[0])
+            planned = None
     known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
-    return Estimate(needs=needs, ranks=ranks, device=device, rates=known)
+    return Estimate(needs=needs, way=way, planned=planned, ranks=ranks, device=device, rates=known)
+
+
+def _way(parts: Parts, device: torch.device) -> Way:
+    training = parts.config.train
+    if not (training.compile and can_compile(device.type)):
+        return Way.uncompiled
+    return Way.blocks if compiles_blocks(parts.objective, training) else Way.whole
 
 
 def measure(device: torch.device, precision: Precision) -> Rates:

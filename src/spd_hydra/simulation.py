@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,14 @@ from torch.utils.flop_counter import flop_registry
 from spd_hydra import rng
 from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.build import Parts
-from spd_hydra.loss.objective import Objective
+from spd_hydra.compiling import Kernel, compiled_by
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.loss.objective import Objective, ScheduledValues
 from spd_hydra.optimizer import adamw
+from spd_hydra.planning import Planner
 from spd_hydra.sampler import position_index
 from spd_hydra.step import Step
+from spd_hydra.trainer import compiles_blocks
 from spd_hydra.trainer_config import Sharding
 
 _UPDATE_ACCESSES = 7  # gradient, parameter and two moments read, the last three written
@@ -56,7 +60,7 @@ class Needs:
 def simulate(
     parts: Parts, *, rows: int, device: torch.device, ranks: int = 1, shard: Sharding = Sharding.none
 ) -> Needs:
-    """Take steps with these parts, which may be on the meta device, on tensors that hold no values.
+    """Take an uncompiled step with these parts, which may be on the meta device, on tensors without values.
 
     Args:
         parts: of the run; afterwards they are as they were.
@@ -65,35 +69,14 @@ def simulate(
         ranks: processes that take the step together.
         shard: what they share out.
     """
-    row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
-    example = _Example(row, device)
-    settings = parts.config.train
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, _Watch() as watch, _without_values(parts.objective, device):
-        watch.see([*parts.model.parameters(), *parts.model.buffers()])
-        model = parts.model
-        model.roots = model.roots_without_values(example(1))
-        sampler = _Draws(parts, rows, settings.accumulate, example)
-        groups = [list(model.component_parameters()), list(model.ci_parameters())]
-        sharers = 1 if shard is Sharding.none else ranks
-        pieces = _Pieces([p for group in groups for p in group], sharers) if ranks > 1 else None
-        updated = groups if pieces is None else [pieces.of(group) for group in groups]
-        optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
-        for parameter in (p for group in updated for p in group):
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()  # makes the moments, so that the next step is like all further ones
-        watch.begin()
-        schedule = parts.objective.scheduled(0.0)
-        if settings.accumulate == 1:
-            Step(parts.objective, compile=False, pieces=pieces)(*sampler(0, 0), schedule)
-        else:
-            AccumulatedStep(parts.objective, sampler, compile=False, pieces=pieces)(0, schedule)
-        optimizer.step()
-        trained = sum(p.numel() for group in groups for p in group)
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    sharers = 1 if shard is Sharding.none else ranks
+    with _steps(parts, rows, device, ranks, sharers, compile=False) as steps:
+        watch, sampler = steps.watched(), steps.sampler
+        parameters = list(parts.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
         return Needs(
             trained=trained,
-            frozen=frozen,
+            frozen=sum(p.numel() for p in parameters) - trained,
             resident=watch.live,
             peak=watch.peak,
             flops=round(watch.flops * sampler.scale),
@@ -101,6 +84,92 @@ def simulate(
             + 4 * trained  # gradients written
             + 4 * _UPDATE_ACCESSES * trained // sharers,
         )
+
+
+def planned_peak(
+    parts: Parts, *, rows: int, device: torch.device, ranks: int = 1, shard: Sharding = Sharding.none
+) -> int:
+    """Most bytes that tensors take at a time in a compiled step, `Needs.resident` included.
+
+    The step, or each of its blocks, is traced and lowered as a run does it, but no code is made of it: the
+    compiler's plan says what its kernels allocate.
+
+    Args:
+        parts: as for `simulate`, like all others.
+        rows: …
+        device: …
+        ranks: …
+        shard: …
+
+    Raises:
+        Exception: whatever the compiler says about a step that it cannot plan.
+    """
+    planner = Planner()
+    sharers = 1 if shard is Sharding.none else ranks
+    with compiled_by(planner), _steps(parts, rows, device, ranks, sharers, compile=True) as steps:
+        steps.take()  # what is compiled is planned when it first runs
+        if planner.error is not None:  # a block without a plan ran as it is
+            raise planner.error
+        return steps.watched(planner).peak
+
+
+@contextlib.contextmanager
+def _steps(
+    parts: Parts, rows: int, device: torch.device, ranks: int, sharers: int, *, compile: bool
+) -> Iterator["_Steps"]:
+    """Steps on tensors without values, within the block."""
+    row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
+    example = _Example(row, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_values(parts.objective, device):
+        yield _Steps(parts, rows, example, ranks, sharers, compile=compile)
+
+
+class _Steps:
+    """Steps as one process of a run takes them."""
+
+    def __init__(
+        self, parts: Parts, rows: int, example: "_Example", ranks: int, sharers: int, *, compile: bool
+    ) -> None:
+        objective, model, settings = parts.objective, parts.model, parts.config.train
+        model.roots = model.roots_without_values(example(1))
+        self.sampler = _Draws(parts, rows, example, compile=compile)
+        if compile and compiles_blocks(objective, settings):
+            model.compiled_blocks, compile = CompiledBlocks(), False
+        groups = [list(model.component_parameters()), list(model.ci_parameters())]
+        pieces = _Pieces([p for group in groups for p in group], sharers) if ranks > 1 else None
+        updated = groups if pieces is None else [pieces.of(group) for group in groups]
+        self._optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
+        self._objective = objective
+        if settings.accumulate == 1:
+            step = Step(objective, compile=compile, pieces=pieces)
+            self._gradients: Callable[[], object] = lambda: step(*self.sampler(0, 0), self._schedule())
+        else:
+            step_in_parts = AccumulatedStep(objective, self.sampler, compile=compile, pieces=pieces)
+            self._gradients = lambda: step_in_parts(0, self._schedule())
+
+    def _schedule(self) -> ScheduledValues:
+        return self._objective.scheduled(0.0)
+
+    def take(self) -> None:
+        """Gradients and update."""
+        self._gradients()
+        self._optimizer.step()
+
+    def watched(self, planner: Planner | None = None) -> "_Watch":
+        """What is seen in a step that has gradients and moments before it, as all but the first have."""
+        watch = _Watch()
+        with watch:
+            for module in (self._objective.model, self._objective.adversary):
+                watch.see([*module.parameters(), *module.buffers()])
+            self._optimizer.state.clear()
+            for parameter in (p for group in self._optimizer.param_groups for p in group["params"]):
+                parameter.grad = torch.empty_like(parameter)
+            self._optimizer.step()  # makes the moments
+            watch.begin()
+            if planner is not None:
+                planner.reach = watch.reach
+            self.take()
+        return watch
 
 
 class _Pieces:
@@ -149,6 +218,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.moved += sum(tensor.nbytes for tensor in tensors)
         return out
 
+    def reach(self, size: int) -> None:
+        """Count memory that is needed for a moment, beside all that is alive."""
+        self.peak = max(self.peak, self.live + size)
+
     def see(self, leaves: list[Any]) -> None:
         """Count the memory of tensors that are new, until it is free."""
         for leaf in leaves:
@@ -175,8 +248,8 @@ class _Draws:
         drawn: bytes of batches and random numbers in one pass over the parts.
     """
 
-    def __init__(self, parts: Parts, rows: int, number: int, example: "_Example") -> None:
-        device = parts.model.device
+    def __init__(self, parts: Parts, rows: int, example: "_Example", *, compile: bool) -> None:
+        device, number = parts.model.device, parts.config.train.accumulate
         self.rows = torch.arange(rows, dtype=torch.int32, device=device).tensor_split(number)[:_PARTS]
         self.rows_per_step = parts.config.train.batch_size
         self.scale = rows / sum(len(own) for own in self.rows)
@@ -184,11 +257,12 @@ class _Draws:
         self._example, self._shape = example, parts.position_shape
         self._columns = parts.objective.columns(parts.config.loss.active_terms()).to(device)
         self._key = rng.key(0, "shapes").to(device)
+        self._draw: Callable[..., Tensor] = Kernel(rng.uniform) if compile else rng.uniform
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, Tensor]:
         rows = self.rows[part]
         batch = self._example(len(rows))
-        draws = rng.uniform(self._key, position_index(rows, self._shape), self._columns)
+        draws = self._draw(self._key, position_index(rows, self._shape), self._columns)
         self.drawn = batch.nbytes + draws.nbytes + (self.drawn if part else 0)
         return batch, draws
 
@@ -222,10 +296,10 @@ def _without_values(objective: Objective, device: torch.device) -> Iterator[None
         before += [(own, dict(own)) for own in tables]
     for own, tensors in before:
         own.update({name: None if tensor is None else empty(tensor) for name, tensor in tensors.items()})
-    roots = model.roots
+    roots, compiled_blocks = model.roots, model.compiled_blocks
     try:
         yield
     finally:
-        model.roots = roots
+        model.roots, model.compiled_blocks = roots, compiled_blocks
         for own, tensors in before:
             own.update(tensors)

@@ -88,7 +88,7 @@ class Trainer:
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self._is_to_be_compiled = compile  # by the first step
-        if compile and self._blocks_alone():
+        if compile and compiles_blocks(objective, training):
             self.model.compiled_blocks, compile = CompiledBlocks(), False
         self.loss_and_gradients = Step(objective, compile=compile, pieces=self.shards)
         self.accumulated: AccumulatedStep | None = None
@@ -101,13 +101,6 @@ class Trainer:
         self._graph: GraphedStep | None = None
         self.lr = training.lr  # of the last step
         self.gradient_norms: dict[str, Tensor] = {}
-
-    def _blocks_alone(self) -> bool:
-        """Whether blocks are compiled one by one, rather than the step as a whole."""
-        asked = self.training.compile_blocks
-        if self.model.n_blocks == 0 or self.model.shares_products or self.training.replicas > 1:
-            return False
-        return self.objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
 
     def fit(self) -> EvaluationResult:
         """Train to the last step and return the last evaluation.
@@ -397,6 +390,14 @@ class Trainer:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - started
+
+
+def compiles_blocks(objective: Objective, training: Training) -> bool:
+    """Whether blocks are compiled one by one, rather than the step as a whole, if anything is compiled."""
+    model, asked = objective.model, training.compile_blocks
+    if model.n_blocks == 0 or model.shares_products or training.replicas > 1:
+        return False
+    return objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
 
 
 def _shards(wanted: Sharding, parameters: list[nn.Parameter]) -> "Shards | None":

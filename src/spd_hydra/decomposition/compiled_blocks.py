@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from spd_hydra.compiling import OPTIONS
+from spd_hydra.compiling import OPTIONS, graph_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,6 @@ class CompiledBlocks:
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         from torch._inductor import config  # noqa: PLC0415
-        from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
 
         holds_tensors = any(node.op == "get_attr" for node in gm.graph.nodes)
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in example_inputs)
@@ -118,7 +117,7 @@ class CompiledBlocks:
         if key in self._kernels:
             return self._kernels[key]
         with config.patch(_OPTIONS):
-            kernel = compile_fx_inner(gm, example_inputs)
+            kernel = graph_compiler()(gm, example_inputs)
         if not holds_tensors:  # which the code does not show
             self._kernels[key] = kernel
         return kernel
