@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spd_hydra.compiling import Kernel, compiled_by
+from spd_hydra.compiling import Kernel, can_compile, compiled_by
 from spd_hydra.planning import Planner
 
 Planned = Callable[..., tuple[int, Any]]
@@ -77,3 +77,19 @@ def test_what_cannot_be_planned_is_told(planned: Planned, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch._inductor.memory.compute_memory_timeline", other_version)
     with pytest.raises(Exception, match="another signature"):
         planned(torch.exp, (N, A))
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="no compiler here")
+def test_a_kernel_that_was_planned_computes_afterwards_and_is_planned_anew_by_another() -> None:
+    kernel = Kernel(lambda x: (x * 2).sum())
+    x = torch.arange(N, dtype=torch.float32)
+    for _ in range(2):
+        planner, reached = Planner(), list[int]()
+        planner.reach = reached.append
+        with compiled_by(planner), FakeTensorMode() as fake:
+            kernel(fake.from_tensor(x))
+        assert reached == [4]
+    assert kernel(x).item() == N * (N - 1)
+    with compiled_by(planner), FakeTensorMode() as fake:
+        assert not kernel(fake.from_tensor(x)).shape
+    assert reached == [4, 4]

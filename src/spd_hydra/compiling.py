@@ -23,7 +23,17 @@ GraphCompiler = Callable[..., Any]
 """From a graph (a `GraphModule`), examples of its inputs, and settings by keyword to what computes it."""
 
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
-_graph_compiler: ContextVar[GraphCompiler | None] = ContextVar("graph_compiler", default=None)
+
+
+class _StandIn:
+    """What compiles graphs for a while, and by kernel and layout what it made of them."""
+
+    def __init__(self, compiler: GraphCompiler) -> None:
+        self.compiler = compiler
+        self.made: dict[Kernel, dict[tuple[Any, ...], Callable[..., Any]]] = {}
+
+
+_stand_in: ContextVar[_StandIn | None] = ContextVar("stand_in", default=None)
 
 OPTIONS: Options = {
     # Checks of every buffer's shape in every call, for those who work on the compiler.
@@ -71,17 +81,21 @@ def graph_compiler() -> GraphCompiler:
     # Imported only now: the compiler takes longer to import than all else together.
     from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
 
-    return _graph_compiler.get() or compile_fx_inner
+    stand_in = _stand_in.get()
+    return compile_fx_inner if stand_in is None else stand_in.compiler
 
 
 @contextlib.contextmanager
 def compiled_by(compiler: GraphCompiler) -> Iterator[None]:
-    """Graphs of kernels and blocks that are compiled in the block are given to this function instead."""
-    token = _graph_compiler.set(compiler)
+    """Graphs of kernels and blocks that are compiled in the block are given to this function instead.
+
+    What it makes of a kernel is used within the block only.
+    """
+    token = _stand_in.set(_StandIn(compiler))
     try:
         yield
     finally:
-        _graph_compiler.reset(token)
+        _stand_in.reset(token)
 
 
 class Kernel:
@@ -105,9 +119,11 @@ class Kernel:
     def __call__(self, *tensors: Tensor) -> Any:
         """The function's value."""
         layout = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-        if layout not in self._compiled:
-            self._compiled[layout] = self._compile(tensors)
-        return self._compiled[layout](*tensors)
+        stand_in = _stand_in.get()
+        compiled = self._compiled if stand_in is None else stand_in.made.setdefault(self, {})
+        if layout not in compiled:
+            compiled[layout] = self._compile(tensors)
+        return compiled[layout](*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         # Imported only now: the compiler takes longer to import than all else together.
