@@ -83,13 +83,15 @@ def test_what_cannot_be_planned_is_told(planned: Planned, monkeypatch: pytest.Mo
 def test_a_kernel_that_was_planned_computes_afterwards_and_is_planned_anew_by_another() -> None:
     kernel = Kernel(lambda x: (x * 2).sum())
     x = torch.arange(N, dtype=torch.float32)
-    for _ in range(2):
+
+    def plan() -> list[int]:
         planner, reached = Planner(), list[int]()
         planner.reach = reached.append
         with compiled_by(planner), FakeTensorMode() as fake:
             kernel(fake.from_tensor(x))
-        assert reached == [4]
+        return reached
+
+    assert plan() == [4]
+    assert plan() == [4]
     assert kernel(x).item() == N * (N - 1)
-    with compiled_by(planner), FakeTensorMode() as fake:
-        assert not kernel(fake.from_tensor(x)).shape
-    assert reached == [4, 4]
+    assert plan() == [4]
