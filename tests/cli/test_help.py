@@ -4,13 +4,14 @@ import re
 import shlex
 from collections.abc import Callable
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
-from spd_hydra.config import sections
+from spd_hydra.config import sections, to_yaml
 from spd_hydra.section import registered
 from spd_hydra.suite import expanded
 
@@ -83,9 +84,10 @@ def test_a_mapping_is_shown_as_it_would_be_typed(text: str) -> None:
     assert line.split()[1] == "{unembed:embed}"
 
 
-def test_the_examples_can_be_composed(text: str) -> None:
+def test_the_examples_can_be_composed(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(compose([])))  # of a run to go on with
     found = re.findall(r"^  spd-run(?: {3,}| )(.*?)(?: {3,}|$)", text, flags=re.MULTILINE)
-    examples = [shlex.split(words.replace("<run dir>", "there")) for words in found]
+    examples = [shlex.split(words.replace("<run dir>", str(tmp_path))) for words in found]
     assert len(examples) >= 8
     for words in examples:
         typed = [

@@ -47,7 +47,7 @@ def test_help_imports_nothing_slow_besides_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
     )
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert "spd_hydra.composition" in loaded
+    assert "spd_hydra.composer" in loaded
     slow = {"wandb", "transformers", "datasets", "matplotlib", "scipy.optimize", "spd_hydra.run"}
     assert not slow & loaded
 
