@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -25,3 +26,9 @@ def with_section(page: str, title: str, text: str) -> str:
     """The page with this text, its heading included, as its last section, in place of one of that title."""
     rest = page.replace(section(page, title), "") if section(page, title) else page
     return "\n\n".join(part for part in (rest.strip(), text.strip()) if part) + "\n"
+
+
+def write_section(path: Path, title: str, text: str) -> None:
+    """Make this text the last section of the page in a file, which need not be there yet."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.write_text(with_section(page, title, text), encoding="utf-8")

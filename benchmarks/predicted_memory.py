@@ -116,8 +116,7 @@ def main() -> int:
     text = section(rows, shlex.join(["python", "-m", "benchmarks.predicted_memory", *sys.argv[1:]]))
     print(text)
     if arguments.write:
-        before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
-        arguments.write.write_text(markdown.with_section(before, TITLE, text), encoding="utf-8")
+        markdown.write_section(arguments.write, TITLE, text)
     return 0
 
 

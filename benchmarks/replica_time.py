@@ -108,8 +108,7 @@ def main() -> None:
     text = section(times, describe_environment(device.type), command)
     print(text)
     if arguments.write:
-        before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
-        arguments.write.write_text(markdown.with_section(before, TITLE, text), encoding="utf-8")
+        markdown.write_section(arguments.write, TITLE, text)
 
 
 if __name__ == "__main__":

@@ -249,8 +249,7 @@ def main() -> None:
     text = section(read_all(arguments.out), command)
     print(f"\n{text}")
     if arguments.write:
-        before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
-        arguments.write.write_text(markdown.with_section(before, TITLE, text), encoding="utf-8")
+        markdown.write_section(arguments.write, TITLE, text)
 
 
 if __name__ == "__main__":

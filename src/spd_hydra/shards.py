@@ -93,7 +93,7 @@ class Shards:
             own = torch.cat([_filled(piece, width) for piece, width in zip(pieces, widths, strict=True)])
             rows = DTensor.from_local(own, self._mesh, [Shard(0)]).full_tensor().view(-1, len(own))
             for parameter, part in zip(together, torch.split(rows, widths, dim=1), strict=True):
-                parameter.view(-1).copy_(part.reshape(-1)[: parameter.numel()])
+                parameter.copy_(part.reshape(-1)[: parameter.numel()].view(parameter.shape))
 
     def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's pieces of an optimiser's state; what is in pieces already stays as it is."""

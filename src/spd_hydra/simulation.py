@@ -69,8 +69,7 @@ def simulate(
         ranks: processes that take the step together.
         shard: what they share out.
     """
-    sharers = 1 if shard is Sharding.none else ranks
-    with _steps(parts, rows, device, ranks, sharers, compile=False) as steps:
+    with _steps(parts, rows, device, ranks, shard, compile=False) as steps:
         watch, sampler = steps.watched(), steps.sampler
         parameters = list(parts.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -82,7 +81,7 @@ def simulate(
             flops=round(watch.flops * sampler.scale),
             moved=round((watch.moved + _INPUT_ACCESSES * sampler.drawn) * sampler.scale)
             + 4 * trained  # gradients written
-            + 4 * _UPDATE_ACCESSES * trained // sharers,
+            + 4 * _UPDATE_ACCESSES * trained // steps.sharers,
         )
 
 
@@ -95,18 +94,17 @@ def planned_peak(
     compiler's plan says what its kernels allocate.
 
     Args:
-        parts: as for `simulate`, like all others.
-        rows: …
-        device: …
-        ranks: …
-        shard: …
+        parts: of the run; afterwards they are as they were.
+        rows: of the global batch that this process works on.
+        device: where the run would compute.
+        ranks: processes that take the step together.
+        shard: what they share out.
 
     Raises:
         Exception: whatever the compiler says about a step that it cannot plan.
     """
     planner = Planner()
-    sharers = 1 if shard is Sharding.none else ranks
-    with compiled_by(planner), _steps(parts, rows, device, ranks, sharers, compile=True) as steps:
+    with compiled_by(planner), _steps(parts, rows, device, ranks, shard, compile=True) as steps:
         steps.take()  # what is compiled is planned when it first runs
         if planner.error is not None:  # a block without a plan ran as it is
             raise planner.error
@@ -115,20 +113,25 @@ def planned_peak(
 
 @contextlib.contextmanager
 def _steps(
-    parts: Parts, rows: int, device: torch.device, ranks: int, sharers: int, *, compile: bool
+    parts: Parts, rows: int, device: torch.device, ranks: int, shard: Sharding, *, compile: bool
 ) -> Iterator["_Steps"]:
     """Steps on tensors without values, within the block."""
     row = parts.batches(rng.key(parts.config.seed, "example"), torch.arange(1, dtype=torch.int32))
     example = _Example(row, device)
     with FakeTensorMode(allow_non_fake_inputs=True), _without_values(parts.objective, device):
-        yield _Steps(parts, rows, example, ranks, sharers, compile=compile)
+        yield _Steps(parts, rows, example, ranks, shard, compile=compile)
 
 
 class _Steps:
-    """Steps as one process of a run takes them."""
+    """Steps as one process of a run takes them.
+
+    Attributes:
+        sampler: of batches and random numbers.
+        sharers: processes among which the optimiser's work is divided.
+    """
 
     def __init__(
-        self, parts: Parts, rows: int, example: "_Example", ranks: int, sharers: int, *, compile: bool
+        self, parts: Parts, rows: int, example: "_Example", ranks: int, shard: Sharding, *, compile: bool
     ) -> None:
         objective, model, settings = parts.objective, parts.model, parts.config.train
         model.roots = model.roots_without_values(example(1))
@@ -136,7 +139,8 @@ class _Steps:
         if compile and compiles_blocks(objective, settings):
             model.compiled_blocks, compile = CompiledBlocks(), False
         groups = [list(model.component_parameters()), list(model.ci_parameters())]
-        pieces = _Pieces([p for group in groups for p in group], sharers) if ranks > 1 else None
+        self.sharers = 1 if shard is Sharding.none else ranks
+        pieces = _Pieces([p for group in groups for p in group], self.sharers) if ranks > 1 else None
         updated = groups if pieces is None else [pieces.of(group) for group in groups]
         self._optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
         self._objective = objective

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +139,14 @@ def test_a_page_keeps_the_section_that_another_program_wrote_and_replaces_its_ow
     assert replaced == "# Page\n\nText.\n\n## Two\n\nrest\n\n## One\n\nnew\n"
     assert markdown.with_section(replaced, "One", "## One\n\nnew\n") == replaced
     assert markdown.with_section("# Page\n", "One", "") == "# Page\n"
+
+
+def test_a_section_is_written_into_a_page_that_may_be_new(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    markdown.write_section(page, "One", "## One\n\nold\n")
+    markdown.write_section(page, "Two", "## Two\n\nother\n")
+    markdown.write_section(page, "One", "## One\n\nnew\n")
+    assert page.read_text() == "## Two\n\nother\n\n## One\n\nnew\n"
 
 
 def test_private_mlps_alone_have_a_hidden_tensor_to_look_for() -> None:

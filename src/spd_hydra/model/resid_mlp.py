@@ -122,7 +122,6 @@ class ResidMLP(TrainableTarget):
     max_interference: float = option(
         1.0, "certified: a lone feature's effect on another output over its input, at most", gt=0
     )
-
     min_layer_effect: float = option(
         0.0, "certified: norm of what each layer adds for a lone feature over its input, at least", ge=0
     )
