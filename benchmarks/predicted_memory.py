@@ -13,14 +13,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from benchmarks import lm_step, markdown
+from benchmarks import lm_step, markdown, step_page
 from benchmarks.step_cases import Case, Variant, trainer_of
 from benchmarks.step_memory import allocated_in_a_step
 
 from spd_hydra.build import preflight
 from spd_hydra.config import RunConfig
+from spd_hydra.environment import describe_environment
 from spd_hydra.estimate import Estimate, estimate
 
 TITLE = "Predicted memory"
@@ -88,12 +90,14 @@ def row(name: str, peak: Peak) -> list[str]:
     return [name, way.value, predicted_size, measured, f"{peak.ratio:.2f}", uncompiled]
 
 
-def section(rows: Sequence[Sequence[str]], command: str) -> str:
+def section(rows: Sequence[Sequence[str]], environment: dict[str, Any], command: str) -> str:
     """The section of the page, with its heading."""
     return f"""## {TITLE}
 
-Measured with `{command}`: the most memory of tensors at a time in a step, predicted by `task=check` and as
-torch's profiler sees it, parameters, target, gradients and moments included.
+{markdown.bullets([f"measured with `{command}`", step_page.machine({"environment": environment})])}
+
+The most memory of tensors at a time in a step, predicted by `task=check` and as torch's profiler sees it,
+parameters, target, gradients and moments included.
 
 {markdown.table(HEADER, rows)}
 """
@@ -109,11 +113,13 @@ def main() -> int:
     chosen = arguments.cases.split(";")
     if unknown := set(chosen) - CASES.keys():
         parser.error(f"--cases: there is no {', '.join(sorted(unknown))}; there are {'; '.join(CASES)}")
+    environment = describe_environment("cpu")
     rows: list[list[str]] = []
     for name in chosen:
         rows.append(row(name, compare(config_of(name, arguments.overrides))))
         print(" | ".join(rows[-1]), flush=True)
-    text = section(rows, shlex.join(["python", "-m", "benchmarks.predicted_memory", *sys.argv[1:]]))
+    command = shlex.join(["python", "-m", "benchmarks.predicted_memory", *sys.argv[1:]])
+    text = section(rows, environment, command)
     print(text)
     if arguments.write:
         markdown.write_section(arguments.write, TITLE, text)

@@ -5,6 +5,7 @@ import torch
 from benchmarks.predicted_memory import CASES, Peak, compare, config_of, row, section
 
 from spd_hydra.compiling import can_compile
+from spd_hydra.environment import describe_environment
 from spd_hydra.estimate import Estimate, Way
 from spd_hydra.simulation import Needs
 
@@ -21,7 +22,9 @@ def peak() -> Peak:
 
 def test_a_row_compares_prediction_and_measurement() -> None:
     assert row("toy", peak()) == ["toy", "a compiled step", "3.0", "4.0", "0.75", "9.0"]
-    text = section([row("toy", peak())], "python -m benchmarks.predicted_memory")
+    environment = describe_environment("cpu")
+    text = section([row("toy", peak())], environment, "python -m benchmarks.predicted_memory")
+    assert f"torch {environment['torch']}" in text
     assert "| toy | a compiled step | 3.0 | 4.0 | 0.75 | 9.0 |" in text
 
 
