@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import markdown, roofline, step_page
-from benchmarks.replica_time import TITLE as REPLICAS_TITLE
+from benchmarks import (
+    lm_step,
+    markdown,
+    predicted_memory,
+    replica_time,
+    roofline,
+    step_page,
+    time_to_solved,
+)
 from benchmarks.step_cases import (
     REFERENCE,
     TOLERANCE,
@@ -37,7 +44,6 @@ from benchmarks.step_cases import (
     wait_for,
 )
 from benchmarks.step_memory import hidden_bytes, measure_in_fresh_process
-from benchmarks.time_to_solved import TITLE as SOLVED_TITLE
 
 from spd_hydra.build import device_of
 from spd_hydra.compiling import can_compile
@@ -189,11 +195,15 @@ def main() -> int:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if arguments.write:
         before = arguments.write.read_text(encoding="utf-8") if arguments.write.exists() else ""
-        text = step_page.page(result)
-        for title in (REPLICAS_TITLE, SOLVED_TITLE):  # what replica_time.py and time_to_solved.py wrote
-            text = markdown.with_section(text, title, markdown.section(before, title))
-        arguments.write.write_text(text, encoding="utf-8")
+        arguments.write.write_text(with_others(step_page.page(result), before), encoding="utf-8")
     return 1 if result["complaints"] else 0
+
+
+def with_others(page: str, before: str) -> str:
+    """The page with the sections that other programs wrote into it before."""
+    for title in (replica_time.TITLE, time_to_solved.TITLE, lm_step.TITLE, predicted_memory.TITLE):
+        page = markdown.with_section(page, title, markdown.section(before, title))
+    return page
 
 
 def _cases(text: str) -> list[Case]:

@@ -7,7 +7,7 @@ import torch
 from benchmarks import markdown, step_page
 from benchmarks.step_cases import TOLERANCE, Case, Sample, Variant, differences, example, make
 from benchmarks.step_memory import hidden_bytes, measure
-from benchmarks.step_time import complaints, time_case
+from benchmarks.step_time import complaints, time_case, with_others
 
 DENSE = "data.feature_probability=0.3"  # a few rows of sparse data hold no active feature at all
 TINY = {
@@ -139,6 +139,14 @@ def test_a_page_keeps_the_section_that_another_program_wrote_and_replaces_its_ow
     assert replaced == "# Page\n\nText.\n\n## Two\n\nrest\n\n## One\n\nnew\n"
     assert markdown.with_section(replaced, "One", "## One\n\nnew\n") == replaced
     assert markdown.with_section("# Page\n", "One", "") == "# Page\n"
+
+
+def test_a_new_page_keeps_the_sections_of_the_other_programs() -> None:
+    titles = ("Replicas", "Time to the known answer", "Language models", "Predicted memory")
+    before = "\n\n".join(["# Page", "## Memory\n\nold", *(f"## {title}\n\nof it" for title in titles)])
+    page = with_others("# Page\n\n## Memory\n\nnew\n", before)
+    assert "old" not in page
+    assert [title for title in titles if f"## {title}\n\nof it" in page] == list(titles)
 
 
 def test_a_section_is_written_into_a_page_that_may_be_new(tmp_path: Path) -> None:
