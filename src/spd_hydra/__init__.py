@@ -3,6 +3,7 @@
 >>> from spd_hydra import compose, decompose, load_run, submit
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from spd_hydra.api import decompose as decompose
     from spd_hydra.api import load_run as load_run
     from spd_hydra.api import submit as submit
+
+# OpenMP's threads spin while they wait for each other, by default for milliseconds. Two runs of two threads
+# on two cores then take a hundred times as long as one: who spins keeps the core that the other needs. This
+# is what libgomp itself takes when it knows that cores are scarce; it is read when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["JobFailed", "Run", "compose", "decompose", "load_run", "submit"]
 
