@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from spd_hydra.compiling import Kernel, can_compile, compiled_by
+from spd_hydra import compiling
+from spd_hydra.compiling import Kernel, can_compile, compiled_by, graph_compiler
 from spd_hydra.config import RunConfig
 from spd_hydra.run import run
 
@@ -102,6 +103,65 @@ def test_a_kernel_is_traced_without_values() -> None:
         assert torch.equal(kernel(x), 2 * x)
         assert torch.equal(kernel(x + 1), 2 * (x + 1))
     assert given == [FakeTensor]
+
+
+class Vectors:
+    """Vector instructions that work or do not, and whether they were tried."""
+
+    def __init__(self, name: str, *, work: bool = True) -> None:
+        self.name, self.work, self.tried = name, work, False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __bool__(self) -> bool:
+        self.tried = True
+        return self.work
+
+
+@pytest.mark.parametrize(
+    ("known", "capability", "tried", "taken"),
+    [
+        ([Vectors("avx512 vnni"), Vectors("avx512"), Vectors("avx2")], None, "avx512", "avx512"),
+        ([Vectors("avx512", work=False), Vectors("avx2")], None, "avx512 avx2", "avx2"),
+        ([Vectors("avx2")], None, "avx2", "avx2"),
+        ([Vectors("neon")], None, "", "as before"),
+        ([Vectors("avx512"), Vectors("avx2")], "avx2", "", "as before"),
+    ],
+)
+def test_the_compiler_tries_no_more_vector_instructions_than_it_needs(
+    known: list[Vectors],
+    capability: str | None,
+    tried: str,
+    taken: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    names = [vectors.name for vectors in known if vectors.name != "neon"]
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", known)
+    monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", lambda: names)
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: ["as before"])
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    if capability is not None:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    compiling._try_few_vectors.cache_clear()
+    graph_compiler()
+    assert " ".join(vectors.name for vectors in known if vectors.tried) == tried
+    assert [str(vectors) for vectors in cpu_vec_isa.valid_vec_isa_list()] == [taken]
+
+
+def test_a_kernel_of_a_step_uses_vector_instructions_where_the_processor_has_some() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    compiling._try_few_vectors.cache_clear()
+    assert torch.equal(Kernel(torch.add)(torch.ones(64), torch.ones(64)), torch.full((64,), 2.0))
+    widest = {"avx512": 512, "avx2": 256}
+    for name, bits in widest.items():
+        if name in cpu_vec_isa.x86_isa_checker():
+            assert cpu_vec_isa.pick_vec_isa().bit_width() == bits
+            return
+    pytest.skip("not an x86 processor")
 
 
 @pytest.mark.slow

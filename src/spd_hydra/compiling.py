@@ -81,8 +81,27 @@ def graph_compiler() -> GraphCompiler:
     # Imported only now: the compiler takes longer to import than all else together.
     from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
 
+    _try_few_vectors()
     stand_in = _stand_in.get()
     return compile_fx_inner if stand_in is None else stand_in.compiler
+
+
+@functools.cache
+def _try_few_vectors() -> None:
+    """Have the compiler try the vector instructions of float32 loops only, and no more once some work.
+
+    It would try all that the processor has, those for small integers and bfloat16 too. Each is a compilation
+    the first time, and a process that loads the result every time.
+    """
+    from torch._inductor import cpu_vec_isa  # noqa: PLC0415
+
+    module: Any = cpu_vec_isa
+    names = [name for name in ("avx512", "avx2") if name in module.x86_isa_checker()]
+    if not names or "ATEN_CPU_CAPABILITY" in os.environ:  # whoever sets that chooses among all
+        return
+    kinds = {str(isa): isa for isa in module.supported_vec_isa_list}
+    working = next(([kinds[name]] for name in names if kinds.get(name)), [])
+    module.valid_vec_isa_list = lambda: working
 
 
 @contextlib.contextmanager
