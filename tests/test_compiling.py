@@ -1,6 +1,8 @@
 """Where a step cannot be compiled one line says so, and the run comes to the same result."""
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from spd_hydra import compiling
-from spd_hydra.compiling import Kernel, can_compile, compiled_by, graph_compiler
+from spd_hydra.compiling import Kernel, can_compile, compiled_by, graph_compiler, mending_files
 from spd_hydra.config import RunConfig
 from spd_hydra.run import run
 
@@ -176,3 +178,54 @@ def test_the_command_works_on_a_machine_without_a_compiler(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("no C++ compiler") == 1
+
+
+LOADED = """
+import logging
+import torch
+from spd_hydra.compiling import Kernel
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+x = torch.arange(64.0).requires_grad_()
+(y,) = CompiledBlocks()("a block", lambda x: (x.sin(),), x)
+(gradient,) = torch.autograd.grad(y.sum(), x)
+assert torch.allclose(gradient, x.cos(), atol=1e-6)
+assert torch.equal(Kernel(torch.add)(torch.ones(64), torch.ones(64)), torch.full((64,), 2.0))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_process_left_that_was_killed_while_it_compiled_is_compiled_again(tmp_path: Path) -> None:
+    def said() -> str:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "compiling again" not in said()
+    kernels = list(tmp_path.rglob("*.main.so"))
+    assert len(kernels) >= 3  # of the block, of its backward pass, and of the sum
+    for is_listed in (True, False):  # in the compiler's own records, which a killed process did not write
+        for kernel in kernels:
+            os.truncate(kernel, 100)
+        for records in [] if is_listed else ["fxgraph", "aotautograd"]:
+            shutil.rmtree(tmp_path / records)
+        text = said()
+        assert all(str(kernel) in text for kernel in kernels)
+        assert "slower" not in text
+    assert "compiling again" not in said()
+
+
+def test_what_else_goes_wrong_while_compiling_is_told(tmp_path: Path) -> None:
+    other = tmp_path / "other.so"  # of somebody else
+    other.touch()
+
+    def fails() -> None:
+        raise ImportError("cannot read file data", path=str(other))
+
+    with pytest.raises(ImportError, match="cannot read"):
+        mending_files(fails)
+    assert other.exists()

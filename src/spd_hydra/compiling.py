@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ Options = dict[str, str | int | bool]
 GraphCompiler = Callable[..., Any]
 """From a graph (a `GraphModule`), examples of its inputs, and settings by keyword to what computes it."""
 
+_T = TypeVar("_T")
 _tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
@@ -117,6 +118,36 @@ def compiled_by(compiler: GraphCompiler) -> Iterator[None]:
         _stand_in.reset(token)
 
 
+def mending_files(compile: Callable[[], _T]) -> _T:
+    """What it returns; files of the compiler that cannot be loaded are removed and made anew.
+
+    A process that is killed while it compiles leaves one behind, which every later one would fail to load.
+    """
+    broken: set[Path] = set()
+    while True:
+        try:
+            return compile()
+        except Exception as error:
+            file = _unloadable(error)
+            if file is None or file in broken:
+                raise
+            broken.add(file)
+            logger.info("compiling again what a process that was stopped has left incomplete: %s", file)
+            file.unlink(missing_ok=True)
+
+
+def _unloadable(error: BaseException | None) -> Path | None:
+    """The compiler's file that could not be loaded, if that is what went wrong."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415
+
+    while error is not None:
+        if isinstance(error, ImportError) and error.path is not None:
+            file = Path(error.path)
+            return file if file.is_relative_to(cache_dir()) else None
+        error = error.__cause__ or error.__context__  # the compiler hides what its own errors come from
+    return None
+
+
 class Kernel:
     """A pure function of tensors, compiled as one piece per set of shapes, without a backward pass.
 
@@ -141,7 +172,7 @@ class Kernel:
         stand_in = _stand_in.get()
         compiled = self._compiled if stand_in is None else stand_in.made.setdefault(self, {})
         if layout not in compiled:
-            compiled[layout] = self._compile(tensors)
+            compiled[layout] = mending_files(lambda: self._compile(tensors))
         return compiled[layout](*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:

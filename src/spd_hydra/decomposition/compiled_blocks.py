@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from spd_hydra.compiling import OPTIONS, graph_compiler
+from spd_hydra.compiling import OPTIONS, graph_compiler, mending_files
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,17 @@ class CompiledBlocks:
         if key in self._known:
             known = self._known[key]
             return function(*inputs) if known is None else _filled(known, known.run(*tensors))
-        compiled = self._traced(function, leaves, structure)
+
+        def compile() -> _Compiled:
+            compiled = self._traced(function, leaves, structure)
+            _try_both_ways(compiled, tensors)
+            return compiled
+
         try:
             with warnings.catch_warnings():
                 # Tracing looks at every `.grad`, also of tensors that are no leaves.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-                _try_both_ways(compiled, tensors)
+                compiled = mending_files(compile)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler may say about a model that it was not made for
