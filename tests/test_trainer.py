@@ -230,9 +230,9 @@ def test_rows_hold_every_active_term_sparsity_norms_and_rate(make: Make) -> None
 def test_time_spent_is_counted_by_what_it_was_spent_on(make: Make) -> None:
     trainer = make()
     trainer.fit()
-    assert trainer.seconds["train"] > 0
-    assert trainer.seconds["compile"] == 0  # the small runs are not compiled
-    assert set(trainer.seconds) == {"compile", "train", "eval"}
+    assert trainer.stopwatch.seconds["train"] > 0
+    assert trainer.stopwatch.seconds["compile"] == 0  # the small runs are not compiled
+    assert set(trainer.stopwatch.seconds) == {"compile", "train", "eval"}
 
 
 # ---- stopping ------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Work:
         """Write figures, summary and report; of several replicas the verdict is told by their table."""
         if self.directory.follows:
             return {}
-        times = self.trainer.times()
+        times = self.trainer.stopwatch.state()
         summary, drawn = conclude(
             self.directory,
             self.parts,
@@ -133,7 +133,8 @@ def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, st
         tracker=tracker,
         signals=signals,
     )
-    trainer.started, trainer.seconds = started, {"target": target.seconds} | trainer.seconds
+    watch = trainer.stopwatch
+    watch.started, watch.seconds = started, {"target": target.seconds} | watch.seconds
     return Work(parts, target, directory, tracker, trainer)
 
 

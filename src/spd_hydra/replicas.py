@@ -170,12 +170,14 @@ class Replicas:
         """One step of all: draw, schedule, loss, gradients, update."""
         first = self.trainers[0]
         alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
-        with alone, first.timed("compile" if self._is_to_be_compiled else "train"):
+        with alone, first.stopwatch.counting("compile" if self._is_to_be_compiled else "train"):
             losses = self._train_step()
         for trainer in self.trainers:
-            trainer.timed_steps += not self._is_to_be_compiled
+            trainer.stopwatch.steps += not self._is_to_be_compiled
             if trainer is not first:  # all of them waited for the same step
-                trainer.seconds |= {what: first.seconds[what] for what in ("compile", "train")}
+                trainer.stopwatch.seconds |= {
+                    what: first.stopwatch.seconds[what] for what in ("compile", "train")
+                }
         self._is_to_be_compiled = False
         return losses
 

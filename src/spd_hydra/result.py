@@ -32,7 +32,7 @@ class Outcome:
 
 
 def steps_per_second(times: Mapping[str, Any]) -> float | None:
-    """The speed of training, from `Trainer.times`; None before a step was timed."""
+    """The speed of training, from `Stopwatch.state`; None before a step was timed."""
     trained = times["seconds"]["train"]
     return times["timed_steps"] / trained if trained else None
 

@@ -2,9 +2,8 @@
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
+from spd_hydra.stopwatch import Stopwatch
 from spd_hydra.trainer_config import Evaluation, Sharding, Training
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ class Trainer:
         self.run, self.tracker = run, tracker
         self.signals = StopSignals() if signals is None else signals
         self.step = 0
-        self.started = time.perf_counter()  # moved back by what earlier sessions of the run took
-        self.seconds = {"compile": 0.0, "train": 0.0, "eval": 0.0}
-        self.timed_steps = 0  # those that `seconds["train"]` counts, of all initialisations
+        self.stopwatch = Stopwatch()
         self.facts: dict[str, Any] = {}
         self.components: list[nn.Parameter] = list(self.model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
@@ -196,9 +194,9 @@ class Trainer:
         """One step: draw, schedule, loss, gradients, update."""
         # A signal that is sent to all processes would end the C++ compiler, and with it the run.
         alone = kept_from_children() if self._is_to_be_compiled else nullcontext()
-        with self.timed("compile" if self._is_to_be_compiled else "train"), alone:
+        with self.stopwatch.counting("compile" if self._is_to_be_compiled else "train"), alone:
             loss = self._train_step()
-        self.timed_steps += not self._is_to_be_compiled
+        self.stopwatch.steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
         return loss
 
@@ -283,7 +281,7 @@ class Trainer:
             return
         self.run.sync_metrics()
         tensors = {"model": parameters, "optimizer": optimizer}
-        state = {"step": self.step, "facts": self.facts, "times": self.times()}
+        state = {"step": self.step, "facts": self.facts, "times": self.stopwatch.state()}
         keep, allowed = self.training.keep_checkpoints, self.run.require_ownership
         save_checkpoint(self.run.checkpoints, self.step, tensors, state, keep, allowed)
         self.run.write_status(Status.running, self.step)
@@ -292,24 +290,8 @@ class Trainer:
         """Go on from a checkpoint: weights, optimiser, step, times; metrics logged after it are dropped."""
         self.set_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"], step=checkpoint.step)
         self.facts = dict(checkpoint.state["facts"])
-        self._add_times(checkpoint.state.get("times", {}))
+        self.stopwatch.add(checkpoint.state.get("times", {}))
         self.run.truncate_metrics(self.step)
-
-    def times(self) -> dict[str, Any]:
-        """Seconds by what they were spent on, in all sessions of the run, and the steps that `train` counts.
-
-        Of a session that was killed, only what was in its last checkpoint.
-        """
-        seconds = self.seconds | {"total": time.perf_counter() - self.started}
-        return {"seconds": seconds, "timed_steps": self.timed_steps}
-
-    def _add_times(self, earlier: dict[str, Any]) -> None:
-        for what, seconds in earlier.get("seconds", {}).items():
-            if what == "total":
-                self.started -= seconds
-            else:
-                self.seconds[what] = self.seconds.get(what, 0.0) + seconds
-        self.timed_steps += earlier.get("timed_steps", 0)
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -365,7 +347,7 @@ class Trainer:
 
     def measure(self) -> EvaluationResult:
         """Evaluate the model as it is."""
-        with self.timed("eval"):
+        with self.stopwatch.counting("eval"):
             return self.evaluate(self.step)
 
     def _evaluate(self) -> EvaluationResult:
@@ -381,15 +363,6 @@ class Trainer:
         step = self.step if step is None else step
         self.run.append_metrics(step, split, numbers)
         self.tracker.log(step, split, numbers)
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the seconds of the block as spent on this."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - started
 
 
 def compiles_blocks(objective: Objective, training: Training) -> bool:
