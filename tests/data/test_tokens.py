@@ -347,10 +347,10 @@ def test_a_split_that_is_not_there_is_named_by_its_key(spec: Any, tmp_path: Path
     write_jsonl(tmp_path / "a.jsonl")
     write_saved(tmp_path / "saved")
     for name, where in (("a.jsonl", "what is read from files"), ("saved", str(tmp_path / "saved"))):
-        for key in ("split", "eval_split"):
+        for key, more in (("split", ""), ("eval_split", "; or name other data with data.eval_name")):
             with pytest.raises(ConfigError) as caught:
                 tokens(tmp_path / name, tmp_path, **{key: "test"}).bind(spec)
-            assert str(caught.value) == f"data.{key}: got test, but {where} has train"
+            assert str(caught.value) == f"data.{key}: got test, but {where} has train{more}"
 
 
 def test_files_that_hold_nothing_are_named(spec: Any, tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ class DataSource(Section):
         """What is read from a hub now, as a commit for each field `revision` or `<what>_revision`."""
         return {}
 
+    def notes(self) -> list[str]:
+        """What one has to know of a run on these data, a sentence each."""
+        return []
+
     def prefetch(self, target: TargetSpec) -> list[str]:
         """Fetch and prepare all that batches need, and say in a line for each thing where it lies."""
         return []

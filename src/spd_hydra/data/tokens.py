@@ -3,20 +3,27 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from spd_hydra.data.base import Batches, DataSource
+from spd_hydra.data.columns import Columns, Holds, token_column_among
+from spd_hydra.data.find_text import find_text
+from spd_hydra.data.library import quiet
 from spd_hydra.data.packing import Document, Layout, is_held_out
 from spd_hydra.data.streamed import StreamedBatches
-from spd_hydra.data.text_source import TextSource, TextUnit, find_source
+from spd_hydra.data.text_source import TextSource, TextUnit, Wanted
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
 from spd_hydra.data.tokenizing import Reader, make_reader, tokenizer_commit
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
+
+logger = logging.getLogger(__name__)
 
 _SHUFFLED = 1000  # documents of a stream among which the next one is chosen
 _FORMAT = 1  # part of the digest: raise it when the same text gives other rows
@@ -29,17 +36,27 @@ class Tokens(DataSource):
 
     name: str = option(
         help="id on the hub, or local: a file or folder of text, json, jsonl, csv or parquet, a pattern "
-        "with *, or what datasets saved to disk"
+        "with *, or what datasets saved to disk; names of files in a folder tell splits, as on the hub"
     )
-    config_name: str | None = option(None, "which configuration of a dataset on the hub")
+    config_name: str | None = option(None, "which configuration of a dataset that has several")
     revision: str | None = option(None, "branch, tag or commit of a dataset on the hub; null: main")
     split: str = option("train", "what to train on; parts as datasets has them, e.g. train[:10%]")
-    eval_split: str | None = option(None, "what to evaluate on; null: a share of `split`, see eval_fraction")
+    eval_split: str | None = option(
+        None,
+        "what to evaluate on; null: the only split of eval_name, or a share of `split`, see eval_fraction",
+    )
+    eval_name: str | None = option(
+        None, "what to evaluate on, if it is not in `name`: an id or files, as there"
+    )
+    eval_config_name: str | None = option(None, "which configuration of eval_name")
+    eval_revision: str | None = option(None, "branch, tag or commit of eval_name on the hub; null: main")
     eval_fraction: float = option(
-        0.05, "share of the documents that is held out where there is no eval_split", gt=0, lt=1
+        0.05, "share of the documents that is held out where no others are named", gt=0, lt=1
     )
     text_column: str | None = option(None, "column with the text; null: the only one with text, or `text`")
-    token_column: str | None = option(None, "column with token ids, for data that are tokenised already")
+    token_column: str | None = option(
+        None, "column with token ids; null: without text input_ids, tokens or token_ids, else none"
+    )
     text_unit: TextUnit = option(TextUnit.paragraph, "documents of text files: paragraph | line | file")
     tokenizer: str | None = option(
         None, "hub id or directory of a tokenizer; null: the target's own, for a token_column none"
@@ -65,6 +82,11 @@ class Tokens(DataSource):
                 "token_column",
                 f"got {self.token_column} beside text_column={self.text_column}; give one of them",
             )
+        for field in ("eval_config_name", "eval_revision"):
+            if getattr(self, field) is not None and self.eval_name is None:
+                yield Problem(
+                    field, f"got {getattr(self, field)} without data.eval_name; name one, or leave it out"
+                )
         if self.tokenizer_revision is not None and self.tokenizer is None:
             yield Problem(
                 "tokenizer_revision",
@@ -88,10 +110,24 @@ class Tokens(DataSource):
 
     def commits(self) -> dict[str, str]:
         """Those of a dataset and of a tokenizer that are named by their ids on the hub."""
-        found = {"revision": self._find(self.split).commit}
+        found = {"revision": find_text(self._wanted()).commit}
+        if self.eval_name is not None:
+            found["eval_revision"] = find_text(self._wanted_for_eval()).commit
         if self.tokenizer is not None:
             found["tokenizer_revision"] = tokenizer_commit(self.tokenizer, self.tokenizer_revision)
         return {field: commit for field, commit in found.items() if commit is not None}
+
+    def notes(self) -> list[str]:
+        """Adds: what does not hold of data that are streamed."""
+        if not self.streaming:
+            return []
+        found = (
+            "data.streaming: not exactly resumable; a run that is resumed reads the text again, and sees the "
+            "same rows only if the source gives the same text in the same order"
+        )
+        if self._has_own_eval:
+            found += "; whether documents to evaluate on are also trained on is not checked"
+        return [found]
 
     def prefetch(self, target: TargetSpec) -> list[str]:
         rows = self._plan(target)
@@ -112,9 +148,29 @@ class Tokens(DataSource):
             load_tokenizer=rows.reader.tokenizer,
         )
 
-    def _find(self, split: str, key: str = "data.split") -> TextSource:
-        return find_source(
-            self.name, self.config_name, self.revision, split=split, text_unit=self.text_unit, key=key
+    @property
+    def _has_own_eval(self) -> bool:
+        return self.eval_split is not None or self.eval_name is not None
+
+    def _wanted(self) -> Wanted:
+        return Wanted(
+            name=self.name,
+            config_name=self.config_name,
+            revision=self.revision,
+            split=self.split,
+            text_unit=self.text_unit,
+        )
+
+    def _wanted_for_eval(self) -> Wanted:
+        of_training = dataclasses.replace(self._wanted(), split=self.eval_split, split_key="data.eval_split")
+        if self.eval_name is None:
+            return of_training
+        return dataclasses.replace(
+            of_training,
+            name=self.eval_name,
+            config_name=self.eval_config_name,
+            revision=self.eval_revision,
+            prefix="eval_",
         )
 
     def _plan(self, target: TargetSpec) -> "_Rows":
@@ -128,18 +184,23 @@ class Tokens(DataSource):
             )
         require_length(self.length, target)
         with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
-            source = self._find(self.split)
-            held_out = None if self.eval_split is None else self._find(self.eval_split, "data.eval_split")
+            source = find_text(self._wanted())
+            held_out = find_text(self._wanted_for_eval()) if self._has_own_eval else None
             columns = source.columns()
+            token_column = self.token_column
+            if token_column is None and self.text_column is None:
+                token_column = token_column_among(columns)
         reader = make_reader(
-            columns,
+            {name: holds is Holds.text for name, holds in columns.items()},
             text_column=self.text_column,
-            token_column=self.token_column,
-            tokenizer=self.tokenizer or (None if self.token_column else target.tokenizer_name()),
+            token_column=token_column,
+            tokenizer=self.tokenizer or (None if token_column else target.tokenizer_name()),
             tokenizer_revision=self.tokenizer_revision if self.tokenizer else target.tokenizer_revision(),
             special_tokens=not self.pack,
             processes=self.processes,
         )
+        if held_out is not None:
+            self._require_same(reader.column, columns, held_out.columns())
         layout = Layout(
             length=self.length, pack=self.pack, end=reader.end() if self.pack else None, vocab_size=vocab_size
         )
@@ -150,6 +211,16 @@ class Tokens(DataSource):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         directory = Path(self.cache_dir).expanduser() / "tokens" / digest
         return _Rows(digest, directory, source, held_out, reader, layout, self.eval_fraction)
+
+    def _require_same(self, column: str, columns: Columns, others: Columns) -> None:
+        """Refuse data to evaluate on that lack the column that is read, or have something else in it."""
+        if others.get(column) is not columns[column]:
+            key = "eval_split" if self.eval_name is None else "eval_name"
+            found = f"with {others[column].value} in" if column in others else "without"
+            raise ConfigError(
+                f"data.{key}: got {getattr(self, key)}, {found} the column {column}, from which "
+                f"{columns[column].value} is trained on; it has {', '.join(others)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,15 +256,23 @@ class _Rows:
         )
 
     def _make(self, directory: Path) -> TokenStore:
-        read = self.reader.documents
-        documents = read(self.source.load(), directory / "train.arrow")
-        held_out = None
-        if self.held_out is not None:
-            held_out = read(self.held_out.load(), directory / "eval.arrow")
+        started = time.perf_counter()
+        documents = self._documents(self.source, directory / "train.arrow")
+        held_out = None if self.held_out is None else self._documents(self.held_out, directory / "eval.arrow")
         store = write_store(directory, self.layout, documents, held_out, self.eval_fraction)
         for path in directory.glob("*.arrow"):
             path.unlink()
+        seconds = time.perf_counter() - started
+        rows = sum(store.facts["rows"].values())
+        logger.info("%s rows of %d tokens in %.1f s", f"{rows:,}", self.layout.length, seconds)
         return store
+
+    def _documents(self, source: TextSource, cache_file: Path) -> Callable[[], Iterator[Document]]:
+        dataset = source.load()
+        doing = "reading the tokens of" if self.reader.tokenised else "tokenising"
+        logger.info("%s %s documents of %s", doing, f"{len(dataset):,}", source.where)
+        with quiet():
+            return self.reader.documents(dataset, cache_file)
 
 
 def require_length(length: int, target: TargetSpec) -> None:

@@ -1,0 +1,71 @@
+"""What the columns of a dataset hold, and which of them is read where none is named."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from spd_hydra.section import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")  # what tokenizers and those who save tokens call them
+
+
+class Holds(Enum):
+    """What is in a column."""
+
+    text = "text"
+    whole_numbers = "lists of whole numbers"
+    other = "something else"
+
+
+Columns = Mapping[str, Holds]
+
+
+def columns_of(features: Mapping[str, Any]) -> dict[str, Holds]:
+    """By the features of a dataset."""
+    return {name: _holds(feature) for name, feature in features.items()}
+
+
+def _holds(feature: Any) -> Holds:
+    if getattr(feature, "dtype", None) in {"string", "large_string"}:
+        return Holds.text
+    inner = str(getattr(getattr(feature, "feature", None), "dtype", ""))
+    return Holds.whole_numbers if inner.startswith(("int", "uint")) else Holds.other
+
+
+def columns_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Holds]:
+    """By the first value of each column that tells."""
+    found: dict[str, Holds] = {}
+    for row in rows:
+        for name, value in row.items():
+            if found.setdefault(name, Holds.other) is Holds.other:
+                found[name] = _kind_of_value(value)
+    return found
+
+
+def _kind_of_value(value: Any) -> Holds:
+    if isinstance(value, str):
+        return Holds.text
+    are_ids = isinstance(value, list) and value and all(type(one) is int for one in value)
+    return Holds.whole_numbers if are_ids else Holds.other
+
+
+def token_column_among(columns: Columns) -> str | None:
+    """The column of token ids of data without text; None: there is text, or neither.
+
+    Raises:
+        ConfigError: it does not follow from the names.
+    """
+    numbers = [name for name, holds in columns.items() if holds is Holds.whole_numbers]
+    if Holds.text in columns.values() or not numbers:
+        return None
+    named = [name for name in numbers if name in _TOKEN_COLUMNS]
+    if len(named) != 1:
+        raise ConfigError(
+            f"data.token_column: got null, and no column holds text; name the one with token ids of "
+            f"{', '.join(numbers)}, which hold lists of whole numbers"
+        )
+    logger.info("data.token_column: no column holds text, so token ids are read from %s", named[0])
+    return named[0]
