@@ -35,7 +35,7 @@ def check(config: RunConfig) -> dict[str, Any]:
     for site, shape in parts.model.site_shapes().items():
         say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
     say(f"  loss terms: {', '.join(config.loss.active_terms())}")
-    for line in found.lines():
+    for line in (*config.data.notes(), *found.lines()):
         say(f"  {line}")
     return {"experiment": config.name, **found.facts()}
 

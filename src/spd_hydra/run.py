@@ -130,6 +130,8 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
 
         def work() -> Outcome:
             directory.write_environment(describe_environment(device_of(config).type))
+            for note in config.data.notes():
+                say(note)
             distributed.of_rank_0(told)
             return (decompose_replicas if _has_replicas(config) else decompose)(config, directory, signals)
 

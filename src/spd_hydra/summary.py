@@ -22,7 +22,7 @@ def summarise(
     restarts: Mapping[str, Any] | None,
     replicas: int = 1,
 ) -> dict[str, Any]:
-    """The summary of a run: verdict with its checks, diagnosis, sparsity, losses, target, times.
+    """The summary of a run: verdict with its checks, diagnosis, sparsity, losses, target, notes, times.
 
     `diagnosis` is empty where the known answer was found. `replicas` is the number of runs that shared their
     steps: the times are those of all together.
@@ -73,6 +73,7 @@ def summarise(
         "losses": by_site("loss"),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),
+        "notes": config.data.notes(),
         "seconds": dict(seconds),
         "steps_per_second": steps_per_second,
         "restarts": None if restarts is None else dict(restarts),

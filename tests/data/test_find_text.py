@@ -174,8 +174,11 @@ def test_files_of_a_folder_that_are_in_no_split_are_named(
 ) -> None:
     for name in ("train-a.txt", "test-b.txt", "more.txt"):
         (tmp_path / name).write_text("\n\n".join(TEXTS))
-    tokens(tmp_path, tmp_path).bind(spec)
-    assert f"these are in none and are not read: {tmp_path / 'more.txt'}; a pattern such as" in caplog.text
+    source = tokens(tmp_path, tmp_path)
+    source.bind(spec)
+    source.bind_eval(spec)
+    (said,) = caplog.messages
+    assert f"these are in none and are not read: {tmp_path / 'more.txt'}; a pattern such as" in said
 
 
 def test_tables_of_another_kind_in_a_folder_are_refused(spec: ReaderSpec, tmp_path: Path) -> None:
@@ -353,5 +356,5 @@ def test_a_log_has_no_progress_bars_but_what_is_done_and_how_long_it_took(
         texts_of(tokens(tmp_path / "a.jsonl", tmp_path, pack=False, length=30).bind(spec), 1)
     assert capsys.readouterr() == ("", "")
     first, last = caplog.messages
-    assert first == f"tokenising 40 documents of {tmp_path / 'a.jsonl'}"
+    assert first == f"tokenising: column text of 40 rows of {tmp_path / 'a.jsonl'}"
     assert last.startswith("40 rows of 30 tokens in ")

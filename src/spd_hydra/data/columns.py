@@ -1,13 +1,10 @@
 """What the columns of a dataset hold, and which of them is read where none is named."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
 from spd_hydra.section import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")  # what tokenizers and those who save tokens call them
 
@@ -67,5 +64,4 @@ def token_column_among(columns: Columns) -> str | None:
             f"data.token_column: got null, and no column holds text; name the one with token ids of "
             f"{', '.join(numbers)}, which hold lists of whole numbers"
         )
-    logger.info("data.token_column: no column holds text, so token ids are read from %s", named[0])
     return named[0]

@@ -143,7 +143,7 @@ def of_folder(folder: Path, files: Sequence[Path], wanted: Wanted) -> TextSource
     split = wanted.chosen(parts, str(folder))
     own = [file for part, found in parts.items() if part in parts_of(split) for file in found]
     card = [folder / _CARD] if (folder / _CARD).is_file() else []
-    return _source(_only_kind(own, wanted), [*own, *card], split, wanted, load)
+    return _source(_only_kind(own, wanted), own, split, wanted, load, described_by=card)
 
 
 def _require_nothing_left_out(
@@ -163,11 +163,17 @@ def _require_nothing_left_out(
     if others:
         _only_kind([taken[0], others[0]], wanted)
     if same := [str(file) for file in left if _kind(file) == kind]:
-        logger.warning(
-            "%s: the names of files in %s tell splits, and these are in none and are not read: %s; a pattern "
-            "such as %s takes all",
-            *(wanted.key("name"), folder, shortened(same), folder / "**" / f"*{Path(same[0]).suffix}"),
+        pattern = folder / "**" / f"*{Path(same[0]).suffix}"
+        _warn_once(
+            f"{wanted.key('name')}: the names of files in {folder} tell splits, and these are in none and "
+            f"are not read: {shortened(same)}; a pattern such as {pattern} takes all"
         )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A source is found several times on the way to a run."""
+    logger.warning(text)
 
 
 def _only_kind(files: Sequence[Path], wanted: Wanted) -> str:
@@ -188,8 +194,16 @@ def _sample_by(kind: str, wanted: Wanted) -> dict[str, str]:
     return {"sample_by": "document" if wanted.text_unit is TextUnit.file else wanted.text_unit.value}
 
 
-def _source(kind: str, files: Sequence[Path], split: str, wanted: Wanted, read: Load) -> TextSource:
-    """The split of a text in files, which are read without a network."""
+def _source(
+    kind: str,
+    files: Sequence[Path],
+    split: str,
+    wanted: Wanted,
+    read: Load,
+    *,
+    described_by: Sequence[Path] = (),
+) -> TextSource:
+    """The split of a text in files, which are read without a network; other files may describe them."""
     names = [str(file.absolute()) for file in files]
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"{wanted.key('name')}: {shortened(names)} holds nothing")
@@ -222,7 +236,10 @@ def _source(kind: str, files: Sequence[Path], split: str, wanted: Wanted, read: 
             raise ConfigError(f"{wanted.key('name')}: {shortened(names)} holds nothing")
         return found
 
-    stats = [(name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in names]
+    stats = [
+        (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in (*files, *described_by)
+    ]
     return TextSource(
         identity=f"files {kind} {_sample_by(kind, wanted).get('sample_by')} {split} {stats}",
         where=shortened(names),

@@ -86,7 +86,9 @@ class StreamedBatches(Batches):
             self._begin(key.tolist())
             if min(places) > 0:
                 logger.warning(
-                    "data.streaming: reading %d rows again to go on where the run stopped", min(places)
+                    "data.streaming: reading %d rows again to go on where the run stopped; the next ones are "
+                    "those of the run only if the source gives the same text in the same order",
+                    min(places),
                 )
         while self._first + len(self._seen) <= max(places):
             self._seen.append(next(self._stream))

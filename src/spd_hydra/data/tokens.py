@@ -269,8 +269,9 @@ class _Rows:
 
     def _documents(self, source: TextSource, cache_file: Path) -> Callable[[], Iterator[Document]]:
         dataset = source.load()
-        doing = "reading the tokens of" if self.reader.tokenised else "tokenising"
-        logger.info("%s %s documents of %s", doing, f"{len(dataset):,}", source.where)
+        doing = "reading token ids" if self.reader.tokenised else "tokenising"
+        number, column = f"{len(dataset):,}", self.reader.column
+        logger.info("%s: column %s of %s rows of %s", doing, column, number, source.where)
         with quiet():
             return self.reader.documents(dataset, cache_file)
 

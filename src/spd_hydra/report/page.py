@@ -90,7 +90,7 @@ def write_report(
         config_text=config_text,
         facts=facts,
         blocks=blocks,
-        warnings=[*warnings, *missing],
+        warnings=[*warnings, *summary.get("notes", ()), *missing],
     )
     atomic.replace(path, page)
 
