@@ -133,23 +133,35 @@ def test_data_of_another_commit_are_not_taken_for_those_of_the_run(tmp_path: Pat
     )
 
 
-def test_the_tokenizer_is_of_the_model_s_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+def test_the_tokenizer_is_of_the_model_s_revision(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = (hub / f"models--owner--{name}" for name in ("model", "tokenizer"))
+    model_moves_on(tmp_path, hub)
+    cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
+    cache_tokenizer(tmp_path, hub, LATER, end="<later>")
+    (other / "refs" / "v1").write_text(COMMIT)
+    for commit in (COMMIT, LATER):
+        (model / "snapshots" / commit / "tokenizer.json").write_text("{}")
+    asked: list[Path] = []
 
-    def from_pretrained(name: str, *, revision: str, trust_remote_code: bool) -> None:
+    def from_pretrained(name: str, *, trust_remote_code: bool) -> None:
         assert not trust_remote_code
-        asked.append((name, revision))
+        asked.append(Path(name))
         raise OSError("not there")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    other = "data.tokenizer=owner/other"
-    for words in ([], [f"model.revision={COMMIT}"], [other], [other, "data.tokenizer_revision=v1"]):
+    named = f"data.tokenizer={TOKENIZER}"
+    for words in ([], [f"model.revision={COMMIT}"], [named], [named, "data.tokenizer_revision=v1"]):
         config = config_of(tmp_path, *words, f"data.name={text}", "data.token_column=null")
-        with pytest.raises(ConfigError, match=r"^data\.tokenizer: owner/"):
+        with pytest.raises(
+            ConfigError, match=r"^data\.tokenizer: got owner/.* cannot be loaded from .*: not"
+        ):
             config.data.bind(config.model)
-    assert asked == [(NAME, "main"), (NAME, COMMIT), ("owner/other", "main"), ("owner/other", "v1")]
+    assert [path.parent.parent for path in asked] == [model, model, other, other]
+    assert [path.name for path in asked] == [LATER, COMMIT, LATER, COMMIT]
 
 
 # ---- a tokenizer of its own ----------------------------------------------------------------------------
@@ -203,16 +215,14 @@ def test_a_tokenizer_in_a_directory_has_no_commit(tmp_path: Path) -> None:
     found = pinned(config_of(tmp_path, f"data.tokenizer={directory}")).data
     assert isinstance(found, Tokens)
     assert found.tokenizer_revision is None
-    with pytest.raises(
-        ConfigError, match=r"^data\.tokenizer_revision: got v1, but .*here is local and has no"
-    ):
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer_revision: got v1, but .*here is a local dir"):
         end_of(config_of(tmp_path, f"data.tokenizer={directory}", "data.tokenizer_revision=v1"))
 
 
 def test_a_tokenizer_of_a_commit_that_is_not_there_is_named_with_it(tmp_path: Path, hub: Path) -> None:
     cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
     config = with_tokenizer(tmp_path, f"data.tokenizer_revision={LATER}")
-    with pytest.raises(ConfigError, match=rf"^data\.tokenizer: {TOKENIZER} at {LATER} cannot be loaded"):
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer: got {TOKENIZER} at {LATER}, which is not in"):
         config.data.bind(config.model)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from spd_hydra.data.packing import Document
-from spd_hydra.model.hub import commit_in_cache
+from spd_hydra.model import hub
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
 
 _TOKENS = "tokens"
+_KEYS = hub.Keys("data.tokenizer", "data.tokenizer_revision")
 _AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
 
 
@@ -181,34 +182,24 @@ def _tokenise(
     return {_TOKENS: tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]}
 
 
-@functools.cache
 def _tokenizer(name: str, revision: str | None) -> Any:
+    return _loaded(name, hub.directory(name, revision, hub.TOKENIZER, _KEYS).absolute())
+
+
+@functools.cache
+def _loaded(name: str, directory: Path) -> Any:
+    """The tokenizer in a directory; named by a directory, it is not looked for on the hub."""
     from transformers import AutoTokenizer
 
-    is_local = Path(name).expanduser().exists()
-    if is_local and revision is not None:
-        raise ConfigError(
-            f"data.tokenizer_revision: got {revision}, but data.tokenizer={name} is local and has no "
-            "revisions; leave it out"
-        )
-    place = {} if is_local else {"revision": revision or "main"}
     try:  # without code of its own; unless told, transformers would ask whoever sits there
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(Path(name).expanduser()) if is_local else name, trust_remote_code=False, **place
-        )
-    except Exception as error:  # of several libraries, all about finding or reading it
-        at = "" if revision is None else f" at {revision}"
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # of several libraries, all about reading it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"data.tokenizer: {name}{at} cannot be loaded ({reason}); give a local directory, or fetch it "
-            "with `spd-run task=prefetch ...` where there is a network, and set HF_HUB_OFFLINE=1 where there "
-            "is none"
+            f"data.tokenizer: got {name}, which cannot be loaded from {directory}: {reason}"
         ) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where there are no files
-        raise ConfigError(
-            f"data.tokenizer: {name} holds no tokenizer; name one with data.tokenizer=<id or directory>, or "
-            "data.token_column for data that are tokenised already"
-        )
+        raise ConfigError(f"data.tokenizer: got {name}, which has no {hub.NO_TOKENIZER}")
     return tokenizer
 
 
@@ -216,10 +207,9 @@ def tokenizer_commit(name: str, revision: str | None) -> str | None:
     """The commit of a tokenizer on the hub, which is fetched first if the cache lacks it; None: it is local.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be found or reached.
     """
-    _tokenizer(name, revision)
-    return commit_in_cache(name, revision)
+    return hub.commit_of(name, hub.directory(name, revision, hub.TOKENIZER, _KEYS))
 
 
 def _digest(tokenizer: Any) -> str:

@@ -133,16 +133,14 @@ class HuggingFace(TargetSpec):
     def prefetch(self) -> list[str]:
         """Download the model and its tokenizer into Hugging Face's cache; nothing for a local directory."""
         wanted = [*hub.WEIGHTS, *hub.TOKENIZER, *(hub.CODE if self.trust_remote_code else ())]
-        if Path(self.name).expanduser().is_dir():
+        if hub.is_local(self.name):
             return [f"model {self.name}: a local directory, nothing to fetch"]
         directory = hub.download(self.name, self.revision, wanted)
         return [f"model {self.name}: {directory}"]
 
     def commits(self) -> dict[str, str]:
         """The commit of the snapshot in the cache; nothing for a local directory."""
-        if Path(self.name).expanduser().is_dir():  # also a snapshot of the cache, named by its path
-            return {}
-        commit = hub.commit_of(self._directory(hub.CONFIG))
+        commit = hub.commit_of(self.name, self._directory(hub.CONFIG))
         return {} if commit is None else {"revision": commit}
 
     def vocab_size(self) -> int | None:
@@ -185,7 +183,7 @@ class HuggingFace(TargetSpec):
 
     def _directory(self, files: tuple[str, ...]) -> Path:
         code = hub.CODE if self.trust_remote_code else ()
-        return hub.model_directory(self.name, self.revision, (*files, *code))
+        return hub.directory(self.name, self.revision, (*files, *code))
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -193,7 +191,7 @@ class HuggingFace(TargetSpec):
         directory = self._directory(hub.CONFIG)
         try:
             if self.trust_remote_code:
-                self._require_own_code(directory)
+                hub.require_own_code(self.name, directory / "config.json", "model.trust_remote_code")
             config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -210,21 +208,6 @@ class HuggingFace(TargetSpec):
                 "that it would have to predict; use model.auto_class=masked_lm or base"
             )
         return _without_kernels(config)
-
-    def _require_own_code(self, directory: Path) -> None:
-        """Refuse code of another repository, of which no commit was given.
-
-        Raises:
-            ConfigError: names the repository.
-        """
-        told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        classes: dict[str, Any] = told.get("auto_map") or {}
-        others = sorted({str(name).partition("--")[0] for name in classes.values() if "--" in str(name)})
-        if others:
-            raise ConfigError(
-                f"model.trust_remote_code: got true, but the code of {self.name} lies in "
-                f"{', '.join(others)}, at no fixed commit; copy model and code into one repository"
-            )
 
     def _made(self, method: str, source: Any) -> Any:
         """The model by `from_config`, or by `from_pretrained` with a report of what did not fit."""

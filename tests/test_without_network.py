@@ -1,0 +1,61 @@
+"""A run whose model, tokenizer and text are on this machine asks nobody for anything."""
+
+import logging
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from tests.data.reader import save_byte_tokenizer
+from tests.hub_cache import COMMIT, cached_model
+from tests.model.tiny_hf import saved_model
+
+from spd_hydra.composition import compose
+from spd_hydra.config import load_config
+from spd_hydra.data.tokens import Tokens
+from spd_hydra.model.hf import HuggingFace
+from spd_hydra.run import run
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Who was called on a machine whose network refuses everything, with nothing set that says so."""
+    called: list[Any] = []
+
+    def refuse(*args: Any, **options: Any) -> NoReturn:
+        called.append(args)
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return called
+
+
+@pytest.mark.parametrize("own_tokenizer", [True, False])
+def test_a_model_of_the_hub_that_is_in_the_cache_is_run_without_asking_the_hub(
+    tmp_path: Path, asked: list[Any], own_tokenizer: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for files in ("model", "tokenizer"):
+        saved_model("gpt2", tmp_path / files)
+        save_byte_tokenizer(tmp_path / files)
+        cached_model(tmp_path / "hub", f"owner/{files}", tmp_path / files)
+    (tmp_path / "text.txt").write_text("\n\n".join(chr(65 + n % 26) * 9 for n in range(40)))
+    words = [
+        *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
+        *("model.name=owner/model", f"data.name={tmp_path / 'text.txt'}", "data.length=12"),
+        *(f"data.cache_dir={tmp_path}", *(() if own_tokenizer else ("data.tokenizer=owner/tokenizer",))),
+    ]
+    with caplog.at_level(logging.INFO):
+        path = run(compose(words)).run_dir
+    assert not asked
+    assert "Retrying" not in caplog.text
+    assert path is not None
+    saved = load_config(path / "config.yaml")
+    assert isinstance(saved.model, HuggingFace)
+    assert isinstance(saved.data, Tokens)
+    assert saved.model.revision == COMMIT
+    assert saved.data.tokenizer_revision == (None if own_tokenizer else COMMIT)
