@@ -164,6 +164,46 @@ def test_the_tokenizer_is_of_the_model_s_revision(
     assert [path.name for path in asked] == [LATER, COMMIT, LATER, COMMIT]
 
 
+# ---- local names ---------------------------------------------------------------------------------------
+
+
+def test_what_is_local_is_saved_with_its_whole_path(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("gpt2", "tokens"):
+        saved_model("gpt2", tmp_path / "here" / folder)
+        save_byte_tokenizer(tmp_path / "here" / folder)
+    (tmp_path / "here" / "a.txt").write_text("A\n\nB")
+    monkeypatch.chdir(tmp_path / "here")
+    config = config_of(
+        tmp_path, "model.name=gpt2", "data.name='*.txt'", "data.tokenizer=tokens", "data.token_column=null"
+    )
+    begin_or_go_on(config, "../runs/0", None)
+    monkeypatch.chdir(tmp_path)
+    saved = load_config(tmp_path / "runs" / "0" / "config.yaml")
+    assert isinstance(saved.model, HuggingFace)
+    assert isinstance(saved.data, Tokens)
+    assert saved.model.name == str(tmp_path / "here" / "gpt2")
+    assert saved.data.name == str(tmp_path / "here" / "*.txt")
+    assert saved.data.tokenizer == str(tmp_path / "here" / "tokens")
+    assert read_target(saved, tmp_path / "runs" / "0", torch.device("cpu")).module(tokens()).shape[0] == 3
+    monkeypatch.chdir(tmp_path / "here")
+    begin_or_go_on(config, "../runs/0", None)  # as after a requeue
+    assert load_config(tmp_path / "runs" / "0" / "config.yaml") == saved
+
+
+def test_an_id_on_the_hub_is_no_path_though_a_file_is_called_so(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "model").write_text("notes")
+    monkeypatch.chdir(tmp_path)
+    found = pinned(config_of(tmp_path))
+    assert isinstance(found.model, HuggingFace)
+    assert isinstance(found.data, Tokens)
+    assert (found.model.name, found.model.revision, found.data.name) == (NAME, COMMIT, "owner/texts")
+
+
 # ---- a tokenizer of its own ----------------------------------------------------------------------------
 
 

@@ -1,15 +1,18 @@
 """A run whose model, tokenizer and text are on this machine asks nobody for anything."""
 
+import json
 import logging
 import socket
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from tests.data.reader import save_byte_tokenizer
 from tests.hub_cache import COMMIT, cached_model
-from tests.model.tiny_hf import saved_model
+from tests.model.tiny_hf import saved_model, tokens
 
+from spd_hydra import decompose, load_run
 from spd_hydra.composition import compose
 from spd_hydra.config import load_config
 from spd_hydra.data.tokens import Tokens
@@ -59,3 +62,28 @@ def test_a_model_of_the_hub_that_is_in_the_cache_is_run_without_asking_the_hub(
     assert isinstance(saved.data, Tokens)
     assert saved.model.revision == COMMIT
     assert saved.data.tokenizer_revision == (None if own_tokenizer else COMMIT)
+
+
+@pytest.mark.slow
+def test_a_run_of_local_files_is_opened_and_analysed_from_another_directory(
+    tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_model("gpt2", tmp_path / "here" / "gpt2")
+    text = "\n".join(json.dumps({"ids": row}) for row in tokens(rows=40).tolist())
+    (tmp_path / "here" / "ids.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    words = [
+        *("experiment=lm_hf", "device=cpu", f"out_dir={tmp_path / 'runs'}", "model.name=gpt2"),
+        *("model.keep_weights=never", "data.name=ids.jsonl", "data.token_column=ids", "data.length=12"),
+        *(f"data.cache_dir={tmp_path}", "data.eval_fraction=0.5", "decomposition.sites.blocks.C=3"),
+        *("ci_fn.hidden=[4]", "loss=paper/tms_5-2", "train.steps=2", "train.batch_size=4"),
+        *("train.compile=false", "train.checkpoint_every=1", "train.restarts.number=1"),
+        *("train.faithfulness_warmup.steps=1", "eval.batches=1", "eval.batch_size=4"),
+        *("eval.pgd_steps=[]", "eval.ablations=false", "eval.subcomponents=0"),
+    ]
+    done = decompose(words)
+    batch, original = tokens(), done.model(tokens())
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(load_run(done.path).model(batch), original)
+    decompose(["task=analyse", f"run={done.path}"])
+    assert decompose([f"resume={done.path}", "train.steps=3"]).summary["steps"] == 3

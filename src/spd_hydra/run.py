@@ -24,7 +24,7 @@ from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
-from spd_hydra.saved_run import at_revisions, pinned, revisions
+from spd_hydra.saved_run import from_sources, pinned, sources
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals, unheard
 
@@ -119,7 +119,7 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
             "token": directory.token,
             "task": config.task.name,
         }
-        told["revisions"] = revisions(config)
+        told["sources"] = sources(config)
         if finished is not None:
             steps = finished.summary["steps"]
             say(f"{directory.path} has finished its {steps} steps: nothing to do. Raise train.steps to go on")
@@ -147,7 +147,7 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
     told = distributed.of_rank_0()
     if told.get("finished"):
         return Outcome(Path(told["path"]), {})
-    config = at_revisions(_for_its_run(config, Task[told["task"]]), told["revisions"])
+    config = from_sources(_for_its_run(config, Task[told["task"]]), told["sources"])
     directory = RunDirectory.follow(Path(told["path"]), told["token"])
     return _recorded(directory, lambda: decompose(config, directory, signals))
 

@@ -22,7 +22,7 @@ from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher.local_ranks import free_port, local_ranks
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
-from spd_hydra.saved_run import at_revisions, revisions
+from spd_hydra.saved_run import from_sources, sources
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
         began = load_config(Path(run_dir, "config.yaml"))
-        return run(dataclasses.replace(at_revisions(config, revisions(began)), resume=run_dir))
+        return run(dataclasses.replace(from_sources(config, sources(began)), resume=run_dir))
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 
