@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
+from spd_hydra.data.tokens import require_length
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
@@ -189,6 +190,48 @@ def test_sizes_and_tokenizer_are_known_from_the_configuration_alone(
     (Path(spec.name) / "model.safetensors").unlink()
     assert (spec.vocab_size(), spec.context_length(), spec.tokenizer_name()) == (50, 32, spec.name)
     assert spec.prefetch() == [f"model {spec.name}: a local directory, nothing to fetch"]
+
+
+def test_the_longest_text_is_the_longest_that_the_model_takes(tiny: tuple[HuggingFace, nn.Module]) -> None:
+    spec, original = tiny
+    longest = spec.context_length()
+    assert longest is not None
+    called(original, torch.full((1, longest), 5))
+    if (
+        getattr(original.config, "rope_parameters", None) is None
+    ):  # else it could take more than it was made for
+        with pytest.raises((IndexError, RuntimeError)):
+            called(original, torch.full((1, longest + 1), 5))
+
+
+def test_rows_of_positions_beside_those_that_are_named_are_not_counted(tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+    }
+    sizes = small | {"num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 20}
+    original = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes))
+    assert original.model.decoder.embed_positions.weight.shape[0] == 22
+    original.save_pretrained(tmp_path)
+    assert HuggingFace(name=str(tmp_path)).context_length() == 20
+    called(original, torch.full((1, 20), 5))
+    with pytest.raises(IndexError):
+        called(original, torch.full((1, 21), 5))
+
+
+def test_rows_that_are_longer_than_the_positions_of_a_model_are_refused(tmp_path: Path) -> None:
+    saved_model(
+        "roberta", tmp_path
+    )  # 32 rows of positions, of which those up to the padding's, 3, are not used
+    spec = HuggingFace(name=str(tmp_path), auto_class=AutoClass.masked_lm)
+    require_length(28, spec)
+    with pytest.raises(
+        ConfigError,
+        match=r"^data\.length: got 29, but the target takes at most 28 tokens; set data\.length=28",
+    ):
+        require_length(29, spec)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,18 @@ class HuggingFace(TargetSpec):
     def context_length(self) -> int | None:
         """Longest text that the model takes, in tokens."""
         config = self._config().get_text_config()
-        return cast("int | None", getattr(config, "max_position_embeddings", None))
+        longest = cast("int | None", getattr(config, "max_position_embeddings", None))
+        if longest is None or config.pad_token_id is None or getattr(config, "rope_parameters", None):
+            return longest
+        with torch.device("meta"):
+            tables = self.skeleton().named_modules()
+        # A table of positions that has a row for padding, as RoBERTa's, counts from behind that row.
+        rows = [
+            module.padding_idx + 1
+            for name, module in tables
+            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+        ]
+        return longest - max(rows, default=0)
 
     def predicts_next_token(self) -> bool:
         """Whether what is compared are the logits of a causal language model."""
