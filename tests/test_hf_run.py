@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.hub_cache import cached_model
 from tests.model.tiny_hf import LENGTH, MODELS, VOCAB, saved_model, tokens
 from torch import Tensor
 
@@ -137,11 +138,38 @@ def test_a_compiled_step_is_the_step_as_it_is_written(tiny: Make, model: str, pa
 def test_the_check_before_launch_needs_no_weights_and_no_values(tiny: Make) -> None:
     config = tiny("gpt2")
     assert isinstance(config.model, HuggingFace)
-    (Path(config.model.name) / "model.safetensors").unlink()
+    (Path(config.model.name) / "model.safetensors").write_bytes(b"")
     parts = preflight(config)
     assert parts.model.device.type == "meta"
     assert parts.position_shape == (LENGTH,)
     assert len(parts.model.site_names) == 8
+
+
+def test_weights_that_are_not_read_are_found_before_launch(tiny: Make) -> None:
+    config = tiny("gpt2")
+    assert isinstance(config.model, HuggingFace)
+    weights = Path(config.model.name) / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(ConfigError) as caught:
+        preflight(config)
+    assert str(caught.value) == (
+        f"model.name: got {config.model.name}, which has no weights in the safetensors format; others are "
+        "not read, since they can hold code"
+    )
+
+
+def test_weights_that_cannot_be_fetched_are_found_before_launch(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("gpt2")
+    assert isinstance(config.model, HuggingFace)
+    snapshot = cached_model(tmp_path / "hub", "owner/model", Path(config.model.name))
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="owner/model"))
+    with pytest.raises(ConfigError, match=r"which is not in .*hub, and HF_HUB_OFFLINE=1 forbids"):
+        preflight(config)
 
 
 def test_an_output_that_there_is_not_is_found_before_launch(tiny: Make) -> None:

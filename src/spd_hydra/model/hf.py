@@ -103,7 +103,8 @@ class HuggingFace(TargetSpec):
         """The model without its weights, from its configuration alone.
 
         Raises:
-            ConfigError: the configuration cannot be found, read or reached.
+            ConfigError: the configuration cannot be found, read or reached; or nothing can be fetched for
+                `build`, and weights that it could read are not there.
         """
         if architecture is not None and not self.trust_remote_code:
             from transformers import AutoConfig
@@ -111,6 +112,8 @@ class HuggingFace(TargetSpec):
             config = _without_kernels(AutoConfig.for_model(**json.loads(architecture)))
         else:
             config = self._config()
+        if architecture is None and (hub.is_local(self.name) or hub.is_offline()):
+            self._directory(hub.WEIGHTS)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._made("from_config", config)

@@ -46,6 +46,13 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids to ask the hub."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def is_id(name: str) -> bool:
     """Whether a name could be an id on the hub."""
     return _HUB_ID.fullmatch(name) is not None
@@ -84,7 +91,7 @@ def directory(name: str, revision: str | None, files: Sequence[str], keys: Keys 
     try:
         return _fetch(name, revision, files, keys)
     except _UnreachableError as error:
-        if constants.HF_HUB_OFFLINE:
+        if is_offline():
             advice = "where there is a network and HF_HUB_OFFLINE is not set, with the same HF_HOME"
         else:
             advice = "where there is a network, then here with the same HF_HOME and HF_HUB_OFFLINE=1"
@@ -100,14 +107,10 @@ def download(name: str, revision: str | None, files: Sequence[str], keys: Keys =
     Raises:
         ConfigError: there is no such repository, it lacks what is needed, or the hub cannot be reached.
     """
-    from huggingface_hub import constants  # noqa: PLC0415
-
     try:
         return _fetch(name, revision, files, keys)
     except _UnreachableError as error:
-        advice = (
-            "unset it" if constants.HF_HUB_OFFLINE else "fetch it on another machine, into the same HF_HOME"
-        )
+        advice = "unset it" if is_offline() else "fetch it on another machine, into the same HF_HOME"
         raise ConfigError(
             f"{keys.name}: got {_at(name, revision)}, which cannot be fetched: {error}; {advice}, or give a "
             "local directory"
@@ -141,14 +144,14 @@ def require_own_code(name: str, file: Path, key: str) -> None:
 
 
 def _fetch(name: str, revision: str | None, files: Sequence[str], keys: Keys) -> Path:
-    from huggingface_hub import HfApi, constants, snapshot_download  # noqa: PLC0415
+    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         raise _UnreachableError("HF_HUB_OFFLINE=1 forbids to ask the hub")
     fetch = functools.partial(snapshot_download, name, ignore_patterns=["*/*"])  # none of its folders
     try:
