@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
+from spd_hydra.composition import compose
+from spd_hydra.config import to_yaml
 from spd_hydra.data.tokens import require_length
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
@@ -165,6 +167,34 @@ def test_the_output_is_chosen_by_its_path(
 def test_the_base_model_gives_its_last_hidden_state(gpt2: tuple[HuggingFace, nn.Module]) -> None:
     spec = HuggingFace(name=gpt2[0].name, auto_class=AutoClass.base)
     close(spec.build(GENERATOR)(tokens()), called(gpt2[1].transformer, tokens()).last_hidden_state)
+
+
+@pytest.mark.parametrize("member", AutoClass)
+def test_a_class_goes_by_its_name_in_transformers_too_and_is_saved_under_one(member: AutoClass) -> None:
+    (name,) = (other for other, own in AutoClass.__members__.items() if own is member and other != own.name)
+    assert issubclass(getattr(transformers, name), transformers.models.auto.auto_factory._BaseAutoModelClass)
+    words = ["experiment=lm_hf", "model.name=any", "data.name=any"]
+    config = compose([*words, f"model.auto_class={name}"])
+    assert config == compose([*words, f"model.auto_class={member.value}"])
+    assert f"auto_class: {member.value}\n" in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "output", "kind"),
+    [
+        (AutoClass.question_answering, "start_logits", transformers.BertForQuestionAnswering),
+        (AutoClass.pre_training, "prediction_logits", transformers.BertForPreTraining),
+        (AutoClass.token_classification, "logits", transformers.BertForTokenClassification),
+    ],
+)
+def test_further_heads_are_those_of_transformers(
+    tmp_path: Path, auto_class: AutoClass, output: str, kind: Any
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        original = kind(MODELS["bert"][1]()).eval()
+    original.save_pretrained(tmp_path)
+    spec = HuggingFace(name=str(tmp_path), auto_class=auto_class, output=output)
+    close(spec.build(GENERATOR)(tokens()), getattr(called(original, tokens()), output))
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,23 @@ _SMALL = 256 * 2**20  # bytes of weights that are copied into every run director
 
 
 class AutoClass(Enum):
-    """Which head a model has."""
+    """Which head a model has; each also by its name in transformers, under which nothing is saved."""
 
     causal_lm = "causal_lm"
     base = "base"
     masked_lm = "masked_lm"
     sequence_classification = "sequence_classification"
     token_classification = "token_classification"
+    question_answering = "question_answering"
+    pre_training = "pre_training"
+
+    AutoModelForCausalLM = causal_lm
+    AutoModel = base
+    AutoModelForMaskedLM = masked_lm
+    AutoModelForSequenceClassification = sequence_classification
+    AutoModelForTokenClassification = token_classification
+    AutoModelForQuestionAnswering = question_answering
+    AutoModelForPreTraining = pre_training
 
 
 class KeepWeights(Enum):
@@ -38,13 +48,7 @@ class KeepWeights(Enum):
     never = "never"
 
 
-_TRANSFORMERS_NAMES = {
-    AutoClass.causal_lm: "AutoModelForCausalLM",
-    AutoClass.base: "AutoModel",
-    AutoClass.masked_lm: "AutoModelForMaskedLM",
-    AutoClass.sequence_classification: "AutoModelForSequenceClassification",
-    AutoClass.token_classification: "AutoModelForTokenClassification",
-}
+_TRANSFORMERS_NAMES = {own: name for name, own in AutoClass.__members__.items() if name.startswith("Auto")}
 
 
 @register("model", "hf")
@@ -55,7 +59,8 @@ class HuggingFace(TargetSpec):
     name: str = option(help="id on the hub, e.g. gpt2, or a local directory with config.json and safetensors")
     auto_class: AutoClass = option(
         AutoClass.causal_lm,
-        "causal_lm | base (no head) | masked_lm | sequence_classification | token_classification",
+        "causal_lm | base (no head) | masked_lm | sequence_classification | token_classification | "
+        "question_answering | pre_training, or as transformers calls it, e.g. AutoModelForMaskedLM",
     )
     output: str | None = option(
         None,
