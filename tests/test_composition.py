@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -221,6 +222,68 @@ def test_entries_of_a_mapping_can_be_added_and_dropped(composer: Composer) -> No
     assert sorted(dropped.decomposition.sites) == ["embed", "unembed"]
 
 
+HF = ["experiment=lm_hf", "model.name=m", "data.name=d"]
+MLP = "decomposition.sites.mlp.pattern=transformer.h.*.mlp.*"
+
+
+@pytest.mark.parametrize(
+    ("words", "sites"),
+    [
+        ([], {"default": ("*.[0-9]*.*", 512)}),
+        (["decomposition.C=7"], {"default": ("*.[0-9]*.*", 7)}),
+        ([MLP], {"mlp": ("transformer.h.*.mlp.*", 512)}),
+        ([MLP, "decomposition.C=7"], {"mlp": ("transformer.h.*.mlp.*", 7)}),
+        ([MLP, "decomposition.sites.mlp.C=9"], {"mlp": ("transformer.h.*.mlp.*", 9)}),
+        (["decomposition.sites.mlp.C=9", MLP], {"mlp": ("transformer.h.*.mlp.*", 9)}),
+        ([f"+{MLP}", "+decomposition.sites.mlp.C=9"], {"mlp": ("transformer.h.*.mlp.*", 9)}),
+        (["decomposition.sites={a:{pattern:x},b:{pattern:y,C:3}}"], {"a": ("x", 512), "b": ("y", 3)}),
+        (
+            [MLP, "decomposition.sites.attn={pattern:*.attn.*,C:3}", "decomposition.C=7"],
+            {"mlp": ("transformer.h.*.mlp.*", 7), "attn": ("*.attn.*", 3)},
+        ),
+    ],
+)
+def test_entries_that_are_given_stand_in_place_of_the_default_one(
+    composer: Composer, words: list[str], sites: dict[str, tuple[str, int]]
+) -> None:
+    found = composer.run_config([*HF, *words]).decomposition.sites
+    assert {name: (one.pattern, one.C) for name, one in found.items()} == sites
+
+
+def test_identities_leave_the_default_entry_and_take_the_common_number(composer: Composer) -> None:
+    words = [*HF, "decomposition.identities.mlp.pattern=transformer.h.*.mlp", "decomposition.C=7"]
+    found = composer.run_config(words).decomposition
+    assert {name: one.C for name, one in {**found.sites, **found.identities}.items()} == {
+        "default": 7,
+        "mlp": 7,
+    }
+
+
+def test_an_entry_of_a_preset_is_changed_and_another_added_beside_it(composer: Composer) -> None:
+    words = ["model=tms_5-2-id", "decomposition.sites.middle.pattern=hidden.0", "decomposition.C=8"]
+    sites = composer.run_config([*words, "decomposition.sites.embed.C=4"]).decomposition.sites
+    assert {name: (one.pattern, one.C) for name, one in sites.items()} == {
+        "embed": ("embed", 4),
+        "unembed": ("unembed", 20),
+        "middle": ("hidden.0", 8),
+    }
+
+
+@pytest.mark.parametrize("words", [[], [MLP, "decomposition.C=7"], ["decomposition.sites.a={pattern:x,C:3}"]])
+def test_a_saved_configuration_says_what_is_decomposed_and_is_read_as_it_was(
+    composer: Composer, words: list[str]
+) -> None:
+    config = composer.run_config([*HF, *words])
+    again = from_dict(yaml.safe_load(to_yaml(config)))
+    assert again.decomposition == config.decomposition
+    assert apply_overrides(config, ["train.steps=7"]).decomposition == config.decomposition
+
+
+def test_each_job_of_a_sweep_has_its_own_number_in_a_new_entry(composer: Composer) -> None:
+    jobs = composer.jobs([*HF, MLP, "decomposition.sites.mlp.C=8,16"])
+    assert [composer.run_config(job).decomposition.sites["mlp"].C for job in jobs] == [8, 16]
+
+
 def test_composing_leaves_another_hydra_application_as_it_was() -> None:
     GlobalHydra.instance().clear()
     with hydra.initialize(config_path=None, version_base="1.2"):
@@ -293,15 +356,29 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ),
         (
             "decomposition.sites.ffn.C=4",
-            "decomposition.sites.ffn.C: decomposition.sites has no entry ffn, only embed, unembed. An entry "
-            "is added whole: '++decomposition.sites={ffn:{pattern:…,C:…}}' "
-            "(given as decomposition.sites.ffn.C=4)",
+            "decomposition.sites.ffn.pattern: decomposition.sites has no entry ffn, only embed, unembed. To "
+            "add one give its pattern: decomposition.sites.ffn.pattern=…",
         ),
         (
-            "+decomposition.sites.x={pattern:hidden.0,C:8}",
-            "decomposition.sites.x: decomposition.sites has no entry x, only embed, unembed. An entry is "
-            "added whole: '++decomposition.sites={x:{pattern:…,C:…}}' "
-            "(given as +decomposition.sites.x={pattern:hidden.0,C:8})",
+            "decomposition.sites.unembd.C=4",
+            "decomposition.sites.unembd.pattern: decomposition.sites has no entry unembd, only embed, "
+            "unembed; did you mean decomposition.sites.unembed? To add one give its pattern: "
+            "decomposition.sites.unembd.pattern=…",
+        ),
+        (
+            "decomposition.identities.ffn.C=4",
+            "decomposition.identities.ffn.pattern: decomposition.identities has no entry ffn. To add one "
+            "give its pattern: decomposition.identities.ffn.pattern=…",
+        ),
+        (
+            "decomposition.sites.x={pattern:hidden.0,D:8}",
+            "decomposition.sites.x.D: there is no such key; did you mean decomposition.sites.x.C? (given as "
+            "decomposition.sites.x={pattern:hidden.0,D:8})",
+        ),
+        (
+            "decomposition.C=30",
+            "decomposition.C: got 30, but every entry has a C of its own; set decomposition.sites.embed.C, "
+            "decomposition.sites.unembed.C",
         ),
         (
             "++loss.extra={mine:{coeff:1}}",
@@ -310,8 +387,7 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ),
         (
             "++decomposition.sites.x=8",
-            "decomposition.sites.x: decomposition.sites has no entry x, only embed, unembed. An entry is "
-            "added whole: '++decomposition.sites={x:{pattern:…,C:…}}' (given as ++decomposition.sites.x=8)",
+            "decomposition.sites.x: got 8, must be an entry {pattern: …, C: …}",
         ),
         (
             "seed=${oc.env:SPD_NO_SUCH}",

@@ -63,7 +63,7 @@ def tiny(tmp_path: Path) -> Make:
             [
                 *("experiment=none", f"name={model}", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
                 *("model=hf", f"model.name={directory}", f"model.auto_class={MODELS[model][0]}"),
-                *("decomposition=blocks", "decomposition.sites.blocks.C=6", "ci_fn=mlp"),
+                *("decomposition=blocks", "decomposition.C=6", "ci_fn=mlp"),
                 *("ci_fn.hidden=4", "loss.divergence=kl", "train.steps=50", "train.batch_size=4"),
                 *("train.compile=false", "train.restarts.number=1", "train.checkpoint_every=50"),
                 *("train.faithfulness_warmup.steps=2", "eval.batches=1", "eval.batch_size=4"),
@@ -189,7 +189,7 @@ def test_sites_without_a_vector_per_row_and_position_are_named(
     tiny: Make, model: str, pattern: str, others: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        preflight(tiny(model, f"decomposition.sites.blocks.pattern='{pattern}'"))
+        preflight(tiny(model, f"decomposition.default_pattern='{pattern}'"))
     assert str(caught.value) == (
         f"decomposition.sites: positions are [8, 12] for 8 rows, but not at {others}; leave these out: all "
         "sites must see one vector per row and position"
@@ -207,7 +207,7 @@ def test_what_enters_the_modules_of_a_model_can_be_decomposed(tiny: Make) -> Non
     entering = clean.inputs["model.layers.0.mlp.identity"]
     assert torch.equal(entering, clean.inputs["model.layers.0.mlp.up_proj"])
     sizes = {name: len(sites) for name, sites in parts.groups().items()}
-    assert sizes == {"blocks": 14, "mlp.identity": 2}
+    assert sizes == {"default": 14, "mlp.identity": 2}
     measured = parts.ablations()
     assert measured is not None
     assert measured.groups == parts.groups()

@@ -14,6 +14,7 @@ from spd_hydra.composer import Composer
 from spd_hydra.config_errors import invalid
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.exit_code import ExitCode
+from spd_hydra.overrides import with_entries
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 
@@ -60,7 +61,7 @@ def _main(arguments: argparse.Namespace) -> int:
             suite.require_none(composer, arguments.overrides)
             composer.composed(arguments.overrides)
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
-        return call_hydra(sys.argv[1:], lambda cfg: None)
+        return call_hydra(with_entries(sys.argv[1:]), lambda cfg: None)
     # Imported only now: help, completion and a look at the configuration need none of what a run needs.
     from spd_hydra.cli_run import begin  # noqa: PLC0415
 

@@ -31,6 +31,7 @@ from spd_hydra.overrides import (
     is_for_hydra,
     read,
     unreadable,
+    with_entries,
     without_hydra,
 )
 from spd_hydra.section import ConfigError, Problem, checks_deferred
@@ -113,7 +114,7 @@ class Composer:
             parameters = OmegaConf.select(master, "hydra.sweeper.params") or {}
             texts = [f"{key}={value}" for key, value in parameters.items()]
             parser = OverridesParser.create(config_loader=self._hydra.config_loader)
-            parsed = parser.parse_overrides([*texts, *without_hydra(overrides)])
+            parsed = parser.parse_overrides([*texts, *with_entries(without_hydra(overrides))])
             if not str(OmegaConf.select(master, "hydra.sweeper._target_")).endswith(".BasicSweeper"):
                 return [[str(item.input_line) for item in parsed if not item.is_sweep_override()]]
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
@@ -143,7 +144,7 @@ class Composer:
 
     def _compose(self, overrides: Sequence[str], *, keep_hydra: bool = False) -> DictConfig:
         cfg: DictConfig = self._hydra.compose_config(
-            CONFIG_NAME, list(overrides), run_mode=RunMode.RUN, with_log_configuration=False
+            CONFIG_NAME, with_entries(overrides), run_mode=RunMode.RUN, with_log_configuration=False
         )
         if not keep_hydra:
             with open_dict(cfg):
@@ -154,7 +155,7 @@ class Composer:
         """Everything that is wrong with these overrides; at least what the error says."""
         groups = self.groups()
         chosen, values, found = [], [], []
-        for text in overrides:
+        for text in with_entries(overrides):
             override = read(text)
             if override is None:
                 found.append(unreadable(text))
@@ -171,7 +172,8 @@ class Composer:
         except Exception as other:
             return found or [Problem("", explain(other))]
         found += apply(cfg, values, groups)
-        found += _checked(cfg, groups).problems
+        told = {problem.key for problem in found}
+        found += [one for one in _checked(cfg, groups).problems if one.key.rpartition(".")[0] not in told]
         return found or [Problem("", explain(error))]
 
 
@@ -206,7 +208,7 @@ def apply_overrides(
     values, found = [], []
     with Composer.open(config_dir) as composer:
         groups = composer.groups()
-        for text in without_hydra(overrides):
+        for text in with_entries(without_hydra(overrides)):
             override = read(text)
             if override is None:
                 found.append(unreadable(text))
@@ -254,7 +256,7 @@ def _checked(cfg: DictConfig, groups: Groups) -> _Checked:
             message = config_errors.unknown_key(key, clean, groups)
             found.append(Problem(key, f"{message} (allow_extra=true accepts and ignores it)"))
     missing = [key for key in config_errors.full_keys(clean) if _is_missing(clean, key)]
-    found += [Problem(key, config_errors.missing_value(key, groups.get(key, []))) for key in missing]
+    found += [Problem(key, config_errors.missing_value(key, clean, groups.get(key, []))) for key in missing]
     if missing:
         return _Checked(None, found)
     try:

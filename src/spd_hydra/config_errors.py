@@ -55,11 +55,7 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
     if entry:
         mapping, name = entry
         node = OmegaConf.select(cfg, mapping)
-        close = nearest(name, [str(known) for known in node])
-        hint = f"; did you mean {mapping}.{close}?" if close else ""
-        return (
-            f"{mapping} has no entry {name}, only {_listed(node)}{hint}. {_how_to_add(node, mapping, name)}"
-        )
+        return f"{_no_entry(mapping, name, list(map(str, node)))} {_how_to_add(node, mapping, name)}"
     group, _, name = key.rpartition(".")
     kinds = [kind for kind, cls in registered(group).items() if name in _field_names(cls)]
     if kinds:
@@ -73,6 +69,14 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
     if isinstance(section, DictConfig):
         return f"there is no such key; {parent} has {_listed(section)}"
     return "there is no such key; spd-run --help lists them all"
+
+
+def _no_entry(mapping: str, name: str, others: Iterable[str]) -> str:
+    known = list(others)
+    close = nearest(name, known)
+    hint = f"; did you mean {mapping}.{close}?" if close else "."
+    only = f", only {', '.join(known)}" if known else ""
+    return f"{mapping} has no entry {name}{only}{hint}"
 
 
 def _field_names(cls: type[Section]) -> set[str]:
@@ -114,6 +118,9 @@ def wrong_value(key: str, value: Any, cfg: DictConfig) -> str:
     shown = "nothing" if value == "" else "null" if value is None else repr(value)
     field = _fields(node).get(name)
     if field is None:
+        if isinstance(node, DictConfig) and _holds_sections(node):
+            fields = ", ".join(f"{one.name}: …" for one in dataclasses.fields(node._metadata.element_type))
+            return f"got {shown}, must be an entry {{{fields}}}"
         return f"got {shown}, which is not of the right type"
     owner = OmegaConf.get_type(node)
     assert owner is not None, "a node with fields has a type"
@@ -137,9 +144,19 @@ def bounds_text(field: dataclasses.Field[Any]) -> str:
     return " and ".join(f"{_SIGNS[name]} {bound:g}" for name, bound in bounds.items())
 
 
-def missing_value(key: str, options: Iterable[str] = ()) -> str:
+def missing_value(key: str, cfg: DictConfig, options: Iterable[str] = ()) -> str:
     """The message for a key that must be given and is not."""
     found = list(options)
+    entry, _, field = key.rpartition(".")
+    mapping, _, name = entry.rpartition(".")
+    node = OmegaConf.select(cfg, mapping, throw_on_missing=False) if mapping else None
+    if (
+        isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+    ):  # a new entry, or a slip in the name of another
+        others = [
+            str(other) for other in node if other != name and not OmegaConf.is_missing(node[other], field)
+        ]
+        return f"{_no_entry(mapping, name, others)} To add one give its {field}: {key}=…"
     return f"must be chosen, {key}={'|'.join(found)}" if found else f"must be given, {key}=…"
 
 

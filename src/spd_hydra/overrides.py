@@ -12,6 +12,9 @@ from spd_hydra import config_errors
 from spd_hydra.redaction import redact_command
 from spd_hydra.section import Problem
 
+_OPEN = ("decomposition.sites", "decomposition.identities")
+"""Mappings that take a new entry from any word about it; what it lacks is said afterwards."""
+
 Groups = Mapping[str, list[str]]
 """The options of every config group."""
 
@@ -27,6 +30,30 @@ def read(text: str) -> Override | None:
 def without_hydra(overrides: Sequence[str]) -> list[str]:
     """The overrides that are for the program, not for Hydra itself."""
     return [text for text in overrides if not is_for_hydra(text)]
+
+
+def with_entries(overrides: Sequence[str]) -> list[str]:
+    """The overrides, each after those that make the entries it speaks of.
+
+    Hydra sets keys of an entry that is there, and adds one only whole and with +. Where an entry is there,
+    what makes it changes nothing.
+    """
+    found: list[str] = []
+    for text in overrides:
+        made = [f"++{mapping}={{{name}:{{}}}}" for mapping, name in _entries(read(text))]
+        found += [*(word for word in made if word not in found), text]
+    return found
+
+
+def _entries(override: Override | None) -> Iterator[tuple[str, str]]:
+    """The open mappings and entries of theirs that an override sets something of."""
+    if override is None or override.is_delete():
+        return
+    for mapping in _OPEN:
+        if override.key_or_group.startswith(f"{mapping}."):
+            yield mapping, override.key_or_group.removeprefix(f"{mapping}.").partition(".")[0]
+        elif override.key_or_group == mapping and isinstance(value := override.value(), dict):
+            yield from ((mapping, str(name)) for name in value)
 
 
 def is_for_hydra(text: str) -> bool:

@@ -10,7 +10,7 @@ from spd_hydra.composer import Composer
 from spd_hydra.composition import Job, compose_job
 from spd_hydra.config import KIND, RunConfig, Task, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
-from spd_hydra.overrides import without_hydra
+from spd_hydra.overrides import with_entries, without_hydra
 from spd_hydra.section import ConfigError
 
 
@@ -37,7 +37,7 @@ def make_plan(
         job = compose_job(composer, words, config_dir)
         if _starts_processes(job.config):  # a run in this process checks this itself
             preflight(job.config)
-        return Plan(overrides=words, jobs=[job], is_sweep=False)
+        return Plan(overrides=with_entries(words), jobs=[job], is_sweep=False)
     jobs: list[Job] = []
     wrong: dict[str, list[int]] = {}
     built: set[str] = set()
@@ -62,7 +62,7 @@ def make_plan(
             )
         )
     require_one_launcher(jobs)
-    return Plan(overrides=words, jobs=jobs, is_sweep=True)
+    return Plan(overrides=with_entries(words), jobs=jobs, is_sweep=True)
 
 
 def _starts_processes(config: RunConfig) -> bool:

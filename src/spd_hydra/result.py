@@ -110,7 +110,7 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
         importance_coeff=config.loss.importance_minimality.coeff,
         lr=config.train.lr,
         clip_ci_fn=config.train.clip_ci_fn,
-        sites={site: (name, patterns[name].C) for site, name in names.items()},
+        sites={site: (name, patterns[name].subcomponents) for site, name in names.items()},
         tied=config.decomposition.tied,
         certified=target.certified,
         measurements=target.measurements,

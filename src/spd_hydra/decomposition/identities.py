@@ -71,7 +71,7 @@ def find_identities(
                 raise ConfigError(f"{where}: module {name!r} has something called {SUFFIX!r} already")
             matched_by[name] = key
     return {
-        f"{name}.{SUFFIX}": (patterns[key].C, Identity(name, _width(name, modules[name], key)))
+        f"{name}.{SUFFIX}": (patterns[key].subcomponents, Identity(name, _width(name, modules[name], key)))
         for name, key in sorted(matched_by.items(), key=lambda item: list(modules).index(item[0]))
     }
 

@@ -33,7 +33,7 @@ def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[s
                     f"decomposition.sites.{matched_by[name]} matches already; make one of them narrower"
                 )
             matched_by[name] = key
-    return {name: patterns[matched_by[name]].C for name in candidates if name in matched_by}
+    return {name: patterns[matched_by[name]].subcomponents for name in candidates if name in matched_by}
 
 
 def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:

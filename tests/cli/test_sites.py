@@ -1,0 +1,58 @@
+"""What is decomposed, typed for a model of Hugging Face: through Hydra, up to the parts of the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Call
+from tests.model.tiny_hf import saved_model, tokens
+
+MLP = "decomposition.sites.mlp.pattern=transformer.h.*.mlp.*"
+SHAPES = {
+    f"transformer.h.{block}.mlp.{name}": shape
+    for block in "01"
+    for name, shape in (("c_fc", "128 x 32"), ("c_proj", "32 x 128"))
+}
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A model of two blocks and a few texts of token ids."""
+    saved_model("gpt2", tmp_path / "model")
+    text = tmp_path / "ids.jsonl"
+    text.write_text("\n".join(json.dumps({"ids": row}) for row in tokens(rows=40).tolist()))
+    return [
+        *("experiment=lm_hf", f"model.name={tmp_path / 'model'}", f"data.name={text}", "device=cpu"),
+        *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}", "data.eval_fraction=0.5"),
+        *("ci_fn.hidden=[4]", "train.batch_size=4", "train.compile=false", "eval.batch_size=4"),
+    ]
+
+
+def listed(out: str) -> list[str]:
+    """The lines of sites in what task=check says."""
+    return [line.strip() for line in out.splitlines() if ", C = " in line]
+
+
+def test_a_pattern_of_ones_own_is_all_that_is_decomposed(spd_run: Call, words: list[str]) -> None:
+    ended = spd_run("task=check", *words, MLP)
+    assert ended.code == 0, ended.err
+    assert listed(ended.out + ended.err) == [f"{site}: {shape}, C = 512" for site, shape in SHAPES.items()]
+
+
+def test_without_a_pattern_every_matrix_of_the_blocks_is_decomposed(spd_run: Call, words: list[str]) -> None:
+    ended = spd_run("task=check", *words, "decomposition.C=5")
+    assert len(listed(ended.out + ended.err)) == 8
+    assert all(line.endswith("C = 5") for line in listed(ended.out + ended.err))
+
+
+def test_a_number_of_a_new_entry_can_be_swept(spd_run: Call, words: list[str]) -> None:
+    ended = spd_run("-m", "task=check", *words, MLP, "decomposition.sites.mlp.C=8,16")
+    assert ended.code == 0, ended.err
+    assert listed(ended.out + ended.err) == [
+        f"{site}: {shape}, C = {C}" for C in (8, 16) for site, shape in SHAPES.items()
+    ]
+
+
+def test_the_configuration_that_is_shown_has_the_new_entry(spd_run: Call, words: list[str]) -> None:
+    ended = spd_run("--cfg", "job", *words, MLP, "--package", "decomposition.sites")
+    assert "pattern: transformer.h.*.mlp.*" in ended.out
