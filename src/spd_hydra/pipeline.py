@@ -34,6 +34,8 @@ def check(config: RunConfig) -> dict[str, Any]:
     say(f"{config.name}: the configuration is sound")
     for site, shape in parts.model.site_shapes().items():
         say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
+    if without := parts.left_out():
+        say(f"  {without}")
     say(f"  loss terms: {', '.join(config.loss.active_terms())}")
     for line in (*config.data.notes(), *found.lines()):
         say(f"  {line}")

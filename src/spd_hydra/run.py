@@ -154,7 +154,8 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
 
 def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirectory]:
     """Check everything, fix what a hub may change, then make and lock the directory of a new run."""
-    preflight(config)
+    if without := preflight(config).left_out():
+        say(without)
     config = pinned(config)
     root = Path(config.out_dir).expanduser()
     return config, RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from tests.cli.conftest import Call
-from tests.model.tiny_hf import saved_model, tokens
+from tests.model.tiny_hf import VOCAB, saved_model, tokens
 
 MLP = "decomposition.sites.mlp.pattern=transformer.h.*.mlp.*"
 SHAPES = {
@@ -28,6 +29,16 @@ def words(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.fixture
+def with_experts(tmp_path: Path) -> Path:
+    """A model of which a block's experts are two tensors."""
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = transformers.MixtralConfig(**small, **heads, max_position_embeddings=32)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    return tmp_path / "experts"
+
+
 def listed(out: str) -> list[str]:
     """The lines of sites in what task=check says."""
     return [line.strip() for line in out.splitlines() if ", C = " in line]
@@ -43,6 +54,17 @@ def test_without_a_pattern_every_matrix_of_the_blocks_is_decomposed(spd_run: Cal
     ended = spd_run("task=check", *words, "decomposition.C=5")
     assert len(listed(ended.out + ended.err)) == 8
     assert all(line.endswith("C = 5") for line in listed(ended.out + ended.err))
+
+
+def test_what_cannot_be_decomposed_in_the_blocks_is_said(
+    spd_run: Call, words: list[str], with_experts: Path
+) -> None:
+    ended = spd_run("task=check", *words, f"model.name={with_experts}", "decomposition.C=5")
+    assert ended.code == 0, ended.err
+    (line,) = [line for line in (ended.out + ended.err).splitlines() if "not decomposed" in line]
+    assert "6 tensors" in line
+    assert "model.layers.*.mlp.experts.gate_up_proj (MixtralExperts)" in line
+    assert "not decomposed" not in "".join(spd_run("task=check", *words, MLP)[1:])
 
 
 def test_a_number_of_a_new_entry_can_be_swept(spd_run: Call, words: list[str]) -> None:

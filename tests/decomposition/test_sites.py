@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.layers import bias_vector, is_decomposable, is_embedding, weight_matrix
 from spd_hydra.decomposition.sites import check_ties, find_sites, site_groups
+from spd_hydra.factored import WritingLinear
 from spd_hydra.model.tms import TMSModel
 from spd_hydra.model.transposed import TransposedLinear
 from spd_hydra.section import ConfigError
@@ -198,6 +199,45 @@ def test_an_embedding_reads_as_a_matrix_on_one_hot_inputs() -> None:
     assert bias_vector(layer) is None
     one_hot = torch.nn.functional.one_hot(tokens, 7).float()
     torch.testing.assert_close(one_hot @ weight_matrix(layer).T, layer(tokens))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(input)
+
+
+class Renamed(nn.Linear):
+    """Computes what any other does."""
+
+
+def test_layers_that_compute_something_else_than_their_kind_cannot_be_decomposed() -> None:
+    class Squared(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) ** 2
+
+    class SquaredConv1D(Conv1D):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x**2
+
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda input: input  # type: ignore[method-assign]
+    for layer in (Scaled(3, 2), Squared(2, 2), SquaredConv1D(2, 2), patched):
+        assert not is_decomposable(layer)
+    assert is_decomposable(Renamed(2, 2))
+    assert is_decomposable(WritingLinear(2, 2, bias=False))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused_by_its_class_and_passed_over_by_wider_patterns() -> (
+    None
+):
+    target = nn.Sequential(Scaled(7, 2), nn.Linear(2, 2))
+    with pytest.raises(ConfigError) as caught:
+        find_sites(target, patterns(a=("0", 2)))
+    assert str(caught.value) == (
+        "decomposition.sites.a.pattern: '0' matches '0', a Scaled, whose forward is its own and not a "
+        "product with its matrix; only Linear, Embedding and Conv1D layers can be decomposed: 1"
+    )
+    assert list(find_sites(target, patterns(a=("*", 2)))) == ["1"]
 
 
 def test_other_layers_cannot_be_decomposed() -> None:

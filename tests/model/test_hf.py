@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.model.tiny_hf import MODELS, padded_tokens, saved_model, tokens
+from tests.model.tiny_hf import MODELS, VOCAB, padded_tokens, saved_model, tokens
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,6 +96,32 @@ def test_all_masks_and_deltas_at_one_give_the_models_own_output(
     found, wanted = model(batch, masks), called(original, batch).logits
     counted = batch >= 0 if found.ndim == 3 else slice(None)
     close(found[counted], wanted[counted])
+
+
+def test_subcomponents_that_sum_to_the_matrices_give_the_models_own_output_without_delta(
+    tiny: tuple[HuggingFace, nn.Module],
+) -> None:
+    spec, original = tiny
+    module = spec.build(GENERATOR)
+    names = {id(layer): name for name, layer in module.named_modules()}
+    assert isinstance(module, transformers.PreTrainedModel)
+    embedding = module.get_input_embeddings()
+    sites = {"blocks": SitePattern(pattern=BLOCKS, C=VOCAB + 100)}
+    if type(embedding) is nn.Embedding:
+        sites["embedding"] = SitePattern(pattern=names[id(embedding)], C=VOCAB + 100)
+    ci_fn = SharedMLPCausalImportance(hidden=[4])
+    model = DecomposedModel(module, Decomposition(sites=sites), ci_fn, seed=0)
+    assert len(model.site_names) >= 8
+    with torch.no_grad():
+        for site in model.site_names:  # V reads each input by itself, U writes what W makes of it
+            pieces, W = model.pieces(site), model.weight(site)
+            pieces.V.copy_(torch.eye(*pieces.V.shape))
+            pieces.U.zero_()[: W.shape[1]] = W.T
+    batch = padded_tokens()
+    ones = torch.ones(*batch.shape, VOCAB + 100)
+    found = model(batch, {site: SiteMask(mask=ones) for site in model.site_names})
+    counted = batch >= 0 if found.ndim == 3 else slice(None)
+    close(found[counted], called(original, batch).logits[counted])
 
 
 def decomposed(module: nn.Module, pattern: str) -> DecomposedModel:

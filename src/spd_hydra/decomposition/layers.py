@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spd_hydra.factored import WritingLinear
 from spd_hydra.model.transposed import TransposedLinear
 
 
@@ -13,7 +14,13 @@ def is_embedding(layer: nn.Module) -> bool:
 
 def is_decomposable(layer: nn.Module) -> bool:
     """Whether the layer is `y = x Wᵀ + b` or a lookup: Linear, Embedding, Conv1D or a tied transpose."""
-    return isinstance(layer, nn.Linear | nn.Embedding | TransposedLinear) or _is_conv1d(layer)
+    return _kind(layer) is not None and not computes_otherwise(layer)
+
+
+def computes_otherwise(layer: nn.Module) -> bool:
+    """Whether the layer is of such a kind, but with a `forward` of its own, e.g. one that scales its rows."""
+    kind = _kind(layer)
+    return kind is not None and (type(layer).forward is not kind.forward or "forward" in vars(layer))
 
 
 def weight_matrix(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -29,9 +36,23 @@ def bias_vector(layer: nn.Module) -> Float[Tensor, " d_out"] | None:
     return bias if isinstance(bias, Tensor) else None
 
 
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """The class whose `forward` the layer should have."""
+    known = (WritingLinear, nn.Linear, nn.Embedding, TransposedLinear)  # the first is also of the second
+    return next((kind for kind in known if isinstance(layer, kind)), _conv1d(layer))
+
+
 def _is_conv1d(layer: nn.Module) -> bool:
+    return _conv1d(layer) is not None
+
+
+def _conv1d(layer: nn.Module) -> type[nn.Module] | None:
     # By name: importing transformers costs two seconds that a toy run should not pay.
-    return any(
-        base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
-        for base in type(layer).__mro__
+    return next(
+        (
+            base
+            for base in type(layer).__mro__
+            if base.__name__ == "Conv1D" and base.__module__.startswith("transformers.")
+        ),
+        None,
     )

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from spd_hydra.decomposition.config import SitePattern
-from spd_hydra.decomposition.layers import is_decomposable, weight_matrix
+from spd_hydra.decomposition.layers import computes_otherwise, is_decomposable, weight_matrix
 from spd_hydra.section import ConfigError
 
 
@@ -48,9 +48,11 @@ def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> di
 def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: list[str]) -> str:
     wrong_kind = [name for name in modules if fnmatchcase(name, pattern)]
     if wrong_kind:
-        kind = type(modules[wrong_kind[0]]).__name__
+        layer = modules[wrong_kind[0]]
+        otherwise = ", whose forward is its own and not a product with its matrix"
         return (
-            f"{pattern!r} matches {wrong_kind[0]!r}, a {kind}; only Linear, Embedding and Conv1D layers can "
+            f"{pattern!r} matches {wrong_kind[0]!r}, a {type(layer).__name__}"
+            f"{otherwise if computes_otherwise(layer) else ''}; only Linear, Embedding and Conv1D layers can "
             f"be decomposed: {_shortened(candidates)}"
         )
     near = difflib.get_close_matches(pattern, candidates, n=1)
