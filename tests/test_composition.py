@@ -134,6 +134,36 @@ def test_the_delta_settings_train_no_faithfulness_and_keep_the_delta(composer: C
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "settled"),
+    [
+        ([], "kl"),
+        (["model.auto_class=masked_lm"], "kl"),
+        (["model.auto_class=base"], "mse"),
+        (["model.auto_class=base", "loss=vpd"], "mse"),
+        (["model.output=hidden_states.1"], "mse"),
+        (["model.output=hidden_states.1", "loss.divergence=kl"], "kl"),
+        (["loss.divergence=mse"], "mse"),
+    ],
+)
+def test_outputs_of_a_language_model_are_compared_by_kl_only_where_they_are_logits(
+    composer: Composer, words: list[str], settled: str
+) -> None:
+    config = composer.run_config(["experiment=lm_hf", "model.name=m", "data.name=d", *words])
+    assert config.loss.divergence.name == settled
+    assert to_dict(config)["loss"]["divergence"] == settled
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "lm_" not in name])
+def test_toys_are_compared_by_squared_error_but_for_induction_heads(
+    composer: Composer, experiment: str
+) -> None:
+    config = composer.run_config([f"experiment={experiment}"])
+    assert config.loss.divergence.name == ("kl" if "induction" in experiment else "mse")
+    auto = composer.run_config([f"experiment={experiment}", "loss.divergence=auto"])
+    assert auto.loss.divergence is config.loss.divergence
+
+
 # ---- which of two settings wins
 
 

@@ -14,7 +14,6 @@ from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
-from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.launcher_config import Slurm
@@ -140,10 +139,6 @@ class Parts:
         matrices = model.matrix_names
         inserted = [site for site in model.site_names if site not in matrices]
         return site_groups(matrices, patterns.sites) | identity_groups(inserted, patterns.identities)
-
-    def left_out(self) -> str | None:
-        """What the patterns of sites match of the target that cannot be decomposed."""
-        return left_out(self.model.target, self.config.decomposition.sites, self.model.matrix_names)
 
     def ideal_l0(self) -> dict[str, float]:
         """L0 of a perfect decomposition at sites with one subcomponent per feature: features x chance."""

@@ -16,6 +16,7 @@ from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.logger.base import LoggerSpec
+from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.training import TrainableTarget
@@ -104,11 +105,14 @@ class RunConfig(Section):
     suite: Suite = option(default_factory=Suite, help="several experiments at once, as a sweep", saved=False)
 
     def __post_init__(self) -> None:
-        """Bring `model.training` down to `target_steps`, so that all read the same there."""
+        """Bring `model.training` down to `target_steps` and settle the divergence: all read the same there."""
         if self.target_steps and isinstance(self.model, TrainableTarget):
             recipe = self.model.training
             training = dataclasses.replace(recipe, steps=min(recipe.steps, self.target_steps), max_tries=1)
             self.model = dataclasses.replace(self.model, training=training)  # others may share the old one
+        if self.loss.divergence is Divergence.auto:
+            settled = Divergence.kl if self.model.gives_logits() else Divergence.mse
+            self.loss = dataclasses.replace(self.loss, divergence=settled)
         super().__post_init__()
 
     def problems(self) -> Iterator[Problem]:

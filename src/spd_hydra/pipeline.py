@@ -10,10 +10,12 @@ from spd_hydra import distributed
 from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
+from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
 from spd_hydra.estimate import estimate
 from spd_hydra.figure.base import draw_all
 from spd_hydra.logger.base import Logger
+from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.rank_errors import RunError
@@ -30,16 +32,34 @@ from spd_hydra.trainer import Trainer, TrainingError
 def check(config: RunConfig) -> dict[str, Any]:
     """Build everything without training and say how large it is and what a step takes."""
     parts = preflight(config)
-    found = estimate(config, parts)
     say(f"{config.name}: the configuration is sound")
     for site, shape in parts.model.site_shapes().items():
         say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
-    if without := parts.left_out():
-        say(f"  {without}")
+    for line in (*remarks(parts), *config.data.notes()):
+        say(f"  {line}")
     say(f"  loss terms: {', '.join(config.loss.active_terms())}")
-    for line in (*config.data.notes(), *found.lines()):
+    try:
+        found = estimate(config, parts)
+    except Exception as error:  # of a target that cannot be run without values
+        say(f"  what a step takes is not known: {str(error).partition(chr(10))[0]}")
+        return {"experiment": config.name}
+    for line in found.lines():
         say(f"  {line}")
     return {"experiment": config.name, **found.facts()}
+
+
+def remarks(parts: Parts) -> list[str]:
+    """What is allowed and may not be meant, a line each."""
+    config, model = parts.config, parts.model
+    found = []
+    if without := left_out(model.target, config.decomposition.sites, model.matrix_names):
+        found.append(without)
+    if config.loss.divergence is Divergence.kl and not config.model.gives_logits():
+        found.append(
+            "loss.divergence: kl takes the softmax of the target's output, which is not known to be logits; "
+            "of hidden units take mse"
+        )
+    return found
 
 
 def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:

@@ -18,7 +18,7 @@ from spd_hydra.checkpoint import CheckpointError, load_newest, require_whole
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
-from spd_hydra.pipeline import check, decompose
+from spd_hydra.pipeline import check, decompose, remarks
 from spd_hydra.prefetch import prefetch
 from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas
@@ -154,8 +154,8 @@ def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
 
 def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirectory]:
     """Check everything, fix what a hub may change, then make and lock the directory of a new run."""
-    if without := preflight(config).left_out():
-        say(without)
+    for line in remarks(preflight(config)):
+        say(line)
     config = pinned(config)
     root = Path(config.out_dir).expanduser()
     return config, RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)

@@ -67,6 +67,17 @@ def test_what_cannot_be_decomposed_in_the_blocks_is_said(
     assert "not decomposed" not in "".join(spd_run("task=check", *words, MLP)[1:])
 
 
+def test_kl_of_hidden_units_is_remarked_on(spd_run: Call, words: list[str]) -> None:
+    base = ["task=check", *words, "model.auto_class=base", "decomposition.default_pattern=h.*.mlp.*"]
+    told = [spd_run(*base, *more) for more in ([], ["loss.divergence=kl"])]
+    assert [
+        (ended.code, "loss.divergence: kl takes the softmax" in ended.out + ended.err) for ended in told
+    ] == [
+        (0, False),
+        (0, True),
+    ]
+
+
 def test_a_number_of_a_new_entry_can_be_swept(spd_run: Call, words: list[str]) -> None:
     ended = spd_run("-m", "task=check", *words, MLP, "decomposition.sites.mlp.C=8,16")
     assert ended.code == 0, ended.err

@@ -215,7 +215,7 @@ def test_layers_that_compute_something_else_than_their_kind_cannot_be_decomposed
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input) ** 2
 
-    class SquaredConv1D(Conv1D):  # type: ignore[misc]
+    class SquaredConv1D(Conv1D):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x**2
 

@@ -19,8 +19,10 @@ class Divergence(Enum):
     """`mse`: mean over all output elements.
 
     `kl`: KL(target ‖ masked) of the softmax of logits, summed over classes, mean over positions.
+    `auto`: `kl` of a target that gives logits, else `mse`; a whole configuration has one of these instead.
     """
 
+    auto = "auto"
     mse = "mse"
     kl = "kl"
 

@@ -32,7 +32,10 @@ def _pgd(routing: Routing, meaning: str) -> PGDRecon:
 class LossSet(Section):
     """The training loss: Σ coeff · term."""
 
-    divergence: Divergence = option(Divergence.mse, "distance between outputs in all recon terms: mse | kl")
+    divergence: Divergence = option(
+        Divergence.mse,
+        "distance between outputs in all recon terms: auto (kl of logits, else mse) | mse | kl",
+    )
     faithfulness: Faithfulness = option(
         default_factory=Faithfulness, help="mean squared entry of the weight deltas"
     )

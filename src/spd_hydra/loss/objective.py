@@ -81,6 +81,7 @@ class Objective:
         seed: int = 0,
     ) -> None:
         self.model = model
+        assert losses.divergence is not Divergence.auto, "a whole configuration has settled it"
         self.losses = losses
         self.precision = precision
         self.ci_threshold = ci_threshold

@@ -111,3 +111,7 @@ class TargetSpec(Section):
     def predicts_next_token(self) -> bool:
         """Whether the output at position t are logits of token t + 1: then there is a cross-entropy."""
         return False
+
+    def gives_logits(self) -> bool:
+        """Whether the output are logits, whose softmax are chances: then `loss.divergence=auto` is `kl`."""
+        return self.predicts_next_token()

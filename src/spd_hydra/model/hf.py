@@ -181,7 +181,11 @@ class HuggingFace(TargetSpec):
 
     def predicts_next_token(self) -> bool:
         """Whether what is compared are the logits of a causal language model."""
-        return self.auto_class is AutoClass.causal_lm and self.output_path in {"logits", "0"}
+        return self.auto_class is AutoClass.causal_lm and self.gives_logits()
+
+    def gives_logits(self) -> bool:
+        """Whether what is compared comes out of a head, and not out of a layer of the model."""
+        return self.auto_class is not AutoClass.base and self.output_path in {"logits", "0"}
 
     @property
     def output_path(self) -> str:

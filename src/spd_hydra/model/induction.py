@@ -106,6 +106,10 @@ class InductionHeads(TrainableTarget):
         """Ordinary tokens, beginning, induction token."""
         return self.n_tokens + 2
 
+    def gives_logits(self) -> bool:
+        """Of every token."""
+        return True
+
     def context_length(self) -> int:
         """Every sequence is as long as any."""
         return self.length
