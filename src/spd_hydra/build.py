@@ -83,7 +83,7 @@ class Parts:
             purpose="eval",
             rows=_own_rows(config.eval.batch_size, self.model.device),
             rows_per_step=config.eval.batch_size,
-            columns=self.objective.columns(config.loss.measured_terms()),
+            columns=self.objective.columns(config.loss.measured_terms(config.eval.also)),
             position_shape=self.position_shape,
         )
 
@@ -104,6 +104,7 @@ class Parts:
             certified=certified,
             ideal_l0=self.ideal_l0(),
             ablations=self.ablations(),
+            also=config.eval.also,
         )
         if not (self.reads_tokens and config.eval.subcomponents and (last or step == config.train.steps)):
             return found

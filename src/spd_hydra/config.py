@@ -18,6 +18,7 @@ from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
+from spd_hydra.loss.persistent_recon import PersistentPGDRecon
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.section import (
@@ -105,7 +106,7 @@ class RunConfig(Section):
     suite: Suite = option(default_factory=Suite, help="several experiments at once, as a sweep", saved=False)
 
     def __post_init__(self) -> None:
-        """Bring `model.training` down to `target_steps` and settle the divergence: all read the same there."""
+        """Bring `model.training` down to `target_steps` and settle the divergence, for all to read there."""
         if self.target_steps and isinstance(self.model, TrainableTarget):
             recipe = self.model.training
             training = dataclasses.replace(recipe, steps=min(recipe.steps, self.target_steps), max_tries=1)
@@ -159,6 +160,13 @@ class RunConfig(Section):
                 f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} "
                 f"ranks, must be ≤ {most}: a part has a row at least",
             )
+        measurable = {
+            name for name, term in self.loss.terms().items() if not isinstance(term, PersistentPGDRecon)
+        }
+        for name in self.eval.also:
+            if name not in measurable:
+                listed = ", ".join(sorted(measurable))
+                yield Problem("eval.also", f"got {name}, must be loss terms among {listed}")
         whole = [name for name, term in self.loss.active_terms().items() if term.needs_whole_batch]
         if self.train.accumulate > 1 and whole:
             yield Problem(

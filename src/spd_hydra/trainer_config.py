@@ -138,6 +138,10 @@ class Evaluation(Section):
     ci_threshold: float = option(
         0.1, "causal importance above which a subcomponent counts as active", ge=0, lt=1
     )
+    also: list[str] = option(
+        default_factory=list,
+        help="loss terms to measure besides, where they are not trained on, e.g. [hidden_acts_recon]",
+    )
     ablations: bool | None = option(
         None, "measure the model with its sites ablated in several ways; null: of models that read tokens"
     )

@@ -39,7 +39,7 @@ def test_kl_is_of_the_target_from_the_masked_summed_over_classes_mean_over_posit
     assert divergence_sum(Divergence.kl, masked.reshape(1, 2, 2), target.reshape(1, 2, 2))[1] == 2
 
 
-@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("divergence", [Divergence.mse, Divergence.kl])
 def test_equal_outputs_are_at_distance_zero(divergence: Divergence) -> None:
     output = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert value(divergence, output, output) == 0
@@ -50,7 +50,7 @@ def test_kl_survives_classes_of_probability_zero() -> None:
     assert value(Divergence.kl, masked, target) == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("divergence", [Divergence.mse, Divergence.kl])
 def test_half_precision_outputs_are_compared_in_float32_also_under_autocast(divergence: Divergence) -> None:
     generator = torch.Generator().manual_seed(0)
     masked, target = (3 * torch.randn(50, 30, generator=generator).bfloat16() for _ in range(2))
@@ -65,7 +65,7 @@ def test_half_precision_outputs_are_compared_in_float32_also_under_autocast(dive
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("divergence", [Divergence.mse, Divergence.kl])
 def test_padding_counts_neither_in_the_sum_nor_in_the_number(divergence: Divergence) -> None:
     generator = torch.Generator().manual_seed(0)
     masked, target = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
@@ -87,7 +87,7 @@ def test_sums_by_row_are_those_of_each_row_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     masked, target = (torch.randn(3, 4, 5, generator=generator) for _ in range(2))
     valid = torch.rand(3, 4, generator=generator) < 0.7
-    for divergence in Divergence:
+    for divergence in (Divergence.mse, Divergence.kl):
         found = divergence_by_row(divergence, masked, target, valid)
         wanted = [divergence_sum(divergence, masked[i], target[i], valid[i])[0] for i in range(3)]
         torch.testing.assert_close(found, torch.stack(wanted))

@@ -222,7 +222,7 @@ def trained(model: DecomposedModel) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("divergence", Divergence)
+@pytest.mark.parametrize("divergence", [Divergence.mse, Divergence.kl])
 def test_bf16_runs_layers_in_half_precision_and_keeps_the_rest_in_float32(
     chain: MakeModel, divergence: Divergence
 ) -> None:

@@ -59,7 +59,7 @@ def objective(
 def test_terms_and_l0_are_those_of_the_real_positions_alone() -> None:
     tokens = torch.tensor([[1, 2, -1, -1], [4, -1, -1, -1], [3, 3, 0, 1]])
     valid = tokens >= 0
-    for divergence in Divergence:
+    for divergence in (Divergence.mse, Divergence.kl):
         with_padding = objective(padded=True, divergence=divergence)
         alone = objective(padded=False, divergence=divergence)
         columns = len(with_padding.columns(with_padding.losses.active_terms()))

@@ -163,7 +163,7 @@ def test_an_adversary_is_never_weaker_than_its_start_and_gains_with_its_steps(
     measured: Callable[..., Found],
 ) -> None:
     steps = (0, 1, 5, 20)
-    for divergence in Divergence:  # of training; that of a model of the next token is KL
+    for divergence in (Divergence.mse, Divergence.kl):  # of training; that of a model of the next token is KL
         for start in (Start.zeros, Start.random):
             terms = {f"pgd/{n}": PGDRecon(n_steps=n, step_size=0.1, start=start) for n in steps}
             found = measured(adversaries=terms, divergence=divergence)

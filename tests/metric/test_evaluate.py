@@ -15,6 +15,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.metric.known_answer import Verdict, compare
 from spd_hydra.metric.recovery import Recovery
 from spd_hydra.sampler import Sampler
+from spd_hydra.section import ConfigError
 
 BATCHES, ROWS = 3, 16
 
@@ -133,3 +134,29 @@ def test_without_a_known_answer_there_is_no_verdict(parts: Parts) -> None:
     assert list(found.sites["embed"].order) == sorted(
         range(20), key=lambda c: -found.sites["embed"].mean_ci[c]
     )
+
+
+def test_a_term_that_is_measured_only_where_it_is_trained_on_is_measured_where_it_is_asked_for(
+    toy: Callable[..., RunConfig],
+) -> None:
+    def found(*words: str) -> dict[str, float]:
+        config = toy(f"eval.batch_size={ROWS}", *words)
+        parts = assemble(config, untrained_target(config), torch.device("cpu"))
+        return parts.evaluate(1, certified=True).metrics
+
+    also = ["hidden_acts_recon", "smooth_l0", "pgd_recon"]
+    plain, asked = found(), found(f"eval.also=[{','.join(also)}]")
+    assert {f"loss/{name}" for name in also} == asked.keys() - plain.keys()
+    assert {key: asked[key] for key in plain} == plain  # the total, which is that of training, too
+    trained = found(*(f"loss.{name}.coeff=1" for name in also))
+    assert {key: asked[key] for key in asked.keys() - plain.keys()} == pytest.approx(
+        {f"loss/{name}": trained[f"loss/{name}"] for name in also}
+    )
+
+
+@pytest.mark.parametrize("name", ["hiden_acts_recon", "persistent_pgd_recon"])
+def test_what_cannot_be_measured_without_training_on_it_is_refused(
+    toy: Callable[..., RunConfig], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^eval.also: got {name}, must be loss terms among .*hidden_acts"):
+        toy(f"eval.also=[{name}]")

@@ -1,7 +1,7 @@
 """All terms of the training loss. Every term is always there; a coefficient of 0 switches it off."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 
 from spd_hydra.decomposition.masks import MaskSource
@@ -85,9 +85,17 @@ class LossSet(Section):
         """The terms that are trained on."""
         return {name: term for name, term in self.terms().items() if term.coeff > 0}
 
-    def measured_terms(self) -> dict[str, Loss]:
-        """The terms that evaluations measure: all but those that cost much and are not trained on."""
-        return {name: term for name, term in self.terms().items() if term.always_measured or term.coeff > 0}
+    def measured_terms(self, also: Collection[str] = ()) -> dict[str, Loss]:
+        """The terms that evaluations measure: all but those that cost much and are not trained on.
+
+        Args:
+            also: names of those to measure all the same.
+        """
+        return {
+            name: term
+            for name, term in self.terms().items()
+            if term.always_measured or term.coeff > 0 or name in also
+        }
 
     def lasting_terms(self) -> dict[str, PersistentPGDRecon]:
         """The terms that are trained on against an adversary that lasts."""

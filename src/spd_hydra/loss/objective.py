@@ -198,17 +198,25 @@ class Objective:
                 found[name] = term.statistics(own)
         return found
 
-    def scheduled(self, progress: float) -> ScheduledValues:
-        """Parameters of the terms that change during training, at `progress` in [0, 1]."""
+    def scheduled(self, progress: float, terms: Mapping[str, Loss] | None = None) -> ScheduledValues:
+        """Parameters of the terms that change during training, at `progress` in [0, 1].
+
+        Args:
+            progress: fraction of training done.
+            terms: None: those that every evaluation measures.
+        """
         device = self.model.device
         return {
             name: {parameter: send(torch.tensor(value), device) for parameter, value in own.items()}
-            for name, own in self.schedule(progress).items()
+            for name, own in self.schedule(progress, terms).items()
         }
 
-    def schedule(self, progress: float) -> dict[str, dict[str, float]]:
+    def schedule(
+        self, progress: float, terms: Mapping[str, Loss] | None = None
+    ) -> dict[str, dict[str, float]]:
         """The same as numbers; which parameters they are never changes."""
-        values = {name: term.scheduled(progress) for name, term in self.losses.measured_terms().items()}
+        chosen = self.losses.measured_terms() if terms is None else terms
+        values = {name: term.scheduled(progress) for name, term in chosen.items()}
         return {name: own for name, own in values.items() if own}
 
     def _autocast(self) -> torch.autocast:

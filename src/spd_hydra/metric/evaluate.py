@@ -1,6 +1,6 @@
 """One evaluation: every loss term, sparsity and the comparison with the known answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,6 +32,7 @@ def evaluate(
     certified: bool,
     ideal_l0: dict[str, float],
     ablations: AblationSettings | None = None,
+    also: Collection[str] = (),
 ) -> Evaluation:
     """Measure a decomposition on held-out data; several ranks measure their rows and add up.
 
@@ -49,9 +50,10 @@ def evaluate(
         certified: whether the target is fit to be decomposed; an uncertified one is never solved.
         ideal_l0: expected L0 of a perfect decomposition, by site, where known.
         ablations: what to measure of ablated models; None: nothing.
+        also: loss terms to measure that are measured only where they are trained on.
     """
-    model, terms = objective.model, objective.losses.measured_terms()
-    schedule = objective.scheduled(progress)
+    model, terms = objective.model, objective.losses.measured_terms(also)
+    schedule = objective.scheduled(progress, terms)
     activity = Activity(objective.ci_threshold)
     ablated = None if ablations is None else Ablations(objective, ablations)
     totals: dict[str, Statistics] = {}
