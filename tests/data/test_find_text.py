@@ -169,6 +169,19 @@ def test_rows_follow_a_file_of_their_own_split_alone(spec: ReaderSpec, tmp_path:
     assert digest() != before
 
 
+def test_a_part_of_a_split_is_read_of_files_and_refused_of_a_saved_dataset(
+    spec: ReaderSpec, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "clone", train=TEXTS, test=NEW)
+    WRITERS["saved"](tmp_path / "saved")
+    part = tokens(tmp_path / "clone", tmp_path, split="train[:30]", pack=False, length=30)
+    assert all_documents(part, spec) == sorted(TEXTS[:30])
+    with pytest.raises(
+        ConfigError, match=r"^data\.split: got train\[:10\], but .* whole splits are read: train$"
+    ):
+        tokens(tmp_path / "saved", tmp_path, split="train[:10]").bind(spec)
+
+
 def test_files_of_a_folder_that_are_in_no_split_are_named(
     spec: ReaderSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

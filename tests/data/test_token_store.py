@@ -43,7 +43,8 @@ def test_held_out_documents_that_are_trained_on_are_left_out_and_counted(
 
 def test_where_all_held_out_documents_are_trained_on_nothing_can_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"data.eval_split: not one held-out row after leaving out 2 documents"
+        ConfigError,
+        match=r"data.eval_split or data.eval_name: not one held-out row after leaving out 2 documents",
     ):
         write_store(tmp_path, LAYOUT, texts(1, 2, 3), texts(1, 2), 0.5)
 

@@ -57,7 +57,13 @@ def saved(path: Path, wanted: Wanted) -> TextSource:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{wanted.key('name')}: {path} cannot be read: {first_line(error)}") from error
     if isinstance(dataset, DatasetDict):
-        dataset = dataset[wanted.chosen(dataset, str(path))]
+        split = wanted.chosen(dataset, str(path))
+        if split not in dataset:  # which the library cuts only while it reads files
+            raise ConfigError(
+                f"{wanted.split_key}: got {split}, but of a saved dataset only whole splits are read: "
+                f"{', '.join(dataset)}"
+            )
+        dataset = dataset[split]
     elif wanted.split not in {None, "train"}:
         raise ConfigError(
             f"{wanted.split_key}: got {wanted.split}, but the dataset saved in {path} has no splits; "

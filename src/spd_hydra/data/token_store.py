@@ -123,7 +123,7 @@ def _require_rows(rows: dict[str, int], layout: Layout, overlap: int, has_own: b
             "or more text"
         )
     if not rows[HELD_OUT]:
-        own = "data.eval_split" if has_own else "data.eval_fraction"
+        own = "data.eval_split or data.eval_name" if has_own else "data.eval_fraction"
         why = f"after leaving out {overlap} documents that are trained on" if overlap else "of that length"
         raise ConfigError(
             f"{own}: not one held-out row {why} is left; hold out more, take a smaller data.length, or for a "
