@@ -14,8 +14,9 @@ from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
 from tests.hub_cache import COMMIT, cached_model
 from tests.model.tiny_hf import saved_model, tokens
 
-from spd_hydra import decompose, load_run
+from spd_hydra import decompose, load_run, rng
 from spd_hydra.composition import compose
+from spd_hydra.data.tokenizing import Reader, make_reader
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.section import ConfigError
@@ -158,6 +159,99 @@ def test_code_of_another_repository_has_no_commit_and_is_refused(folder: Path, t
     spec = HuggingFace(name="owner/elsewhere", revision=COMMIT, trust_remote_code=True)
     with pytest.raises(ConfigError, match=r"code of owner/elsewhere lies in other/repo, at no fixed commit"):
         spec.skeleton()
+    assert not told.exists()
+
+
+def test_code_in_a_directory_runs_where_it_is_trusted_and_needs_no_commit(folder: Path, told: Path) -> None:
+    spec = HuggingFace(name=str(folder / "files"), trust_remote_code=True)
+    assert not told.exists()
+    module = spec.build(rng.generator(0, "unused"))
+    assert told.exists()
+    assert type(module).__name__ == "Own"
+    assert spec.foreign_code() == f"{folder / 'files'}, a directory, as it is now"
+    gone = HuggingFace(name=str(folder / "gone"), trust_remote_code=True)  # as a saved run would say later
+    with pytest.raises(ConfigError, match=r"^model\.name: got .*gone, which is no directory and no id"):
+        gone.skeleton()
+
+
+def test_a_commit_of_a_directory_is_to_be_left_out_which_is_enough(folder: Path, told: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.revision: .* which has no revisions; leave it out$"):
+        HuggingFace(name=str(folder / "files"), revision=COMMIT, trust_remote_code=True).skeleton()
+    assert not told.exists()
+    HuggingFace(name=str(folder / "files"), trust_remote_code=True).skeleton()
+
+
+TOKENIZER = """
+import os
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    with open(os.environ["WHERE_CODE_TELLS"], "a") as file:
+        file.write("ran")
+
+    vocab_size = 26
+
+    def get_vocab(self):
+        return {chr(97 + n): n for n in range(26)}
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token) - 97
+
+    def _convert_id_to_token(self, index):
+        return chr(97 + index)
+
+    def save_vocabulary(self, directory, prefix=None):
+        return ()
+"""
+
+
+def tokenizer_in(snapshot: Path, place: str = "own_tokenizer.OwnTokenizer") -> None:
+    (snapshot / "own_tokenizer.py").write_text(TOKENIZER)
+    told = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [place, None]}}
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(told))
+
+
+def reader(spec: HuggingFace) -> Reader:
+    """As the data make it for a target."""
+    return make_reader(
+        {"text": True},
+        text_column=None,
+        token_column=None,
+        tokenizer=spec.tokenizer_name(),
+        tokenizer_revision=spec.tokenizer_revision(),
+        trusts_code=spec.trusts_tokenizer_code(),
+        special_tokens=False,
+        processes=1,
+    )
+
+
+@pytest.mark.parametrize("name", [None, "owner/with_tokenizer"])
+def test_the_code_of_a_tokenizer_runs_where_that_of_its_model_does(
+    folder: Path, told: Path, tmp_path: Path, name: str | None
+) -> None:
+    where = tmp_path / "model" if name is None else cached_model(folder / "hub", name, folder / "files")
+    if name is None:
+        shutil.copytree(folder / "files", where)
+    tokenizer_in(where)
+    name, revision = (str(where), None) if name is None else (name, COMMIT)
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: got .* cannot be loaded"):
+        reader(HuggingFace(name=name)).tokenizer()
+    assert not told.exists()
+    trusted = reader(HuggingFace(name=name, revision=revision, trust_remote_code=True)).tokenizer()
+    assert told.exists()
+    assert trusted("cab", add_special_tokens=False)["input_ids"] == [2, 0, 1]
+
+
+def test_the_code_of_a_tokenizer_is_refused_from_another_repository(
+    folder: Path, told: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "files", tmp_path / "model")
+    tokenizer_in(tmp_path / "model", "other/repo--own_tokenizer.OwnTokenizer")
+    with pytest.raises(ConfigError, match=r"^model\.trust_remote_code: .* lies in other/repo, at no fixed"):
+        reader(HuggingFace(name=str(tmp_path / "model"), trust_remote_code=True)).tokenizer()
     assert not told.exists()
 
 

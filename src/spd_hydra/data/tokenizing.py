@@ -30,6 +30,7 @@ class Reader:
         column: holds texts, or token ids where they are `tokenised` already.
         name: of the tokenizer; None: nothing has to be tokenised, decoded or ended.
         revision: of the tokenizer on the hub; None: main.
+        trusts_code: whether Python code that comes with the tokenizer may run.
         special_tokens: whether a text begins and ends as the tokenizer would have it.
         processes: that tokenise.
     """
@@ -38,12 +39,13 @@ class Reader:
     tokenised: bool
     name: str | None
     revision: str | None
+    trusts_code: bool
     special_tokens: bool
     processes: int
 
     def tokenizer(self) -> Any:
         """The tokenizer, if there is one."""
-        return None if self.name is None else _tokenizer(self.name, self.revision)
+        return None if self.name is None else _tokenizer(self.name, self.revision, self.trusts_code)
 
     def end(self) -> int | None:
         """The id behind every document: the end of the text, or the token that separates texts."""
@@ -106,6 +108,7 @@ def make_reader(
     token_column: str | None,
     tokenizer: str | None,
     tokenizer_revision: str | None = None,
+    trusts_code: bool = False,
     special_tokens: bool,
     processes: int,
 ) -> Reader:
@@ -113,6 +116,7 @@ def make_reader(
 
     Args:
         columns: of the dataset, with whether they hold text.
+        trusts_code: whether Python code that comes with the tokenizer may run.
 
     Raises:
         ConfigError: there is no such column, or no tokenizer.
@@ -144,6 +148,7 @@ def make_reader(
         tokenised=token_column is not None,
         name=tokenizer,
         revision=tokenizer_revision,
+        trusts_code=trusts_code,
         special_tokens=special_tokens,
         processes=processes,
     )
@@ -182,17 +187,19 @@ def _tokenise(
     return {_TOKENS: tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]}
 
 
-def _tokenizer(name: str, revision: str | None) -> Any:
-    return _loaded(name, hub.directory(name, revision, hub.TOKENIZER, _KEYS).absolute())
+def _tokenizer(name: str, revision: str | None, trusts_code: bool) -> Any:
+    return _loaded(name, hub.directory(name, revision, hub.TOKENIZER, _KEYS).absolute(), trusts_code)
 
 
 @functools.cache
-def _loaded(name: str, directory: Path) -> Any:
+def _loaded(name: str, directory: Path, trusts_code: bool) -> Any:
     """The tokenizer in a directory; named by a directory, it is not looked for on the hub."""
     from transformers import AutoTokenizer
 
-    try:  # without code of its own; unless told, transformers would ask whoever sits there
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    if trusts_code:
+        hub.require_own_code(name, directory / "tokenizer_config.json", "model.trust_remote_code")
+    try:  # unless told, transformers would ask whoever sits there whether code may run
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trusts_code)
     except Exception as error:  # of several libraries, all about reading it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -96,6 +96,10 @@ class TargetSpec(Section):
         """Branch, tag or commit of the tokenizer on the hub; None: main, or it is local."""
         return None
 
+    def trusts_tokenizer_code(self) -> bool:
+        """Whether Python code that comes with that tokenizer may run."""
+        return False
+
     def context_length(self) -> int | None:
         """Most tokens that the target takes at once."""
         return None

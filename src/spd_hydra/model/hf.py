@@ -69,7 +69,8 @@ class HuggingFace(TargetSpec):
     )
     revision: str | None = option(None, "branch, tag or commit on the hub; null: main")
     trust_remote_code: bool = option(
-        False, "run the Python code that comes with the model; asks for a commit as the revision"
+        False,
+        "run Python code that comes with model and tokenizer; from the hub it asks for a commit as revision",
     )
     keep_weights: KeepWeights = option(
         KeepWeights.auto,
@@ -77,9 +78,10 @@ class HuggingFace(TargetSpec):
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Adds: code is run only as it was at one commit."""
+        """Adds: code from the hub is run only as it was at one commit; a directory has but one state."""
         yield from super().problems()
-        if self.trust_remote_code and not hub.COMMIT.fullmatch(self.revision or ""):
+        from_hub = hub.is_id(self.name) and not hub.is_local(self.name)
+        if self.trust_remote_code and from_hub and not hub.COMMIT.fullmatch(self.revision or ""):
             yield Problem(
                 "trust_remote_code",
                 f"got true with revision {self.revision}; give the full commit hash (40 hexadecimal digits) "
@@ -135,8 +137,13 @@ class HuggingFace(TargetSpec):
         return self.keep_weights is KeepWeights.always
 
     def foreign_code(self) -> str | None:
-        """The repository and the commit whose code is run, if any is."""
-        return f"{self.name} at commit {self.revision}" if self.trust_remote_code else None
+        """The repository and the commit, or the directory, whose code is run, if any is."""
+        if not self.trust_remote_code:
+            return None
+        is_hub = self.revision is not None
+        return (
+            f"{self.name} at commit {self.revision}" if is_hub else f"{self.name}, a directory, as it is now"
+        )
 
     def prefetch(self) -> list[str]:
         """Download the model and its tokenizer into Hugging Face's cache; nothing for a local directory."""
@@ -162,6 +169,10 @@ class HuggingFace(TargetSpec):
     def tokenizer_revision(self) -> str | None:
         """The same as the model's."""
         return self.revision
+
+    def trusts_tokenizer_code(self) -> bool:
+        """As the model's: it comes from the same place, at the same commit."""
+        return self.trust_remote_code
 
     def context_length(self) -> int | None:
         """Longest text that the model takes, in tokens."""
