@@ -226,10 +226,20 @@ def _digest(tokenizer: Any) -> str:
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
-    """The text of each token by itself; None without a tokenizer."""
+    """Each token as it reads in running text, with the space before it; None without a tokenizer.
+
+    At the beginning of a text many tokenizers leave that space out, so each is read behind a letter.
+    """
     if tokenizer is None:
         return None
-    return [tokenizer.decode([token]) if token >= 0 else "" for token in ids]
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    before = decode(letter)
+    found = []
+    for token in ids:
+        text = decode([*letter, token]) if token >= 0 else before
+        found.append(text.removeprefix(before) if text.startswith(before) else decode([token]))
+    return found
 
 
 @contextlib.contextmanager
