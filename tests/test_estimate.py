@@ -1,5 +1,6 @@
 """What a step is said to need is what it takes."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.estimate import Way
+from spd_hydra.hardware import Gpu, Rates, peak_rates
 from spd_hydra.loss.objective import Precision
 from spd_hydra.simulation import Needs, planned_peak, simulate
 from spd_hydra.trainer import Trainer
@@ -32,7 +34,7 @@ def shown(
     way: Way = Way.uncompiled,
     planned: int | None = None,
     ranks: int = 1,
-    rates: estimates.Rates | None = None,
+    rates: Rates | None = None,
 ) -> estimates.Estimate:
     return estimates.Estimate(needs=needs, way=way, planned=planned, ranks=ranks, device=CPU, rates=rates)
 
@@ -123,7 +125,7 @@ def test_roots_are_found_without_values(toy: Toy) -> None:
 def test_the_least_time_is_that_of_the_slower_of_products_and_memory() -> None:
     needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=6_000, moved=1_000)
     for matmul, copy, seconds in ((3_000, 1_000, 2.0), (6_000, 250, 4.0)):
-        rates = estimates.Rates(matmul=matmul, copy=copy)
+        rates = Rates(matmul=matmul, copy=copy)
         assert shown(needs, rates=rates).seconds == seconds
 
 
@@ -131,7 +133,7 @@ def test_what_people_read() -> None:
     needs = Needs(
         trained=1_234_567, frozen=89, resident=3 * 2**20, peak=5 * 2**30, flops=4_200_000_000, moved=10
     )
-    rates = estimates.Rates(matmul=2.1e12, copy=4e10)
+    rates = Rates(matmul=2.1e12, copy=4e10)
     assert shown(needs, way=Way.whole, planned=2**30, ranks=2, rates=rates).lines() == [
         "parameters: 1,234,567 trained, 89 frozen",
         "memory of each of 2 ranks: 3.0 MiB for parameters, gradients and AdamW's moments, 1.0 GiB at the "
@@ -142,12 +144,45 @@ def test_what_people_read() -> None:
     ]
     by_block = shown(needs, way=Way.blocks, planned=2**30).lines()
     assert by_block[1].endswith("1.0 GiB at the peak of a step compiled block by block")
-    assert by_block[-1] == "time: this machine has no GPU to measure; run task=check where the run will be"
+    assert by_block[-1] == (
+        "time: this machine has no GPU to measure; name one, e.g. check.device=H100, or run task=check there"
+    )
     assert shown(needs).lines()[1].endswith("5.0 GiB at the peak of an uncompiled step")
     unknown = shown(needs, way=Way.whole, planned=None).lines()[1]
     assert unknown.endswith(
         "5.0 GiB at the peak of an uncompiled step; not known of a compiled step, as the run takes it"
     )
+
+
+def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_share_others_reached() -> None:
+    needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=67_000_000_000_000, moved=335)
+    model = dataclasses.replace(
+        shown(needs, way=Way.whole, planned=1, rates=peak_rates(Gpu.H100, bf16=False)),
+        gpu=Gpu.H100,
+        reads_tokens=True,
+    )
+    # 67 TFLOP take an H100 a second at 67 TFLOP/s, and 1 / 0.58 of it at 58 % of that
+    assert model.lines()[-2:] == [
+        "time: at least 1,000 ms per step on an H100 by its data sheet (67 TFLOP/s, 3.35 TB/s), if "
+        "everything ran as fast as matrix products",
+        "time: about 1,724 ms per step, from the 58% of that rate at which a compiled step of small "
+        "language models ran on a CPU (docs/performance.md)",
+    ]
+    assert model.expected == pytest.approx(1 / 0.58)
+    assert dataclasses.replace(model, way=Way.blocks).expected == pytest.approx(1 / 0.39)
+    assert dataclasses.replace(model, reads_tokens=False).expected is None
+    moves = dataclasses.replace(needs, moved=10 * 3_350_000_000_000)
+    assert dataclasses.replace(model, needs=moves).expected == pytest.approx(
+        10
+    )  # memory is what takes longer
+
+
+@pytest.mark.parametrize(("precision", "rate"), [("fp32", 19.5e12), ("bf16", 312e12)])
+def test_a_named_gpu_stands_for_this_machine(toy: Toy, precision: str, rate: float) -> None:
+    config = toy("train.batch_size=8", "check.device=A100", f"train.precision={precision}")
+    found = estimates.estimate(config, preflight(config))
+    assert found.rates == (rate, 2.04e12)
+    assert "on an A100 by its data sheet" in found.lines()[-1]
 
 
 def test_facts_say_of_which_step_the_peak_is() -> None:
@@ -169,7 +204,7 @@ def test_a_compiler_that_cannot_plan_leaves_the_peak_of_an_uncompiled_step(
     def other_version(*arguments: object) -> None:
         raise TypeError("compute_memory_timeline() takes 4 positional arguments\nbut 3 were given")
 
-    monkeypatch.setattr(estimates, "measure", lambda device, precision: estimates.Rates(matmul=1, copy=1))
+    monkeypatch.setattr(estimates, "measure", lambda device, precision: Rates(matmul=1, copy=1))
     monkeypatch.setattr(estimates, "can_compile", lambda device: True)
     monkeypatch.setattr("torch._inductor.memory.compute_memory_timeline", other_version)
     config = toy("train.batch_size=8", "train.compile=true")
@@ -201,7 +236,7 @@ def test_the_plan_of_a_toy_is_below_its_uncompiled_step_and_starts_no_process(
 def test_every_rank_has_its_share_and_every_replica_its_own(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = estimates.Rates(matmul=1, copy=1)
+    rates = Rates(matmul=1, copy=1)
     monkeypatch.setattr(estimates, "measure", lambda device, precision: rates)
 
     def flops(*words: str) -> int:
@@ -220,7 +255,7 @@ def test_what_ranks_share_out_is_counted_once_over_all_of_them(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = 4
-    rates = estimates.Rates(matmul=1, copy=1)
+    rates = Rates(matmul=1, copy=1)
     monkeypatch.setattr(estimates, "measure", lambda device, precision: rates)
 
     def needs(*words: str) -> Needs:

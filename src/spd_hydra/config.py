@@ -14,6 +14,7 @@ from spd_hydra import distributed
 from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.hardware import Check
 from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.divergence import Divergence
@@ -103,6 +104,7 @@ class RunConfig(Section):
     objective: str = option("loss/total", "metric of the last evaluation that sweepers optimise")
     logger: LoggerSpec = option(default_factory=LoggerSpec, help="where metrics go besides the run directory")
     launcher: Launcher = option(default_factory=Launcher, help="where jobs run", saved=False)
+    check: Check = option(default_factory=Check, help="what task=check estimates for", saved=False)
     suite: Suite = option(default_factory=Suite, help="several experiments at once, as a sweep", saved=False)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from spd_hydra import distributed
 from spd_hydra.build import Parts
 from spd_hydra.compiling import can_compile
 from spd_hydra.config import Device, RunConfig
+from spd_hydra.hardware import Gpu, Rates, peak_rates
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.loss.objective import Precision
 from spd_hydra.simulation import Needs, planned_peak, simulate
@@ -33,12 +34,8 @@ class Way(enum.StrEnum):
     blocks = "a step compiled block by block"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a device does per second: FLOPs of matrix products, bytes read and written by a copy."""
-
-    matmul: float
-    copy: float
+_USED = {Way.whole: 0.58, Way.blocks: 0.39, Way.uncompiled: 0.33}
+"""Share of the rate of matrix products that steps of language models reached, MFU in docs/performance.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +49,8 @@ class Estimate:
         ranks: processes that share a batch.
         device: where a step was simulated.
         rates: of that device; None where this machine does not have the one that the run will use.
+        gpu: the one that rates are the data sheet's of; None: they were measured here.
+        reads_tokens: whether the target is a model of text, as those are whose steps were measured.
     """
 
     needs: Needs
@@ -60,6 +59,8 @@ class Estimate:
     ranks: int
     device: torch.device
     rates: Rates | None
+    gpu: Gpu | None = None
+    reads_tokens: bool = False
 
     @property
     def peak(self) -> tuple[int, Way]:
@@ -79,6 +80,16 @@ class Estimate:
             return None
         return max(self.needs.flops / self.rates.matmul, self.needs.moved / self.rates.copy)
 
+    @property
+    def expected(self) -> float | None:
+        """Seconds that a step of a model of text should take, by what others of its kind took.
+
+        Of toys nothing is said: most of their time is spent on the activations of small networks.
+        """
+        if self.rates is None or self.seconds is None or not self.reads_tokens:
+            return None
+        return max(self.seconds, self.needs.flops / self.rates.matmul / _USED[self.way])
+
     def lines(self) -> list[str]:
         """What people read."""
         needs, (peak, way) = self.needs, self.peak
@@ -91,13 +102,23 @@ class Estimate:
             f"arithmetic{each}: {_number(needs.flops)}FLOP per step in matrix products",
         ]
         if self.rates is None or self.seconds is None:
-            return [*found, "time: this machine has no GPU to measure; run task=check where the run will be"]
-        return [
-            *found,
-            f"time: at least {1000 * self.seconds:.3g} ms per step on this {self.device.type} "
+            return [
+                *found,
+                "time: this machine has no GPU to measure; name one, e.g. check.device=H100, or run "
+                "task=check there",
+            ]
+        place = f"this {self.device.type}" if self.gpu is None else f"an {self.gpu.value} by its data sheet"
+        found.append(
+            f"time: at least {_milliseconds(self.seconds, 3)} per step on {place} "
             f"({_number(self.rates.matmul)}FLOP/s, {_number(self.rates.copy)}B/s), if everything ran as fast "
-            "as matrix products",
-        ]
+            "as matrix products"
+        )
+        if self.expected is not None:
+            found.append(
+                f"time: about {_milliseconds(self.expected, 2)} per step, from the {_USED[self.way]:.0%} of "
+                f"that rate at which {self.way} of small language models ran on a CPU (docs/performance.md)"
+            )
+        return found
 
     def facts(self) -> dict[str, Any]:
         """The numbers, by name."""
@@ -111,6 +132,7 @@ class Estimate:
             "uncompiled_peak_bytes": needs.peak,
             "flops_per_step": needs.flops,
             "least_seconds_per_step": self.seconds,
+            "expected_seconds_per_step": self.expected,
         }
 
 
@@ -140,8 +162,22 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
         except Exception as error:  # whatever a compiler may say, of this version or of another
             logger.warning("the peak memory of %s is not known: %s", way, str(error).partition("\n")[0])
             planned = None
-    known = None if elsewhere and config.device is not Device.cpu else measure(device, config.train.precision)
-    return Estimate(needs=needs, way=way, planned=planned, ranks=ranks, device=device, rates=known)
+    gpu, precision = config.check.device, config.train.precision
+    known: Rates | None = None
+    if gpu is not None:
+        known = peak_rates(gpu, bf16=precision is Precision.bf16)
+    elif not elsewhere or config.device is Device.cpu:
+        known = measure(device, precision)
+    return Estimate(
+        needs=needs,
+        way=way,
+        planned=planned,
+        ranks=ranks,
+        device=device,
+        rates=known,
+        gpu=gpu,
+        reads_tokens=parts.reads_tokens,
+    )
 
 
 def _way(parts: Parts, device: torch.device) -> Way:
@@ -180,6 +216,11 @@ def _bytes(number: int) -> str:
     """In the largest unit of which there is one: KiB, MiB, GiB."""
     unit = next((n for n, size in (("GiB", 2**30), ("MiB", 2**20)) if number >= size), "KiB")
     return f"{number / {'GiB': 2**30, 'MiB': 2**20, 'KiB': 2**10}[unit]:.1f} {unit}"
+
+
+def _milliseconds(seconds: float, digits: int) -> str:
+    number = 1000 * seconds
+    return f"{number:.{digits}g} ms" if number < 100 else f"{number:,.0f} ms"
 
 
 def _number(number: float) -> str:
