@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -100,3 +101,35 @@ def test_a_target_that_needs_values_is_checked_with_them(toy: Toy, monkeypatch: 
     assert {p.device.type for p in preflight(config).model.parameters()} == {"cpu"}
     with pytest.raises(ConfigError, match="nowhere"):
         preflight(toy("decomposition.sites.embed.pattern=nowhere"))
+
+
+def test_a_large_target_that_needs_values_is_refused_without_making_them(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(2**15, 2**13, bias=False)  # 1 GiB
+            self.unembed = nn.Linear(4, 4, bias=False)
+            self.bias = nn.Parameter(torch.zeros(1))
+            made.append(self.embed.weight.device.type)
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            assert self.bias.item() == 0
+            return batch
+
+    config = toy("decomposition=tms_5-2-untied")
+    monkeypatch.setattr(type(config.model), "build", lambda spec, generator: Wide())
+    with pytest.raises(ConfigError) as caught:
+        preflight(config)
+    message = str(caught.value)
+    assert re.match(
+        r"model: \S+ cannot be checked without the values of its weights \(RuntimeError: ", message
+    )
+    assert message.endswith(
+        "), which are 1.0 GiB; up to 1 GiB are made for a check. Try a small model of the same kind"
+    )
+    assert "\n" not in message
+    assert set(made) == {"meta"}

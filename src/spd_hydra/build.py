@@ -31,6 +31,7 @@ from spd_hydra.section import ConfigError
 
 _DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
 _FEW_ROWS = 8
+_SMALL = 2**30  # bytes of weights that a check before the launch may make
 _CANDIDATES = 16  # inputs per subcomponent from which `init=inputs` chooses
 
 
@@ -276,12 +277,37 @@ def preflight(config: RunConfig) -> Parts:
             parts = assemble(config, untrained_target(config), meta)
     except ConfigError:
         raise
-    except Exception:  # a target or a data source of a plug-in may need values
+    except Exception as error:  # a target or a data source of a plug-in may need values
+        _require_small(config, error)
         parts = assemble(config, untrained_target(config), torch.device("cpu"))
     # Ranks that share a run were started from a configuration that was checked before they met.
     if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
         _require_metric(config)
     return parts
+
+
+def _require_small(config: RunConfig, error: Exception) -> None:
+    """Fail where the untrained target would not fit beside whatever else this machine does.
+
+    Args:
+        error: why it has to be made.
+
+    Raises:
+        ConfigError: names the target, its size and the reason.
+    """
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() * p.element_size() for p in untrained_target(config).parameters())
+    except Exception:  # its size cannot be known
+        return
+    if size > _SMALL:
+        reason = (str(error).splitlines() or [""])[0]
+        name = getattr(config.model, "name", config.name)
+        raise ConfigError(
+            f"model: {name} cannot be checked without the values of its weights ({type(error).__name__}: "
+            f"{reason}), which are {size / 2**30:.1f} GiB; up to {_SMALL / 2**30:g} GiB are made for a "
+            "check. Try a small model of the same kind"
+        ) from error
 
 
 def _require_metric(config: RunConfig) -> None:
