@@ -1,6 +1,7 @@
 """Targets from Hugging Face: the same numbers as transformers gives, and what each mistake is told."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,26 @@ def test_the_skeleton_has_the_shapes_of_the_model_and_needs_no_values(
     batch = tokens().to("meta")
     assert module(batch).shape == called(original, tokens()).logits.shape
     assert isinstance(module, TokensIn)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])  # now, and in the configurations of older versions
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_is_in_float32_whatever_its_configuration_says(tmp_path: Path, name: str, key: str) -> None:
+    original = saved_model(name, tmp_path)
+    path = tmp_path / "config.json"
+    told = {own: value for own, value in json.loads(path.read_text()).items() if own != "dtype"}
+    path.write_text(json.dumps(told | {key: "bfloat16"}))
+    spec = HuggingFace(name=str(tmp_path))
+    module = spec.build(GENERATOR)
+    with torch.device("meta"):
+        without_values = spec.skeleton()
+    for made in (module, without_values, spec.skeleton(), spec.skeleton(spec.architecture(module))):
+        floats = [
+            tensor.dtype for tensor in [*made.parameters(), *made.buffers()] if tensor.is_floating_point()
+        ]
+        assert set(floats) == {torch.float32}
+    assert without_values(tokens().to("meta")).dtype == torch.float32
+    close(module(tokens()), called(original, tokens()).logits)
 
 
 def test_neither_building_nor_the_skeleton_draws_from_torchs_own_generator(

@@ -37,6 +37,12 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "gpt_neox": ("causal_lm", lambda: transformers.GPTNeoXConfig(**_SMALL)),
     "qwen2": ("causal_lm", lambda: transformers.Qwen2Config(**_SMALL, num_key_value_heads=2)),
     "qwen3": ("causal_lm", lambda: transformers.Qwen3Config(**_SMALL, num_key_value_heads=2, head_dim=8)),
+    "mixtral": (
+        "causal_lm",
+        lambda: transformers.MixtralConfig(
+            **_SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+        ),
+    ),
     "roberta": ("masked_lm", lambda: transformers.RobertaConfig(**_SMALL)),
     "bert": ("masked_lm", lambda: transformers.BertConfig(**_SMALL)),
     "bert_classifier": (

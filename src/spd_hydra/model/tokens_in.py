@@ -59,6 +59,9 @@ def adapt(model: nn.Module, output: str) -> TokensIn:
         output: path into its output: `logits`, `last_hidden_state`, `0`, or with dots.
     """
     _register_attention()
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        # The others read how many tokens an expert gets, or know the shapes of bfloat16 alone.
+        cast(Any, model).set_experts_implementation("batched_mm")
     kind = type(model)
     model.__class__ = type(kind.__name__, (TokensIn, kind), {"__module__": kind.__module__})
     adapted = cast(TokensIn, model)
