@@ -17,6 +17,9 @@ from spd_hydra.build import Parts, assemble, preflight
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches, DataSource
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.model.weights import WeightsError
@@ -24,6 +27,7 @@ from spd_hydra.run import run
 from spd_hydra.saved_run import TARGET_FILE
 from spd_hydra.section import ConfigError, register
 from spd_hydra.step import Step
+from spd_hydra.trainer import Trainer
 
 Make = Callable[..., RunConfig]
 
@@ -80,23 +84,48 @@ def built(config: RunConfig) -> Parts:
     return assemble(config, target, torch.device("cpu"))
 
 
+def some_masks(model: DecomposedModel) -> dict[str, SiteMask]:
+    """Masks and deltas between 0 and 1 at every site, the same for each model of these sites."""
+    generator, shape = torch.Generator().manual_seed(7), tokens().shape
+    sizes = {site: own.C for site, own in model.site_shapes().items()}
+    return {
+        site: SiteMask(
+            mask=torch.rand(*shape, C, generator=generator), delta=torch.rand(shape, generator=generator)
+        )
+        for site, C in sizes.items()
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", "llama", "bert"])
 def test_a_decomposed_model_is_the_same_when_its_run_is_opened_again_without_its_files(
-    tiny: Make, model: str
+    tiny: Make, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(model)
     original = config.model.build(rng.generator(0, "unused"))(tokens())
+    trained: list[DecomposedModel] = []
+    fit = Trainer.fit
+
+    def kept(trainer: Trainer) -> Evaluation:
+        trained.append(trainer.model)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", kept)
     outcome = run(config)
+    (before,) = trained
     assert outcome.run_dir is not None
     assert isinstance(config.model, HuggingFace)
     shutil.rmtree(config.model.name)
-    opened = load_run(outcome.run_dir).model
-    assert torch.equal(opened(tokens()), original)
-    state, parts = opened.trainable_state(), load_run(outcome.run_dir).model_at(50)
-    for name, tensor in parts.trainable_state().items():
-        assert torch.equal(tensor, state[name])
-    assert load_run(outcome.run_dir).summary["steps"] == 50
+    opened = load_run(outcome.run_dir)
+    for after in (opened.model, opened.model_at(50)):
+        assert torch.equal(after(tokens()), original)
+        with torch.no_grad():
+            masked = before(tokens(), some_masks(before))
+            assert torch.equal(after(tokens(), some_masks(after)), masked)
+            wanted, found = (part.causal_importances(tokens()) for part in (before, after))
+        assert all(torch.equal(found[site].lower, own.lower) for site, own in wanted.items())
+        assert (masked - original).abs().max() > 0.01  # the masks matter
+    assert opened.summary["steps"] == 50
 
 
 @pytest.mark.slow
