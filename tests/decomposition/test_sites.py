@@ -1,5 +1,7 @@
 """From patterns to sites: what matches, and what each mistake is told."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,44 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_module() -> No
         "Did you mean 'layers.0.fc'? "
         "It has: wte, layers.0.fc, layers.0.proj, layers.1.fc, layers.1.proj, head"
     )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("blocks.*", "layers.*"),
+        ("layer.*.fc", "layers.*.fc"),
+        ("layers.*.fcc", "layers.*.fc"),
+        ("model.layers.*", None),
+    ],
+)
+def test_a_pattern_with_a_star_is_met_with_one_of_the_same_shape(pattern: str, near: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_sites(Target(), patterns(mlp=(pattern, 2)))
+    hint = f" Did you mean {near!r}?" if near else ""
+    assert f"{pattern!r} matches no module of the target.{hint} It has: wte, " in str(caught.value)
+    if near:
+        assert find_sites(Target(), patterns(mlp=(near, 2)))
+
+
+def test_a_pattern_with_a_star_is_met_with_the_blocks_that_there_are() -> None:
+    names = ["wte", *(f"h.{block}.{name}" for block in (0, 1) for name in ("attn.c_attn", "mlp.c_fc"))]
+    target = nn.Module()
+    for name in names:
+        parent = target
+        *heads, last = ["transformer", *name.split(".")]
+        for head in heads:
+            if head not in parent._modules:
+                parent.add_module(head, nn.Module())
+            parent = parent.get_submodule(head)
+        parent.add_module(last, nn.Linear(2, 2))
+    for pattern, near in {
+        "transformer.layers.*": "transformer.h.*",
+        "transformer.layers.*.mlp.*": "transformer.h.*.mlp.*",
+        "transformer.h.*.mlp.c_fcc": "transformer.h.*.mlp.c_fc",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(f"Did you mean {near!r}?")):
+            find_sites(target, patterns(mlp=(pattern, 2)))
 
 
 def test_nothing_near_gives_no_hint() -> None:

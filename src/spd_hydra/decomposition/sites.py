@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 from torch import nn
 
@@ -55,9 +56,28 @@ def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: lis
             f"{otherwise if computes_otherwise(layer) else ''}; only Linear, Embedding and Conv1D layers can "
             f"be decomposed: {_shortened(candidates)}"
         )
-    near = difflib.get_close_matches(pattern, candidates, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = _nearest(pattern, candidates)
+    hint = f" Did you mean {near!r}?" if near else ""
     return f"{pattern!r} matches no module of the target.{hint} It has: {_shortened(candidates)}"
+
+
+def _nearest(pattern: str, candidates: list[str]) -> str | None:
+    """The path most like it; for a pattern with a star the path of that kind that is most alike."""
+    if "*" not in pattern:
+        return next(iter(difflib.get_close_matches(pattern, candidates, n=1)), None)
+    options: dict[str, None] = {}
+    for name in candidates:
+        parts = ["*" if part.isdigit() else part for part in name.split(".")]
+        heads = [".".join(parts[:end]) for end in range(1, len(parts))]
+        options |= dict.fromkeys([*(f"{head}.*".replace(".*.*", ".*") for head in heads), ".".join(parts)])
+    best = max(options, key=lambda option: _alike(pattern, option), default=None)
+    return best if best is not None and _alike(pattern, best) > 0.5 else None
+
+
+def _alike(one: str, other: str) -> float:
+    """Mean likeness of two paths, part by part, in [0, 1]."""
+    pairs = list(zip_longest(one.split("."), other.split("."), fillvalue=""))
+    return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs) / len(pairs)
 
 
 def _shortened(names: list[str], most: int = 20) -> str:
