@@ -59,6 +59,10 @@ def test_the_terminal_shows_masks_groups_thresholds_and_adversaries(summary: dic
     assert "target     not checked, seed 1003" not in table  # its measurements certify it
     summary["target"]["measurements"] = []
     assert "target     not checked, seed 1003" in verdict_table(summary, colour=False)
+    summary["ablations"] = {}  # as with eval.ablations=false: nobody knows an answer all the same
+    table = verdict_table(summary, colour=False)
+    assert "target     not checked, seed 1003" in table
+    assert ["site", "alive", "L0"] in [line.split() for line in table.splitlines()]
 
 
 def test_the_page_shows_the_same_numbers(summary: dict[str, Any], synthetic: Any, tmp_path: Path) -> None:
