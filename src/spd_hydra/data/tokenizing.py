@@ -1,11 +1,9 @@
 """From a dataset to documents of token ids: tokenised by many processes, or read as they are."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +87,7 @@ class Reader:
     def _tokenised(self, dataset: Any, cache_file: Path) -> Any:
         from datasets import Features, List, Value
 
-        with _progress_on_terminals(), kept_from_children():
+        with kept_from_children():
             return dataset.map(
                 self._tokenise(),
                 batched=True,
@@ -240,18 +238,3 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
         text = decode([*letter, token]) if token >= 0 else before
         found.append(text.removeprefix(before) if text.startswith(before) else decode([token]))
     return found
-
-
-@contextlib.contextmanager
-def _progress_on_terminals() -> Iterator[None]:
-    """The progress bars of `datasets`, but not into files."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    were_shown = not are_progress_bars_disabled()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_shown:
-            enable_progress_bars()

@@ -196,6 +196,7 @@ class Tokens(DataSource):
             token_column=token_column,
             tokenizer=self.tokenizer or (None if token_column else target.tokenizer_name()),
             tokenizer_revision=self.tokenizer_revision if self.tokenizer else target.tokenizer_revision(),
+            trusts_code=self.tokenizer is None and target.trusts_tokenizer_code(),
             special_tokens=not self.pack,
             processes=self.processes,
         )
