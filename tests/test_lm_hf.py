@@ -44,7 +44,7 @@ def words_for(folder: Path, *more: str) -> list[str]:
     return [
         *("experiment=lm_hf", f"model.name={folder / 'model'}", f"data.name={folder / 'ids.jsonl'}"),
         *(f"data.length={LENGTH}", "data.eval_fraction=0.3", f"cache_dir={folder / 'cache'}", "device=cpu"),
-        *("decomposition.sites.blocks.C=4", "ci_fn=mlp", "ci_fn.hidden=4", "train.restarts.number=1"),
+        *("decomposition.C=4", "ci_fn=mlp", "ci_fn.hidden=4", "train.restarts.number=1"),
         *(f"train.steps={STEPS}", "train.batch_size=6", "train.checkpoint_every=3", "train.log_every=2"),
         *("train.compile=false", "train.faithfulness_warmup.steps=2", "eval.batches=1", "eval.batch_size=6"),
         *("eval.every=4", *more),

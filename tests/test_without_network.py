@@ -75,7 +75,7 @@ def test_a_run_of_local_files_is_opened_and_analysed_from_another_directory(
     words = [
         *("experiment=lm_hf", "device=cpu", f"out_dir={tmp_path / 'runs'}", "model.name=gpt2"),
         *("model.keep_weights=never", "data.name=ids.jsonl", "data.token_column=ids", "data.length=12"),
-        *(f"data.cache_dir={tmp_path}", "data.eval_fraction=0.5", "decomposition.sites.blocks.C=3"),
+        *(f"data.cache_dir={tmp_path}", "data.eval_fraction=0.5", "decomposition.C=3"),
         *("ci_fn.hidden=[4]", "loss=paper/tms_5-2", "train.steps=2", "train.batch_size=4"),
         *("train.compile=false", "train.checkpoint_every=1", "train.restarts.number=1"),
         *("train.faithfulness_warmup.steps=1", "eval.batches=1", "eval.batch_size=4"),
