@@ -174,10 +174,10 @@ def test_what_is_local_is_saved_with_its_whole_path(
         saved_model("gpt2", tmp_path / "here" / folder)
         save_byte_tokenizer(tmp_path / "here" / folder)
     (tmp_path / "here" / "a.txt").write_text("A\n\nB")
+    (tmp_path / "here" / "held_out.md").write_text("C\n\nD")
     monkeypatch.chdir(tmp_path / "here")
-    config = config_of(
-        tmp_path, "model.name=gpt2", "data.name='*.txt'", "data.tokenizer=tokens", "data.token_column=null"
-    )
+    names = ["model.name=gpt2", "data.name='*.txt'", "data.eval_name=held_out.md", "data.tokenizer=tokens"]
+    config = config_of(tmp_path, *names, "data.token_column=null")
     begin_or_go_on(config, "../runs/0", None)
     monkeypatch.chdir(tmp_path)
     saved = load_config(tmp_path / "runs" / "0" / "config.yaml")
@@ -185,6 +185,7 @@ def test_what_is_local_is_saved_with_its_whole_path(
     assert isinstance(saved.data, Tokens)
     assert saved.model.name == str(tmp_path / "here" / "gpt2")
     assert saved.data.name == str(tmp_path / "here" / "*.txt")
+    assert saved.data.eval_name == str(tmp_path / "here" / "held_out.md")
     assert saved.data.tokenizer == str(tmp_path / "here" / "tokens")
     assert read_target(saved, tmp_path / "runs" / "0", torch.device("cpu")).module(tokens()).shape[0] == 3
     monkeypatch.chdir(tmp_path / "here")

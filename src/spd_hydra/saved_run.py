@@ -83,7 +83,7 @@ def _names(section: Section) -> dict[str, Callable[[str], bool]]:
     if isinstance(section, HuggingFace):
         return {"name": is_local}
     if isinstance(section, Tokens):
-        return {"name": _are_files, "tokenizer": is_local}
+        return {"name": _are_files, "eval_name": _are_files, "tokenizer": is_local}
     return {}
 
 
