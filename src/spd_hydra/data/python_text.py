@@ -172,6 +172,7 @@ def trained_tokenizer(pieces: list[str], vocab_size: int) -> Any:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    path = str(directory / "tokenizer.json")
+    return PreTrainedTokenizerFast(tokenizer_file=path)  # type: ignore[no-untyped-call]
