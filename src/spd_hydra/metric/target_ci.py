@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 
 class Match(NamedTuple):
@@ -24,6 +23,8 @@ def identity_error(g: Float[np.ndarray, "n_features C"], tolerance: float) -> Ma
         g: lower causal importance of every subcomponent on each feature alone.
         tolerance: how far from 0 and 1 an entry may be.
     """
+    from scipy.optimize import linear_sum_assignment
+
     features, columns = linear_sum_assignment(g, maximize=True)
     matched = np.zeros(g.shape, dtype=bool)
     matched[features, columns] = True
