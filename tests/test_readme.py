@@ -65,7 +65,16 @@ def in_folder(monkeypatch: pytest.MonkeyPatch, smoke: Path) -> None:
 
 def test_readme_shows_commands_of_every_kind() -> None:
     shown = " ".join(commands(README))
-    for part in (" -m ", "--config-dir", "--cfg", "resume=", "task=analyse", "task=check", "'~", "'++"):
+    for part in (
+        " -m ",
+        "--config-dir",
+        "--cfg",
+        "resume=",
+        "task=analyse",
+        "task=check",
+        "'~",
+        "sites.middle.pattern=",
+    ):
         assert part in shown
 
 
