@@ -169,7 +169,7 @@ def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_sha
         "language models ran on a CPU (docs/performance.md)",
     ]
     assert model.expected == pytest.approx(1 / 0.58)
-    assert dataclasses.replace(model, way=Way.blocks).expected == pytest.approx(1 / 0.39)
+    assert dataclasses.replace(model, way=Way.blocks).expected == pytest.approx(1 / 0.4)
     assert dataclasses.replace(model, reads_tokens=False).expected is None
     moves = dataclasses.replace(needs, moved=10 * 3_350_000_000_000)
     assert dataclasses.replace(model, needs=moves).expected == pytest.approx(

@@ -120,6 +120,15 @@ class RunConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        yield from self._about_the_task()
+        yield from self._about_ranks()
+        yield from self._about_the_loss()
+        if not self.decomposition.sites and not self.decomposition.identities:
+            yield Problem(
+                "decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms_5-2"
+            )
+
+    def _about_the_task(self) -> Iterator[Problem]:
         if self.task is Task.analyse and self.run is None:
             yield Problem(
                 "run", "task=analyse needs the directory of a run, e.g. run=outputs/tms_5-2/<time>_<id>"
@@ -147,6 +156,8 @@ class RunConfig(Section):
                 f"got {listed}, must be none for a single run; give one of them as experiment=…, or start "
                 "all with suite=… from the command line or submit()",
             )
+
+    def _about_ranks(self) -> Iterator[Problem]:
         ranks = self.launcher.ranks if isinstance(self.launcher, Slurm) else self.launcher.local_ranks
         if self.train.replicas > 1 and ranks > 1:
             yield Problem(
@@ -162,6 +173,8 @@ class RunConfig(Section):
                 f"got {self.train.accumulate} with train.batch_size={self.train.batch_size} on {ranks} "
                 f"ranks, must be ≤ {most}: a part has a row at least",
             )
+
+    def _about_the_loss(self) -> Iterator[Problem]:
         measurable = {
             name for name, term in self.loss.terms().items() if not isinstance(term, PersistentPGDRecon)
         }
@@ -184,10 +197,6 @@ class RunConfig(Section):
             )
         if not self.loss.active_terms():
             yield Problem("loss", "all coefficients are 0, so there is nothing to train; try loss=delta")
-        if not self.decomposition.sites and not self.decomposition.identities:
-            yield Problem(
-                "decomposition.sites", "got none; name at least one matrix, e.g. decomposition=tms_5-2"
-            )
 
 
 def to_dict(config: Section) -> dict[str, Any]:

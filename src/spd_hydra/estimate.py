@@ -34,8 +34,8 @@ class Way(enum.StrEnum):
     blocks = "a step compiled block by block"
 
 
-_USED = {Way.whole: 0.58, Way.blocks: 0.39, Way.uncompiled: 0.33}
-"""Share of the rate of matrix products that steps of language models reached, MFU in docs/performance.md."""
+_USED = {Way.whole: 0.58, Way.blocks: 0.4, Way.uncompiled: 0.34}
+"""Share of the rate of matrix products that steps reached: mean MFU of the models in docs/performance.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

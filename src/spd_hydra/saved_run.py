@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ import torch
 
 from spd_hydra import rng
 from spd_hydra.config import RunConfig
-from spd_hydra.data.tokens import Tokens
 from spd_hydra.model.base import Measurement, TargetSpec
-from spd_hydra.model.hf import HuggingFace
-from spd_hydra.model.hub import is_local
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.weights import (
     holds_weights,
@@ -22,11 +18,11 @@ from spd_hydra.model.weights import (
     save_target,
     target_metadata,
 )
-from spd_hydra.section import ConfigError, Section
+from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
 
-Sources = dict[str, dict[str, Any]]
+Sources = dict[str, dict[str, str]]
 """Where parts of a configuration, `model` and `data`, are from, by field: paths, ids and commits of a hub."""
 
 
@@ -55,11 +51,10 @@ def pinned(config: RunConfig) -> RunConfig:
 
     What is taken from a hub, where branches move on, has its commit; what is local has its whole path.
     """
-    found: Sources = {"model": config.model.commits(), "data": config.data.commits()}
-    for part, section in (("model", config.model), ("data", config.data)):
-        for field, local in _names(section).items():
-            found[part][field] = _absolute(getattr(section, field), local)
-    return from_sources(config, found)
+    model, data = config.model, config.data
+    return from_sources(
+        config, {"model": model.names() | model.commits(), "data": data.names() | data.commits()}
+    )
 
 
 def sources(config: RunConfig) -> Sources:
@@ -67,35 +62,15 @@ def sources(config: RunConfig) -> Sources:
     named: Sources = {}
     for part, section in (("model", config.model), ("data", config.data)):
         fields = [f.name for f in dataclasses.fields(section) if f.name.split("_")[-1] == "revision"]
-        values = {field: getattr(section, field) for field in [*fields, *_names(section)]}
+        values = {field: getattr(section, field) for field in fields}
         named[part] = {field: value for field, value in values.items() if value is not None}
-    return named
+    return {"model": named["model"] | config.model.names(), "data": named["data"] | config.data.names()}
 
 
 def from_sources(config: RunConfig, sources: Sources) -> RunConfig:
     """A configuration that takes model and data from there."""
     parts = {part: dataclasses.replace(getattr(config, part), **own) for part, own in sources.items()}
     return dataclasses.replace(config, **parts)
-
-
-def _names(section: Section) -> dict[str, Callable[[str], bool]]:
-    """Fields that hold the name of something local or on a hub, each with what tells whether it is local."""
-    if isinstance(section, HuggingFace):
-        return {"name": is_local}
-    if isinstance(section, Tokens):
-        return {"name": _are_files, "eval_name": _are_files, "tokenizer": is_local}
-    return {}
-
-
-def _are_files(name: str) -> bool:
-    return Path(name).expanduser().exists() or any(sign in name for sign in "*?[")
-
-
-def _absolute(name: Any, local: Callable[[str], bool]) -> Any:
-    """The whole path of what is local, one or several; an id on the hub as it is."""
-    if isinstance(name, list):
-        return [_absolute(one, local) for one in name]
-    return str(Path(name).expanduser().absolute()) if name is not None and local(name) else name
 
 
 def target_facts(target: TrainedTarget) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class DataSource(Section):
         """What is read from a hub now, as a commit for each field `revision` or `<what>_revision`."""
         return {}
 
+    def names(self) -> dict[str, str]:
+        """What is read, by field, with local paths whole, so that it means the same from any directory."""
+        return {}
+
     def notes(self) -> list[str]:
         """What one has to know of a run on these data, a sentence each."""
         return []

@@ -9,12 +9,11 @@ from typing import Any
 from spd_hydra.data.columns import Columns, columns_of
 from spd_hydra.data.library import quiet, without_network
 from spd_hydra.data.text_source import TextSource, Wanted, first_line, wrong_configuration
-from spd_hydra.model.hub import COMMIT
+from spd_hydra.model.hub import COMMIT, TIMEOUT
 from spd_hydra.section import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 5  # seconds for the first answer of the hub
 _REMEMBERED = 600  # seconds for which a hub that did not answer is not asked again
 
 
@@ -90,7 +89,7 @@ def _asked(name: str, revision: str | None, period: int) -> str | None:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError  # noqa: PLC0415
 
     try:
-        HfApi().dataset_info(name, revision=revision, timeout=_TIMEOUT)
+        HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return None
     except Exception as error:  # of several libraries, all about the way to the hub

@@ -12,7 +12,7 @@ import torch
 
 from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.data.columns import Columns, Holds, token_column_among
-from spd_hydra.data.find_text import find_text
+from spd_hydra.data.find_text import find_text, whole_name
 from spd_hydra.data.library import quiet
 from spd_hydra.data.packing import Document, Layout, is_held_out
 from spd_hydra.data.streamed import StreamedBatches
@@ -20,6 +20,7 @@ from spd_hydra.data.text_source import TextSource, TextUnit, Wanted
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
 from spd_hydra.data.tokenizing import Reader, make_reader, tokenizer_commit
+from spd_hydra.model import hub
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
@@ -116,6 +117,15 @@ class Tokens(DataSource):
         if self.tokenizer is not None:
             found["tokenizer_revision"] = tokenizer_commit(self.tokenizer, self.tokenizer_revision)
         return {field: commit for field, commit in found.items() if commit is not None}
+
+    def names(self) -> dict[str, str]:
+        """Those of the data, of others to evaluate on, and of a tokenizer of their own."""
+        found = {"name": whole_name(self.name)}
+        if self.eval_name is not None:
+            found["eval_name"] = whole_name(self.eval_name)
+        if self.tokenizer is not None:
+            found["tokenizer"] = hub.whole_name(self.tokenizer)
+        return found
 
     def notes(self) -> list[str]:
         """Adds: what does not hold of data that are streamed."""

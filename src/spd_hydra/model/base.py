@@ -84,6 +84,10 @@ class TargetSpec(Section):
         """What `build` takes from a hub now, as a commit for each field `revision` or `<what>_revision`."""
         return {}
 
+    def names(self) -> dict[str, str]:
+        """What is read, by field, with local paths whole, so that it means the same from any directory."""
+        return {}
+
     def vocab_size(self) -> int | None:
         """Number of tokens of a target that takes tokens."""
         return None

@@ -158,6 +158,10 @@ class HuggingFace(TargetSpec):
         commit = hub.commit_of(self.name, self._directory(hub.CONFIG))
         return {} if commit is None else {"revision": commit}
 
+    def names(self) -> dict[str, str]:
+        """The directory or the id of the model."""
+        return {"name": hub.whole_name(self.name)}
+
     def vocab_size(self) -> int | None:
         """Number of tokens that the model knows."""
         return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))

@@ -24,7 +24,7 @@ NO_TOKENIZER = (
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_TIMEOUT = 5  # seconds for the first answer of the hub
+TIMEOUT = 5  # seconds for the first answer of the hub
 
 
 class Keys(NamedTuple):
@@ -44,6 +44,11 @@ class _UnreachableError(Exception):
 def is_local(name: str) -> bool:
     """Whether a name is that of a directory, which comes before an id on the hub."""
     return Path(name).expanduser().is_dir()
+
+
+def whole_name(name: str) -> str:
+    """A name that means the same from any directory: the whole path of a local one, an id as it is."""
+    return str(Path(name).expanduser().absolute()) if is_local(name) else name
 
 
 def is_offline() -> bool:
@@ -156,7 +161,7 @@ def _fetch(name: str, revision: str | None, files: Sequence[str], keys: Keys) ->
     fetch = functools.partial(snapshot_download, name, ignore_patterns=["*/*"])  # none of its folders
     try:
         # Asked first because it has a time limit; the download would try again and again.
-        HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
         found = Path(fetch(revision=revision, allow_patterns=[*CONFIG, *files]))
         if "model.safetensors" in files and (parts := _parts(found)):
             fetch(revision=found.name, allow_patterns=parts)
