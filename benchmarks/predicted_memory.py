@@ -20,10 +20,10 @@ from benchmarks import lm_step, markdown, step_page
 from benchmarks.step_cases import Case, Variant, trainer_of
 from benchmarks.step_memory import allocated_in_a_step
 
-from spd_hydra.build import preflight
 from spd_hydra.config import RunConfig
 from spd_hydra.environment import describe_environment
 from spd_hydra.estimate import Estimate, estimate
+from spd_hydra.preflight import preflight
 
 TITLE = "Predicted memory"
 HEADER = ("run", "way", "predicted, MiB", "measured, MiB", "ratio", "uncompiled, MiB")

@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spd_hydra import estimate as estimates
-from spd_hydra.build import assemble, preflight, untrained_target
+from spd_hydra.build import assemble, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.estimate import Way
 from spd_hydra.hardware import Gpu, Rates, peak_rates
 from spd_hydra.loss.objective import Precision
+from spd_hydra.preflight import preflight
 from spd_hydra.simulation import Needs, planned_peak, simulate
 from spd_hydra.trainer import Trainer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spd_hydra import rng
 from spd_hydra.api import load_run
-from spd_hydra.build import Parts, assemble, preflight
+from spd_hydra.build import Parts, assemble
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches, DataSource
@@ -23,6 +23,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.model.weights import WeightsError
+from spd_hydra.preflight import preflight
 from spd_hydra.run import run
 from spd_hydra.saved_run import TARGET_FILE
 from spd_hydra.section import ConfigError, register
@@ -148,11 +149,22 @@ def test_weights_that_are_not_kept_are_found_again_and_must_be_the_same(tiny: Ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "padded"), [("gpt2", True), ("llama", False)])
-def test_a_compiled_step_is_the_step_as_it_is_written(tiny: Make, model: str, padded: bool) -> None:
+@pytest.mark.parametrize(
+    ("model", "padded", "sites"),  # two of them: each has a pass of its own, which takes long to compile
+    [("gpt2", True, "*.0.attn.c_attn,*.1.mlp.c_fc"), ("llama", False, "*.0.mlp.down_proj,*.1.*.q_proj")],
+)
+def test_a_compiled_step_is_the_step_as_it_is_written(
+    tiny: Make, model: str, padded: bool, sites: str
+) -> None:
     found = []
+    words = [
+        word
+        for name, pattern in zip("ab", sites.split(","), strict=True)
+        for word in (f"decomposition.sites.{name}.pattern='{pattern}'", f"decomposition.sites.{name}.C=6")
+    ]
     for compile in (False, True):
-        parts = built(tiny(model, padded=padded))
+        parts = built(tiny(model, *words, padded=padded))
+        assert len(parts.model.site_names) == 2
         step, sampler = Step(parts.objective, compile=compile), parts.train_sampler()
         step(*sampler(0), parts.objective.scheduled(0.0))
         loss = step(*sampler(1), parts.objective.scheduled(0.0))  # compiled: with the first batch's graph

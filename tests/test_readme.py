@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from spd_hydra.build import preflight
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.plan import make_plan
+from spd_hydra.preflight import preflight
 from spd_hydra.run import run
 
 ROOT = Path(__file__).parents[1]

@@ -444,6 +444,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
         "train.compile_blocks", "train.cuda_graphs", "train.shard",
         "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
+        "eval.figures",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",
         "eval.contexts", "eval.also",
         "out_dir", "cache_dir", "task", "allow_extra", "sweep", "objective",

@@ -13,11 +13,12 @@ import pytest
 import torch
 from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
 
-from spd_hydra.build import assemble, device_of, preflight, untrained_target
+from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.preflight import preflight
 from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import read_target
@@ -58,13 +59,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory_of(
         run(compose(["debug=smoke", f"out_dir={folder / 'runs'}", f"cache_dir={folder / 'cache'}"]))
     )
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time of a run of 20 steps."""
-    if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
 
 
 # ---- what a run leaves behind --------------------------------------------------------------------------
@@ -222,7 +216,8 @@ def test_a_variant_runs_to_its_end_with_finite_numbers(toy: Toy, overrides: list
 @pytest.mark.slow
 def test_a_residual_mlp_runs_to_its_end(toy: Toy) -> None:
     small = ["model.n_features=6", "model.d_embed=12", "model.d_mlp=4", "decomposition.sites.mlp_in.C=8"]
-    outcome = run(toy("experiment=resid_mlp1", "train.steps=3", "model.training.steps=3", *small))
+    words = ["experiment=resid_mlp1", "train.steps=3", "model.training.steps=3", "eval.figures=true"]
+    outcome = run(toy(*words, *small))
     assert {check["site"] for check in outcome.summary["checks"]} == {"layers.0.mlp_in", "layers.0.mlp_out"}
     assert (directory_of(outcome) / "figures" / "neuron_contributions.png").exists()
 
@@ -289,7 +284,8 @@ def test_train_target_writes_the_target_and_what_it_measured(toy: Toy) -> None:
 def test_analysing_again_gives_the_same_summary_and_pictures(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = toy("loss.persistent_pgd_recon.coeff=0.5")  # with state beside the model's
+    # with state beside the model's
+    config = toy("loss.persistent_pgd_recon.coeff=0.5", "eval.figures=true")
     first = run(config)
     directory = directory_of(first)
     before = files(directory)
@@ -302,6 +298,19 @@ def test_analysing_again_gives_the_same_summary_and_pictures(
     after = files(directory)
     assert after.keys() == before.keys()
     assert {name for name in before if before[name] != after[name]} <= {"report.html"}
+
+
+@pytest.mark.slow
+def test_figures_that_were_not_asked_for_are_drawn_by_a_later_analysis(toy: Toy) -> None:
+    config = toy()
+    directory = directory_of(run(config))
+    assert not (directory / "figures").exists()
+    assert "<figure" not in (directory / "report.html").read_text()
+    asked = dataclasses.replace(config.eval, figures=True)
+    run(dataclasses.replace(config, task=Task.analyse, run=str(directory), eval=asked))
+    drawn = {path.stem for path in (directory / "figures").iterdir()}
+    assert {"losses", "causal_importance", "tms_polygon"} <= drawn
+    assert (directory / "report.html").read_text().count("<figure") == len(drawn)
 
 
 def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:

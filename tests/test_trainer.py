@@ -209,6 +209,12 @@ def test_figures_are_drawn_in_between_at_their_steps(make: Make) -> None:
     assert drawn == [4, 8]  # those of the last step are drawn with the report
 
 
+def test_without_figures_none_are_drawn_in_between(make: Make) -> None:
+    trainer = make("eval.every=2", "eval.figures_every=4", "eval.figures=false", steps=12)
+    trainer.on_figures = lambda evaluation: pytest.fail("a figure was drawn")
+    assert trainer.fit().step == 12
+
+
 def test_only_the_newest_checkpoints_are_kept(make: Make) -> None:
     trainer = make("train.checkpoint_every=1", "train.keep_checkpoints=2")
     trainer.fit()

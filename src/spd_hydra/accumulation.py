@@ -10,9 +10,11 @@ from torch.func import functional_call
 
 from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
+from spd_hydra.loss.ascent import Sources
 from spd_hydra.loss.base import Loss, Statistics
 from spd_hydra.loss.objective import POSITIONS, SPARSITY, Objective, ScheduledValues, StepLoss, over_ranks
 from spd_hydra.optimizer import Pieces
+from spd_hydra.search import Search
 
 Sums = dict[str, Statistics]
 """Statistics by term."""
@@ -45,7 +47,8 @@ class AccumulatedStep:
     The loss is L = f(Σ_b s_b), with the statistics s_b of the parts, and its gradient Σ_b w · ∂s_b/∂θ with
     w = ∂f/∂s at the sum: that of the whole batch, however it is cut. For a mean over positions w follows from
     the sizes of the parts. For other terms a first pass over all parts collects the sums, without gradients.
-    Ranks cut their own rows; they meet for those sums, for the loss and for the gradients.
+    What an adversary looks for in the whole batch is searched for before, and stays fixed then. Ranks cut
+    their own rows; they meet for the search, for those sums, for the loss and for the gradients.
 
     Args:
         objective: the loss.
@@ -63,9 +66,11 @@ class AccumulatedStep:
         self._pieces = pieces
         own = list(self._parameters.values())
         self._holders = own if pieces is None else pieces.of(own)
+        self._search = Search(objective, compile=compile)
         self._first = Kernel(self._flat_first) if compile else self._flat_first
         self._second = Kernel(self._flat_second) if compile else self._flat_second
         self._schedule_keys: Keys = []
+        self._source_keys: Keys = []
         self._weight_keys: Keys = []
         self._first_keys: Keys = []  # of what each pass sums
         self._second_keys: Keys = []
@@ -76,20 +81,26 @@ class AccumulatedStep:
         for holder in self._holders:
             holder.grad = None
         self._schedule_keys, scheduled = _flat(schedule)
+        self._source_keys, sources = _flat(self._search(lambda: self._parts(step)))
         terms = self._terms_that_are_no_means(step)
         self._module.weighted = tuple(terms)
         shares = self._shares(step)
-        self._weight_keys, weights = _flat(self._weights(step, terms, scheduled) if terms else {})
+        self._weight_keys, weights = _flat(
+            self._weights(step, terms, [*scheduled, *sources]) if terms else {}
+        )
         sums: list[Tensor] = []
         gradients: list[Tensor] = []
         for part, share in enumerate(shares):
-            own_sums, own_gradients = self._of_part(step, part, share, [*scheduled, *weights])
+            own_sums, own_gradients = self._of_part(step, part, share, [*scheduled, *sources, *weights])
             sums, gradients = _added(sums, own_sums), _added(gradients, own_gradients)
         if self._pieces is None:
             gradients = distributed.global_sum(gradients)
         for holder, gradient in zip(self._holders, gradients, strict=True):
             holder.grad = gradient
         return self._objective.loss_of(over_ranks(_nested(self._second_keys, sums)))
+
+    def _parts(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self._sampler(step, part) for part in range(len(self._sampler.rows)))
 
     def _of_part(
         self, step: int, part: int, share: Tensor, numbers: Sequence[Tensor]
@@ -121,12 +132,12 @@ class AccumulatedStep:
         sizes = torch.stack([(self._sampler(step, part)[0] >= 0).sum(dtype=torch.float32) for part in parts])
         return list(sizes / distributed.global_sum([sizes.sum()])[0])
 
-    def _weights(self, step: int, terms: Mapping[str, Loss], scheduled: Sequence[Tensor]) -> Sums:
+    def _weights(self, step: int, terms: Mapping[str, Loss], numbers: Sequence[Tensor]) -> Sums:
         """∂L/∂s of each statistic of the given terms, at their sums over the global batch."""
         sums: list[Tensor] = []
         for part in range(len(self._sampler.rows)):
             batch, draws = self._sampler(step, part)
-            sums = _added(sums, self._first(batch, draws, *scheduled, *self._parameters.values()))
+            sums = _added(sums, self._first(batch, draws, *numbers, *self._parameters.values()))
         found = over_ranks(_nested(self._first_keys, sums))
         positions = found.pop(SPARSITY)[POSITIONS]
         keys, values = _flat(found)
@@ -143,9 +154,9 @@ class AccumulatedStep:
     def _flat_first(self, batch: Tensor, draws: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Sums of the terms that are no means, and the number of positions."""
         given = iter(others)
-        schedule = _nested(self._schedule_keys, given)
+        schedule, sources = _nested(self._schedule_keys, given), _nested(self._source_keys, given)
         parameters = dict(zip(self._parameters, given, strict=True))
-        sums: Sums = functional_call(self._module, parameters, (batch, draws, schedule))
+        sums: Sums = functional_call(self._module, parameters, (batch, draws, schedule, sources))
         self._first_keys, values = _flat(sums)
         return tuple(values)
 
@@ -154,11 +165,12 @@ class AccumulatedStep:
     ) -> tuple[Tensor, ...]:
         """Sums of all terms and of active subcomponents; then what the part adds to the gradients."""
         given = iter(others)
-        schedule, weights = _nested(self._schedule_keys, given), _nested(self._weight_keys, given)
+        schedule, sources = _nested(self._schedule_keys, given), _nested(self._source_keys, given)
+        weights = _nested(self._weight_keys, given)
         values = [p.detach().requires_grad_() for p in given]
         parameters = dict(zip(self._parameters, values, strict=True))
         sums, gradients = functional_call(
-            self._module, parameters, (batch, draws, schedule, share, weights, values)
+            self._module, parameters, (batch, draws, schedule, sources, share, weights, values)
         )
         self._second_keys, flat_sums = _flat(sums)
         return *(value.detach() for value in flat_sums), *(gradient.contiguous() for gradient in gradients)
@@ -182,6 +194,7 @@ class _Part(nn.Module):
         batch: Tensor,
         draws: Tensor,
         schedule: ScheduledValues,
+        sources: Mapping[str, Sources],
         share: Tensor | None = None,
         weights: Sums | None = None,
         parameters: Sequence[Tensor] = (),
@@ -194,9 +207,9 @@ class _Part(nn.Module):
             own_draws = dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
             terms = {name: active[name] for name in self.weighted}
             own = torch.cat([own_draws[name] for name in terms], dim=-1)
-            sums = objective.statistics(inputs, terms, own, schedule)
+            sums = objective.statistics(inputs, terms, own, schedule, sources)
             return sums | {SPARSITY: {POSITIONS: inputs.n_positions}}
-        sums = objective.statistics(inputs, active, draws, schedule)
+        sums = objective.statistics(inputs, active, draws, schedule, sources)
         parts = [
             (weights[name][key] * value).sum() for name in self.weighted for key, value in sums[name].items()
         ]

@@ -10,7 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from spd_hydra.build import preflight
 from spd_hydra.checkpoint import CheckpointError
 from spd_hydra.composer import Composer, to_run_config
 from spd_hydra.composition import Job, compose_job
@@ -22,6 +21,7 @@ from spd_hydra.launcher.job import RunJob, begin_or_go_on
 from spd_hydra.launcher.record import hide_secrets
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Plan
+from spd_hydra.preflight import preflight
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run

@@ -33,8 +33,8 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = No
 
     Checked are keys, types, ranges and contradictions between values. What shows only when the parts are
     built is checked by `decompose`, before it makes a directory or trains anything, and by
-    `build.preflight(config)`: whether site patterns match a module of the target, whether ties and data fit
-    it, whether there is a GPU if one is asked for.
+    `preflight.preflight(config)`: whether site patterns match a module of the target, whether ties and data
+    fit it, whether there is a GPU if one is asked for.
 
     Args:
         overrides: as on the command line, e.g. `["experiment=resid_mlp1", "seed=3"]`.

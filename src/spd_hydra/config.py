@@ -182,13 +182,6 @@ class RunConfig(Section):
             if name not in measurable:
                 listed = ", ".join(sorted(measurable))
                 yield Problem("eval.also", f"got {name}, must be loss terms among {listed}")
-        whole = [name for name, term in self.loss.active_terms().items() if term.needs_whole_batch]
-        if self.train.accumulate > 1 and whole:
-            yield Problem(
-                "train.accumulate",
-                f"got {self.train.accumulate} with {', '.join(whole)}, must be 1: their adversary looks "
-                "at the whole batch at once; use scope=per_datapoint, ascents=1, or more ranks",
-            )
         if self.train.replicas > 1 and self.loss.lasting_terms():
             yield Problem(
                 "train.replicas",

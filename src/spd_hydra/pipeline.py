@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spd_hydra import distributed
-from spd_hydra.build import Parts, assemble, device_of, obtain, preflight
+from spd_hydra.build import Parts, assemble, device_of, obtain
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
 from spd_hydra.decomposition.left_out import left_out
@@ -18,6 +18,7 @@ from spd_hydra.logger.base import Logger
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError
 from spd_hydra.redaction import redact
 from spd_hydra.replicas import Alone

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spd_hydra import suite
-from spd_hydra.build import preflight
 from spd_hydra.composer import Composer
 from spd_hydra.composition import Job, compose_job
 from spd_hydra.config import KIND, RunConfig, Task, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import with_entries, without_hydra
+from spd_hydra.preflight import preflight
 from spd_hydra.section import ConfigError
 
 

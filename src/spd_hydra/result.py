@@ -67,7 +67,9 @@ def conclude(
         restarts=restarts,
         replicas=replicas,
     )
-    drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
+    allowed, drawn = directory.require_ownership, []
+    if parts.config.eval.figures:
+        drawn = draw_all(evaluation, history, directory.figures, allowed)
     directory.write_summary(summary)
     if evaluation.text is not None:
         directory.write_subcomponents(dataclasses.asdict(evaluation.text))

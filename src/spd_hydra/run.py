@@ -13,13 +13,14 @@ import torch
 
 from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
-from spd_hydra.build import device_of, preflight
+from spd_hydra.build import device_of
 from spd_hydra.checkpoint import CheckpointError, load_newest, require_whole
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.pipeline import check, decompose, remarks
 from spd_hydra.prefetch import prefetch
+from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas
 from spd_hydra.result import Outcome

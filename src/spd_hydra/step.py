@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spd_hydra import distributed
 from spd_hydra.compiling import Kernel
+from spd_hydra.loss.base import Statistics
 from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
 from spd_hydra.optimizer import Pieces
 
@@ -129,6 +130,9 @@ class Step(_FlatStep):
 class Ascent:
     """Computes the gradients of lasting adversaries alone, for ascents between two steps.
 
+    A term is Σ sum / Σ count over the parts of the batch, where the counts do not depend on sources. So its
+    gradient is coeff · Σ ∂sum / Σ count, however the batch is cut.
+
     Args:
         objective: the loss.
         compile: as for `Step`.
@@ -137,25 +141,40 @@ class Ascent:
     def __init__(self, objective: Objective, *, compile: bool) -> None:
         self._module = _AgainstModule(objective)
         self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._sources = list(objective.adversary.parameters())
+        self._terms, self._adversary = objective.adversary.terms, objective.adversary
         self._run = Kernel(self._flat) if compile else self._flat
 
-    def __call__(self, batch: Tensor, draws: Tensor) -> None:
-        """Leave in every source's `.grad` the gradient of its term on a batch, with the draws of the step."""
-        gradients = self._run(batch, draws, *self._parameters.values())
-        for source, gradient in zip(self._sources, gradients, strict=True):
-            source.grad = gradient
+    def __call__(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Leave in every source's `.grad` the gradient of its term on a batch.
+
+        Args:
+            parts: of this rank's rows, each with its draws of the step.
+        """
+        total: list[Tensor] = []
+        for batch, draws in parts:
+            own = self._run(batch, draws, *self._parameters.values())
+            total = [a + b for a, b in zip(total, own, strict=True)] if total else list(own)
+        summed = iter(distributed.global_sum(total))
+        counts = {name: next(summed) for name in self._terms}
+        for name, term in self._terms.items():
+            for source in self._adversary.of(name).values():
+                source.grad = next(summed) * (term.coeff / counts[name])
 
     def _flat(self, batch: Tensor, draws: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        sources = {id(source) for source in self._sources}
+        """Of some rows: the count of every term; then of every term the gradients of its sum."""
+        names = {id(own): name for name, own in self._parameters.items()}
+        wanted = [names[id(own)] for term in self._terms for own in self._adversary.of(term).values()]
         parameters = {
-            name: value.detach().requires_grad_(id(self._parameters[name]) in sources)
+            name: value.detach().requires_grad_(name in wanted)
             for name, value in zip(self._parameters, values, strict=True)
         }
-        total: Tensor = functional_call(self._module, parameters, (batch, draws))
-        wanted = [value for value in parameters.values() if value.requires_grad]
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
-        return tuple(gradient.contiguous() for gradient in distributed.global_sum(gradients))
+        statistics = functional_call(self._module, parameters, (batch, draws))
+        total = torch.stack([own["sum"] for own in statistics.values()]).sum()
+        gradients = torch.autograd.grad(
+            total, [parameters[name] for name in wanted], allow_unused=True, materialize_grads=True
+        )
+        counts = [own["count"] for own in statistics.values()]
+        return *counts, *(gradient.contiguous() for gradient in gradients)
 
 
 class StackedStep(_FlatStep):
@@ -256,7 +275,7 @@ class _LossModule(nn.Module):
 class _AgainstModule(_LossModule):
     """What the adversary climbs, as a module."""
 
-    def forward(self, batch: Tensor, draws: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: Tensor, draws: Tensor) -> dict[str, Statistics]:  # type: ignore[override]
         return self._objective.against(batch, draws)
 
 

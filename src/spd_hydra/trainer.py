@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +90,9 @@ class Trainer:
             self.model.compiled_blocks, compile = CompiledBlocks(), False
         self.loss_and_gradients = Step(objective, compile=compile, pieces=self.shards)
         self.accumulated: AccumulatedStep | None = None
+        self._split = SplitSampler(sampler, training.accumulate)
         if training.accumulate > 1:
-            parts = SplitSampler(sampler, training.accumulate)
-            self.accumulated = AccumulatedStep(objective, parts, compile=compile, pieces=self.shards)
+            self.accumulated = AccumulatedStep(objective, self._split, compile=compile, pieces=self.shards)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_prepared = False
@@ -240,12 +240,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         if self.accumulated is not None:
+            parts = range(self.training.accumulate)
+            self._ascend(lambda: (self._split(self.step, part) for part in parts))
             return self.accumulated(self.step, self.objective.scheduled(progress))
         batch, draws = self.sampler(self.step)
-        for left in range(self.adversary.extra_ascents, 0, -1):
-            self.adversary_gradients(batch, draws)
-            self.adversary.ascend(left)
+        self._ascend(lambda: [(batch, draws)])
         return self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))
+
+    def _ascend(self, parts: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Let lasting adversaries climb before the step, with passes of their own over its batch."""
+        for left in range(self.adversary.extra_ascents, 0, -1):
+            self.adversary_gradients(parts())
+            self.adversary.ascend(left)
 
     def _update(self) -> None:
         self._clip(self.updated["components"], self.training.clip_components)
@@ -354,7 +360,7 @@ class Trainer:
         result = self.measure()
         self.log("eval", result.metrics)
         every = self.evaluation.figures_every
-        if every and self.step % every == 0 and self.step < self.training.steps:
+        if self.evaluation.figures and every and self.step % every == 0 and self.step < self.training.steps:
             self.on_figures(result)
         return result
 

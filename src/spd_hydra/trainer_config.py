@@ -132,6 +132,9 @@ class Evaluation(Section):
     """Measurements on data that training never saw, the same for every evaluation of a run."""
 
     every: int = option(1000, "steps between evaluations; the last step always has one", ge=1)
+    figures: bool = option(
+        True, "draw figures, which takes seconds; false: later, with task=analyse eval.figures=true"
+    )
     figures_every: int = option(0, "steps between drawing figures; 0: only at the end", ge=0)
     batches: int = option(5, "batches per evaluation", ge=1)
     batch_size: int = option(4096, "rows per batch", ge=1)

@@ -26,7 +26,11 @@ Call = Callable[..., Ended]
 def spd_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Call]:
-    """Call `spd-run` with some words, in an empty folder, with a cache that all tests of one run share."""
+    """Call `spd-run` with some words, in an empty folder, with a cache that all tests of one run share.
+
+    Figures are left out, which take half of the time of a short run.
+    """
+    monkeypatch.setattr("spd_hydra.result.draw_all", lambda *arguments: [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPD_CACHE_DIR", str(tmp_path.parent / "cache"))
     monkeypatch.delenv("SPD_OUT_DIR", raising=False)

@@ -14,14 +14,16 @@ PLUG_IN = Path(__file__).parents[1] / "slurm" / "trouble.py"
 
 
 @pytest.fixture
-def begin(tmp_path: Path, target_cache: Path) -> Callable[..., subprocess.Popen[str]]:
+def begin(
+    tmp_path: Path, target_cache: Path, work_without_figures: Callable[[Path], Path]
+) -> Callable[..., subprocess.Popen[str]]:
     """Call `spd-run` with some words in an empty folder, and go on."""
     entry = tmp_path / "site" / "trouble-1.dist-info"
     entry.mkdir(parents=True)
     shutil.copy(PLUG_IN, tmp_path / "site")
     (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: trouble\nVersion: 1\n")
     (entry / "entry_points.txt").write_text("[spd_hydra.plugins]\ntrouble = trouble\n")
-    (tmp_path / "work").mkdir()
+    work_without_figures(tmp_path / "work")
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("SPD_", "WANDB_", "SLURM"))
     }

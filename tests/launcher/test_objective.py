@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from hydra_plugins.spd_hydra import require_results
-from spd_hydra.build import Parts, assemble, preflight, untrained_target
+from spd_hydra.build import Parts, assemble, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.launcher_config import Slurm
+from spd_hydra.preflight import preflight
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]
@@ -24,7 +25,15 @@ PROGRAM = Path(__file__).with_name("two_rounds.py")
 
 def sweep(folder: Path, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, PROGRAM, "-m", "debug=smoke", "hydra/sweeper=two_rounds", *words],
+        [
+            sys.executable,
+            PROGRAM,
+            "-m",
+            "debug=smoke",
+            "hydra/sweeper=two_rounds",
+            "eval.figures=false",
+            *words,
+        ],
         cwd=folder,
         env=os.environ | {"SPD_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
         capture_output=True,

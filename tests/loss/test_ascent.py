@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from spd_hydra.compiling import Kernel
-from spd_hydra.loss.ascent import Scope, Sources, _uniform_of_first_position, worst_sources
+from spd_hydra.loss.ascent import Scope, Sources, _uniform_of_first_position, look_at, worst_sources
 
 
 class Divergence:
@@ -21,7 +21,7 @@ class Divergence:
 
 
 def found(divergence: Divergence, start: Tensor, scope: Scope, n_steps: int, step_size: float) -> Tensor:
-    return worst_sources(divergence, {"a": start}, n_steps=n_steps, step_size=step_size, scope=scope)["a"]
+    return worst_sources(look_at(divergence, scope), {"a": start}, n_steps=n_steps, step_size=step_size)["a"]
 
 
 def test_steps_are_signs_of_the_gradient_clamped_to_the_unit_interval() -> None:
@@ -53,6 +53,17 @@ def test_shared_sources_follow_the_sum_over_rows() -> None:
     assert worst.tolist() == [[0.25]]
 
 
+def test_each_pass_has_its_own_worst_point() -> None:
+    # two passes, one for each site: a step takes the first too far and the second to its top
+    def look(r: Sources, wants_slopes: bool) -> tuple[dict[str, Tensor], Sources]:
+        tops = {"a": 0.3, "b": 0.8}
+        values = {site: -(r[site] - top).square().sum() for site, top in tops.items()}
+        return values, {site: 2 * (top - r[site]) for site, top in tops.items()} if wants_slopes else {}
+
+    worst = worst_sources(look, {"a": torch.zeros(1), "b": torch.zeros(1)}, n_steps=1, step_size=1.0)
+    assert (worst["a"].item(), worst["b"].item()) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("scope", Scope)
 def test_without_steps_the_start_is_returned(scope: Scope) -> None:
     start = torch.tensor([[0.25]])
@@ -66,7 +77,7 @@ def test_a_value_that_is_no_number_leaves_the_start() -> None:
         return sources["a"].sum(1) * torch.nan
 
     start = torch.tensor([[0.25]])
-    worst = worst_sources(broken, {"a": start}, n_steps=2, step_size=0.5, scope=Scope.shared)["a"]
+    worst = worst_sources(look_at(broken, Scope.shared), {"a": start}, n_steps=2, step_size=0.5)["a"]
     assert torch.equal(worst, start)
 
 
@@ -79,7 +90,7 @@ def test_nothing_but_the_sources_gets_a_gradient_also_where_none_are_recorded() 
     for recorded in (True, False):
         with torch.set_grad_enabled(recorded):
             start = {"a": torch.tensor([[0.25]])}
-            worst = worst_sources(divergence, start, n_steps=1, step_size=0.5, scope=Scope.shared)["a"]
+            worst = worst_sources(look_at(divergence, Scope.shared), start, n_steps=1, step_size=0.5)["a"]
         assert worst.item() == 0.75
         assert not worst.requires_grad
         assert weight.grad is None

@@ -198,7 +198,7 @@ def test_what_adversaries_find_in_bf16_is_close_to_what_they_find_in_fp32() -> N
     for precision in Precision:
         of = adversarial(precision)
         batch, draws = sample(of, rows=16)
-        Ascent(of, compile=False)(batch, draws)
+        Ascent(of, compile=False)([(batch, draws)])
         of.adversary.ascend(left=1)
         losses[precision] = Step(of, compile=False)(batch, draws, {})
         of.adversary.ascend()

@@ -110,7 +110,7 @@ def test_the_gradient_of_an_extra_ascent_is_that_of_the_step(chain: MakeModel) -
     Step(own, compile=False)(*step_of(own, rows()), {})
     of_step = [value.grad for value in own.adversary.parameters()]
     trained = {name: p.grad for name, p in model.named_parameters()}
-    Ascent(own, compile=False)(*step_of(own, rows()))
+    Ascent(own, compile=False)([step_of(own, rows())])
     for value, wanted in zip(own.adversary.parameters(), of_step, strict=True):
         assert value.grad is not None
         assert wanted is not None
@@ -129,7 +129,7 @@ def test_a_term_of_fewer_ascents_waits(chain: MakeModel) -> None:
     assert adversary.extra_ascents == 2
     moved = []
     for left in (2, 1, 0):
-        Ascent(own, compile=False)(*step_of(own, rows()))
+        Ascent(own, compile=False)([step_of(own, rows())])
         before = {name: [v.detach().clone() for v in adversary.of(name).values()] for name in adversary.terms}
         adversary.ascend(left)
         moved.append({

@@ -138,15 +138,14 @@ def test_evaluation_finds_what_training_finds(chain: MakeModel) -> None:
 def test_a_shared_start_is_one_for_all_positions_and_uniform(chain: MakeModel) -> None:
     model = chain()
     own, term = objective(model), PGDRecon()
-    inputs = own.inputs(torch.zeros(2, 3, 5))
     draws = drawn(own, term, 6).view(2, 3, -1)
     assert draws.shape[-1] == term.columns(model) == 2
-    found = start_sources(inputs, Start.random, Scope.shared, draws)
+    found = start_sources(model, Start.random, Scope.shared, draws)
     assert {site: tuple(r.shape) for site, r in found.items()} == {
         "first": (1, 1, 7), "second": (1, 1, 4), "third": (1, 1, 10),
     }  # fmt: skip
     many = torch.cat([torch.cat([r.flatten() for r in start_sources(
-        inputs, Start.random, Scope.shared, drawn(own, term, 6, step).view(2, 3, -1)).values()])
+        model, Start.random, Scope.shared, drawn(own, term, 6, step).view(2, 3, -1)).values()])
         for step in range(100)])  # fmt: skip
     assert many.unique().numel() == many.numel() == 2100
     assert many.mean().item() == pytest.approx(1 / 2, abs=0.02)

@@ -152,11 +152,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def fragile(tmp_path: Path, plug_in_site: Path) -> Iterator[Cluster]:
+def fragile(
+    tmp_path: Path, plug_in_site: Path, work_without_figures: Callable[[Path], Path]
+) -> Iterator[Cluster]:
     """A cluster of this test's own that counts a node as lost after a few seconds of silence."""
     with running(SLURM_TEST_SLURMD_TIMEOUT="5") as environment:
-        work = tmp_path / "work"
-        work.mkdir()
+        work = work_without_figures(tmp_path / "work")
         made = {"PYTHONPATH": str(plug_in_site), "SPD_CACHE_DIR": str(tmp_path / "cache")}
         yield Cluster(work, environment | made)
 
@@ -174,10 +175,14 @@ def plug_in_site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(slurm: dict[str, str], tmp_path: Path, plug_in_site: Path) -> Iterator[Cluster]:
+def cluster(
+    slurm: dict[str, str],
+    tmp_path: Path,
+    plug_in_site: Path,
+    work_without_figures: Callable[[Path], Path],
+) -> Iterator[Cluster]:
     """The cluster with an empty folder, and the plug-in."""
-    work = tmp_path / "work"
-    work.mkdir()
+    work = work_without_figures(tmp_path / "work")
     made = Cluster(work, slurm | {"PYTHONPATH": str(plug_in_site)})
     yield made
     made.call("scancel", "--full", "--user", str(os.getuid()))

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.loss.base import LossInputs
 
 Sources = dict[str, Float[Tensor, "*#positions columns"]]
 """By site: r of each of the C subcomponents, then δ, in [0, 1]; axes of length 1 are shared along."""
+
+Values = dict[str, Float[Tensor, "*rows"]]
+"""By site: the divergence of the pass in which it is masked, of each row or of all together."""
+
+Look = Callable[[Sources, bool], tuple[Values, Sources]]
+"""The divergence at some sources; and the gradient of its sum if it is asked for, else nothing."""
 
 _KEY_COLUMNS = 2
 _BITS = 24  # of one draw
@@ -43,10 +48,10 @@ def columns_needed(model: DecomposedModel, start: Start, scope: Scope) -> int:
 
 
 def start_sources(
-    inputs: LossInputs, start: Start, scope: Scope, draws: Float[Tensor, "*positions columns"]
+    model: DecomposedModel, start: Start, scope: Scope, draws: Float[Tensor, "*positions columns"]
 ) -> Sources:
     """The sources that an ascent begins with, the same on every rank where they are shared."""
-    widths = {site: shape.C + 1 for site, shape in inputs.model.site_shapes().items()}
+    widths = {site: shape.C + 1 for site, shape in model.site_shapes().items()}
     total = sum(widths.values())
     positions = draws.shape[:-1]
     if scope is Scope.shared:
@@ -75,14 +80,7 @@ def _uniform_of_first_position(draws: Float[Tensor, "*positions 2"], number: int
     return rng.uniform(key, key.new_zeros(1), places)[0]
 
 
-def worst_sources(
-    divergence: Callable[[Sources], Float[Tensor, " rows"]],
-    start: Sources,
-    *,
-    n_steps: int,
-    step_size: float,
-    scope: Scope,
-) -> Sources:
+def worst_sources(look: Look, start: Sources, *, n_steps: int, step_size: float) -> Sources:
     """The worst sources on the way of a projected ascent: r ← clamp(r + step_size · sign(∂D/∂r), 0, 1).
 
     The best of the n_steps + 1 points seen, so that the divergence is never below that of the start: for all
@@ -90,32 +88,47 @@ def worst_sources(
     how rows are cut into ranks. Only the sources are differentiated by, and nothing is left in any `.grad`.
 
     Args:
-        divergence: of sources, for each row of the batch; it must not depend on anything that is trained
-            through a graph made before.
+        look: says what the divergence is at sources.
         start: where to begin.
         n_steps: steps, each a forward and a backward pass; one forward pass more looks at the last point.
         step_size: length of a step.
-        scope: whose sources they are; shared ones follow the gradient summed over ranks.
     """
     best = r = start
-    highest: Tensor | None = None
+    highest: Values = {}
     for step in range(n_steps + 1 if n_steps else 0):
-        if step < n_steps:
-            value, slope = _value_and_slope(divergence, r)
+        values, slopes = look(r, step < n_steps)
+        if not highest:
+            highest = values
+        else:
+            higher = {site: value > highest[site] for site, value in values.items()}
+            highest = {
+                site: torch.where(higher[site], value, highest[site]) for site, value in values.items()
+            }
+            best = {site: torch.where(_along(higher[site], own), own, best[site]) for site, own in r.items()}
+        r = {site: (r[site] + step_size * own.sign()).clamp(0, 1) for site, own in slopes.items()}
+    return best
+
+
+def look_at(divergence: Callable[[Sources], Float[Tensor, " rows"]], scope: Scope) -> Look:
+    """A look at a divergence of sources in which all of them take part: by row, or of the global batch.
+
+    Args:
+        divergence: of each row; it must not depend on anything that is trained through a graph made before.
+        scope: whose sources they are.
+    """
+
+    def look(r: Sources, wants_slopes: bool) -> tuple[Values, Sources]:
+        if wants_slopes:
+            value, slopes = _value_and_slope(divergence, r)
         else:
             with torch.no_grad():
-                value, slope = divergence(r), {}
+                value, slopes = divergence(r), {}
         if scope is Scope.shared:
-            (value, *summed) = distributed.global_sum([value.sum(), *slope.values()])
-            slope = dict(zip(slope, summed, strict=True))
-        if highest is None:
-            highest = value
-        else:
-            higher = value > highest
-            highest = torch.where(higher, value, highest)
-            best = {site: torch.where(_along(higher, own), own, best[site]) for site, own in r.items()}
-        r = {site: (r[site] + step_size * own.sign()).clamp(0, 1) for site, own in slope.items()}
-    return best
+            (value, *summed) = distributed.global_sum([value.sum(), *slopes.values()])
+            slopes = dict(zip(slopes, summed, strict=True))
+        return dict.fromkeys(r, value), slopes
+
+    return look
 
 
 def _value_and_slope(

@@ -32,7 +32,8 @@ class LossInputs:
         target_normaliser: `log_normaliser` of the target's logits, which all passes share; None for `mse`.
         at_once: the gradient of a masked pass is taken right after it, so that it keeps no activations.
         recompute: a masked pass keeps the inputs of blocks alone and computes each block again.
-        sources: this term's own lasting sources by site, if it has any (see `loss/persistent_recon.py`).
+        sources: this term's own sources by site: lasting ones (see `loss/persistent_recon.py`), or those
+            that an ascent on the whole batch has found before its parts are looked at; else none.
         valid: False at positions that are padding and count nowhere; None: all count.
     """
 
@@ -102,11 +103,6 @@ class Loss(Section):
     @property
     def is_mean(self) -> bool:
         """Whether the value of a batch is the mean of its parts' values, each weighted with its positions."""
-        return False
-
-    @property
-    def needs_whole_batch(self) -> bool:
-        """Whether the statistics of a part would differ if the rest of the batch were there too."""
         return False
 
     def scheduled(self, progress: float) -> dict[str, float]:

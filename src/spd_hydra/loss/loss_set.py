@@ -101,3 +101,10 @@ class LossSet(Section):
         """The terms that are trained on against an adversary that lasts."""
         active = self.active_terms()
         return {name: term for name, term in active.items() if isinstance(term, PersistentPGDRecon)}
+
+    def searching_terms(self) -> dict[str, PGDRecon]:
+        """The terms that are trained on whose ascent on sources looks at the whole batch."""
+        active = self.active_terms()
+        return {
+            name: term for name, term in active.items() if isinstance(term, PGDRecon) and term.shares_sources
+        }

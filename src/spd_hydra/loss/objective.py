@@ -12,6 +12,7 @@ from torch import Tensor
 from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.loss.ascent import Sources, Values
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.divergence import Divergence, log_normaliser
 from spd_hydra.loss.loss_set import LossSet
@@ -124,22 +125,50 @@ class Objective:
         passes = sum(term.passes(self.model) for term in self.losses.active_terms().values())
         return passes * self.model.n_blocks
 
-    def against(self, batch: Tensor, draws: Float[Tensor, "*positions columns"]) -> Float[Tensor, ""]:
-        """What the adversary climbs: Σ coeff · term over the terms that have lasting sources.
+    def against(self, batch: Tensor, draws: Float[Tensor, "*positions columns"]) -> dict[str, Statistics]:
+        """What the adversary climbs: the statistics, on some rows, of the terms that have lasting sources.
 
         Args:
             batch: input of the target.
             draws: as for the training loss.
         """
+        terms = self.adversary.terms
+        own = self._own_draws(draws)
+        draws = torch.cat([own[name] for name in terms], dim=-1)
+        return self.statistics(self.inputs(batch), terms, draws, {})
+
+    def look(
+        self,
+        term: str,
+        batch: Tensor,
+        draws: Float[Tensor, "*positions columns"],
+        r: Sources,
+        *,
+        wants_slopes: bool,
+    ) -> tuple[Values, Sources]:
+        """What some rows contribute to the divergence of a searching term at sources r, and to its gradient.
+
+        Args:
+            term: name of one of `LossSet.searching_terms`.
+            batch: input of the target.
+            draws: as for the training loss.
+            r: by site.
+            wants_slopes: else no gradient is taken.
+        """
+        own = dataclasses.replace(self.inputs(batch), draws=self._own_draws(draws)[term])
+        with self._autocast():
+            return self.losses.searching_terms()[term].look(own, r, wants_slopes=wants_slopes)
+
+    def start_of_search(self, term: str, draws: Float[Tensor, "*positions columns"]) -> Sources:
+        """Where a searching term's ascent begins, from the draws of the first rows of each rank."""
+        own = self._own_draws(draws)[term]
+        return self.losses.searching_terms()[term].start_sources(self.model, own)
+
+    def _own_draws(self, draws: Float[Tensor, "*positions columns"]) -> dict[str, Tensor]:
+        """The draws of each active term."""
         active = self.losses.active_terms()
         widths = [term.columns(self.model) for term in active.values()]
-        own = dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
-        terms = self.adversary.terms
-        inputs = self.inputs(batch)
-        draws = torch.cat([own[name] for name in terms], dim=-1)
-        statistics = over_ranks(self.statistics(inputs, terms, draws, {}))
-        values = [term.coeff * term.value(statistics[name], 1) for name, term in terms.items()]
-        return torch.stack(values).sum()
+        return dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
 
     def columns(self, terms: Mapping[str, Loss]) -> Int32[Tensor, " columns"]:
         """What random numbers the given terms take per position, in that order, as columns of `rng.uniform`.
@@ -183,8 +212,18 @@ class Objective:
         terms: Mapping[str, Loss],
         draws: Float[Tensor, "*positions columns"],
         schedule: ScheduledValues,
+        found_sources: Mapping[str, Sources] | None = None,
     ) -> dict[str, Statistics]:
-        """The additive statistics of the given terms on one batch, with draws in the columns they take."""
+        """The additive statistics of the given terms on one batch, with draws in the columns they take.
+
+        Args:
+            inputs: the batch.
+            terms: by name.
+            draws: for all of them.
+            schedule: what `scheduled` gives.
+            found_sources: of searching terms whose ascent is over, because this is a part of its batch.
+        """
+        sources = found_sources or {}
         found = {}
         widths = [term.columns(self.model) for term in terms.values()]
         for (name, term), own_draws in zip(terms.items(), torch.split(draws, widths, dim=-1), strict=True):
@@ -192,7 +231,7 @@ class Objective:
                 inputs,
                 draws=own_draws,
                 schedule=schedule.get(name, {}),
-                sources=self.adversary.of(name),
+                sources=sources.get(name) or self.adversary.of(name),
             )
             with self._autocast():
                 found[name] = term.statistics(own)

@@ -52,10 +52,6 @@ class PersistentPGDRecon(RoutedRecon):
     def is_mean(self) -> bool:
         return True
 
-    @property
-    def needs_whole_batch(self) -> bool:
-        return self.ascents > 1  # all but the last with passes of their own on the batch
-
     def statistics(self, inputs: LossInputs) -> Statistics:
         chosen = self._of_rows(inputs.draws[..., -1])
 

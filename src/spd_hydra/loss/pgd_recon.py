@@ -1,7 +1,7 @@
 """Adversarial reconstruction: the output has to stay that of the target under the worst masks found."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,7 +11,7 @@ from spd_hydra.ci_fn.sigmoid import CausalImportance
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import mask_from_sources
 from spd_hydra.loss import ascent
-from spd_hydra.loss.ascent import Scope, Sources, Start, start_sources, worst_sources
+from spd_hydra.loss.ascent import Scope, Sources, Start, Values, look_at, worst_sources
 from spd_hydra.loss.base import LossInputs, Statistics
 from spd_hydra.loss.divergence import divergence_by_row
 from spd_hydra.loss.recon import MakeMask, Route, RoutedRecon, masked_divergence
@@ -52,68 +52,69 @@ class PGDRecon(RoutedRecon):
         return True
 
     @property
-    def needs_whole_batch(self) -> bool:
+    def shares_sources(self) -> bool:
+        """Whether the sources are the same at all positions of the batch."""
         return self.scope is Scope.shared
 
+    def start_sources(self, model: DecomposedModel, draws: Float[Tensor, "*positions columns"]) -> Sources:
+        """Where the ascent begins, from the draws of the term."""
+        own = draws[..., self.route_columns(model) :]
+        return ascent.start_sources(model, self.start, self.scope, own)
+
+    def look(self, inputs: LossInputs, r: Sources, *, wants_slopes: bool) -> tuple[Values, Sources]:
+        """What the rows of a batch contribute to the divergence at shared sources, and to its gradient.
+
+        Args:
+            inputs: some rows of the global batch.
+            r: the sources of all sites.
+            wants_slopes: else no gradient is taken.
+        """
+        values: Values = {}
+        slopes: Sources = {}
+        fixed = _fixed(inputs)
+        for route in self.routes(inputs.model, inputs.draws):
+            own = {site: r[site] for site in route}
+            found, gradient = look_at(_by_row(fixed, route), Scope.per_datapoint)(own, wants_slopes)
+            values |= {site: value.sum() for site, value in found.items()}
+            slopes |= gradient
+        return values, slopes
+
     def statistics(self, inputs: LossInputs) -> Statistics:
-        route_draws, own_draws = inputs.draws.tensor_split([self.route_columns(inputs.model)], dim=-1)
-        return adversarial_recon(
-            inputs,
-            self.routes(inputs.model, route_draws),
-            start_sources(inputs, self.start, self.scope, own_draws),
-            n_steps=self.n_steps,
-            step_size=self.step_size,
-            scope=self.scope,
-        )
-
-
-def adversarial_recon(
-    inputs: LossInputs,
-    routes: Sequence[Route],
-    start: Sources,
-    *,
-    n_steps: int,
-    step_size: float,
-    scope: Scope,
-) -> Statistics:
-    """Divergence under the worst masks that `n_steps` of ascent find, as `sum` and `count` over the batch.
-
-    Works where nothing is recorded for gradients (evaluation), in a compiled step, and mapped over replicas.
-
-    Args:
-        inputs: the batch; its draws are not used.
-        routes: the masked passes, each with an ascent of its own.
-        start: sources of every site, see `start_sources`.
-        n_steps: steps of ascent.
-        step_size: length of a step.
-        scope: whether sources are shared by the positions of the global batch.
-    """
-    fixed = _fixed(inputs)
-    total = inputs.draws.new_zeros(())
-    count: Tensor | int = 0
-    for route in routes:
-
-        def divergence(r: Sources, route: Route = route) -> Float[Tensor, " rows"]:
-            # What a pass without gradients leaves in the products would be missed by those with.
-            reuse = fixed.reuse._replace(products=dict(fixed.reuse.products))
-            make = _maker(fixed.model, r)
-            masks = {site: make(site, fixed.ci[site])._replace(route=where) for site, where in route.items()}
-            output = fixed.model(fixed.batch, masks, reuse=reuse, recompute=fixed.recompute, for_masks=True)
-            return divergence_by_row(
-                fixed.divergence, output, fixed.clean.output, fixed.valid, fixed.target_normaliser
+        # Sources that are there were found before, for the batch of which this is a part.
+        start = dict(inputs.sources) or self.start_sources(inputs.model, inputs.draws)
+        fixed = _fixed(inputs)
+        total = inputs.draws.new_zeros(())
+        count: Tensor | int = 0
+        for route in self.routes(inputs.model, inputs.draws):
+            found = worst_sources(
+                look_at(_by_row(fixed, route), self.scope),
+                {site: start[site] for site in route},
+                n_steps=0 if inputs.sources else self.n_steps,
+                step_size=self.step_size,
             )
+            own, size = masked_divergence(inputs, _maker(inputs.model, found), route)
+            total = total + own
+            count = count + size
+        return {"sum": total, "count": total.new_zeros(()) + count}
 
-        found = worst_sources(
-            divergence,
-            {site: start[site] for site in route},
-            n_steps=n_steps,
-            step_size=step_size,
-            scope=scope,
+    def routes(self, model: DecomposedModel, draws: Float[Tensor, "*positions columns"]) -> list[Route]:
+        return super().routes(model, draws[..., : self.route_columns(model)])
+
+
+def _by_row(inputs: LossInputs, route: Route) -> Callable[[Sources], Float[Tensor, " rows"]]:
+    """The divergence of each row, as a function of the sources of a masked pass alone."""
+
+    def divergence(r: Sources) -> Float[Tensor, " rows"]:
+        # What a pass without gradients leaves in the products would be missed by those with.
+        reuse = inputs.reuse._replace(products=dict(inputs.reuse.products))
+        make = _maker(inputs.model, r)
+        masks = {site: make(site, inputs.ci[site])._replace(route=where) for site, where in route.items()}
+        output = inputs.model(inputs.batch, masks, reuse=reuse, recompute=inputs.recompute, for_masks=True)
+        return divergence_by_row(
+            inputs.divergence, output, inputs.clean.output, inputs.valid, inputs.target_normaliser
         )
-        own, size = masked_divergence(inputs, _maker(inputs.model, found), route)
-        total = total + own
-        count = count + size
-    return {"sum": total, "count": total.new_zeros(()) + count}
+
+    return divergence
 
 
 def _maker(model: DecomposedModel, sources: Sources) -> MakeMask:
