@@ -202,7 +202,7 @@ def test_the_last_evaluation_is_returned_and_made_once(make: Make) -> None:
 
 
 def test_figures_are_drawn_in_between_at_their_steps(make: Make) -> None:
-    trainer = make("eval.every=2", "eval.figures_every=4", steps=12)
+    trainer = make("eval.every=2", "eval.figures_every=4", "eval.figures=true", steps=12)
     drawn: list[int] = []
     trainer.on_figures = lambda evaluation: drawn.append(evaluation.step)
     trainer.fit()
