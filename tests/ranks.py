@@ -130,6 +130,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 STAGE = """
 import dataclasses, json, os, signal, socket, sys, traceback
 from pathlib import Path
+import torch._dynamo  # takes seconds, and every attempt would import it again
 import spd_hydra.pipeline, spd_hydra.result, spd_hydra.run
 from spd_hydra.composition import compose
 from spd_hydra.config import load_config

@@ -28,6 +28,7 @@ CADENCE = [
     f"train.checkpoint_every={SAVED_EVERY}",
     "train.log_every=2",
     "eval.every=4",
+    "eval.figures=false",
 ]
 
 # Runs histories, each a list of moments to be killed at. Every attempt is a fork, so that one import of
@@ -37,14 +38,13 @@ CADENCE = [
 DRIVER = """
 import dataclasses, json, os, signal, sys, traceback
 from pathlib import Path
+import torch._dynamo  # takes seconds, and every attempt would import it again
 from spd_hydra.composition import compose
 from spd_hydra.config import load_config
 from spd_hydra.run import run
 from spd_hydra.trainer import Trainer
-import spd_hydra.pipeline as module
 
 out, words, histories = json.loads(sys.argv[1])
-module.draw_all = lambda *arguments: []
 step, save = Trainer.train_step, Trainer.save
 counted = {"files": 0, "saving": 0, "steps": 0}
 doom, saving = {}, []
@@ -231,8 +231,7 @@ def test_with_an_adversary_a_run_that_is_killed_and_resumed_ends_with_the_same_b
 
 
 @pytest.fixture
-def finished(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
+def finished(toy: Toy) -> Path:
     return directory_of(run(toy(*CADENCE)))
 
 

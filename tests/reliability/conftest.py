@@ -17,7 +17,7 @@ import pytest
 # `vanishes` is a pattern: as soon as something in the folder matches it, the run directory is removed.
 DRIVER = """
 import concurrent.futures, ctypes, json, os, pathlib, resource, shutil, subprocess, sys, time, traceback
-import matplotlib.backends.backend_agg, spd_hydra.cli_run, wandb
+import matplotlib.backends.backend_agg, spd_hydra.cli_run, torch._dynamo, wandb
 from spd_hydra.cli import main
 
 def give_away_dac_override():
