@@ -79,9 +79,8 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_run_without_a_compiler_equals_one_that_is_not_compiled(
-    toy: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    toy: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
     metrics = []
     with caplog.at_level(logging.WARNING):
         for compile in ("true", "false"):

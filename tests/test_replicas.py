@@ -66,12 +66,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spd_hydra.pipeline.draw_all", lambda *arguments: [])
-    monkeypatch.setattr("spd_hydra.result.draw_all", lambda *arguments: [])
-
-
 def together(make: Make, *words: str, seeds: range = range(3)) -> tuple[list[Trainer], Replicas]:
     trainers = [make(*words, f"seed={seed}") for seed in seeds]
     return trainers, Replicas(trainers)

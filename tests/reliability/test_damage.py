@@ -37,7 +37,13 @@ def digests(folder: Path) -> dict[str, str]:
 def test_without_a_whole_checkpoint_a_resume_fails_and_changes_nothing(
     tmp_path: Path, call_all: CallAll
 ) -> None:
-    words = ["debug=smoke", "out_dir=runs", f"cache_dir={tmp_path / 'cache'}", "model.training.batch_size=64"]
+    words = [
+        "debug=smoke",
+        "out_dir=runs",
+        f"cache_dir={tmp_path / 'cache'}",
+        "model.training.batch_size=64",
+        "eval.figures=false",
+    ]
     (done,) = call_all([{"folder": tmp_path / "origin", "words": words}])
     assert done.code == 0, done.text
     (origin,) = (tmp_path / "origin" / "runs").glob("*/*")
