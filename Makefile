@@ -30,7 +30,7 @@ run: $(INSTALLED) ## install if needed, then spd-run $(ARGS); without ARGS: tms_
 test: $(INSTALLED_DEV) ## the fast tests (several minutes)
 	$(PYTEST) -m "not slow and not recovery" $(ARGS)
 
-test-all: $(INSTALLED_DEV) ## all tests but the recovery tables (about half an hour)
+test-all: $(INSTALLED_DEV) ## all tests but the recovery tables (half an hour to an hour)
 	$(PYTEST) -m "not recovery" $(ARGS)
 
 check: lint type ## everything that must pass before a commit: lint, format, types, direction of imports
