@@ -149,22 +149,11 @@ def test_weights_that_are_not_kept_are_found_again_and_must_be_the_same(tiny: Ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "padded", "sites"),  # two of them: each has a pass of its own, which takes long to compile
-    [("gpt2", True, "*.0.attn.c_attn,*.1.mlp.c_fc"), ("llama", False, "*.0.mlp.down_proj,*.1.*.q_proj")],
-)
-def test_a_compiled_step_is_the_step_as_it_is_written(
-    tiny: Make, model: str, padded: bool, sites: str
-) -> None:
+@pytest.mark.parametrize(("model", "padded"), [("gpt2", True), ("llama", False)])
+def test_a_compiled_step_is_the_step_as_it_is_written(tiny: Make, model: str, padded: bool) -> None:
     found = []
-    words = [
-        word
-        for name, pattern in zip("ab", sites.split(","), strict=True)
-        for word in (f"decomposition.sites.{name}.pattern='{pattern}'", f"decomposition.sites.{name}.C=6")
-    ]
     for compile in (False, True):
-        parts = built(tiny(model, *words, padded=padded))
-        assert len(parts.model.site_names) == 2
+        parts = built(tiny(model, padded=padded))
         step, sampler = Step(parts.objective, compile=compile), parts.train_sampler()
         step(*sampler(0), parts.objective.scheduled(0.0))
         loss = step(*sampler(1), parts.objective.scheduled(0.0))  # compiled: with the first batch's graph

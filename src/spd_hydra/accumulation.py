@@ -81,7 +81,7 @@ class AccumulatedStep:
         for holder in self._holders:
             holder.grad = None
         self._schedule_keys, scheduled = _flat(schedule)
-        self._source_keys, sources = _flat(self._search(lambda: self._parts(step)))
+        self._source_keys, sources = _flat(self._search(lambda: self.parts(step)))
         terms = self._terms_that_are_no_means(step)
         self._module.weighted = tuple(terms)
         shares = self._shares(step)
@@ -99,7 +99,8 @@ class AccumulatedStep:
             holder.grad = gradient
         return self._objective.loss_of(over_ranks(_nested(self._second_keys, sums)))
 
-    def _parts(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch and random numbers of every part of a step."""
         return (self._sampler(step, part) for part in range(len(self._sampler.rows)))
 
     def _of_part(
@@ -203,8 +204,7 @@ class _Part(nn.Module):
         objective, active = self._objective, self._objective.losses.active_terms()
         inputs = objective.inputs(batch)
         if share is None or weights is None:
-            widths = [term.columns(self.model) for term in active.values()]
-            own_draws = dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
+            own_draws = objective.draws_of(active, draws)
             terms = {name: active[name] for name in self.weighted}
             own = torch.cat([own_draws[name] for name in terms], dim=-1)
             sums = objective.statistics(inputs, terms, own, schedule, sources)

@@ -67,9 +67,11 @@ def conclude(
         restarts=restarts,
         replicas=replicas,
     )
-    allowed, drawn = directory.require_ownership, []
-    if parts.config.eval.figures:
-        drawn = draw_all(evaluation, history, directory.figures, allowed)
+    drawn = (
+        draw_all(evaluation, history, directory.figures, directory.require_ownership)
+        if parts.config.eval.figures
+        else []
+    )
     directory.write_summary(summary)
     if evaluation.text is not None:
         directory.write_subcomponents(dataclasses.asdict(evaluation.text))

@@ -90,9 +90,9 @@ class Trainer:
             self.model.compiled_blocks, compile = CompiledBlocks(), False
         self.loss_and_gradients = Step(objective, compile=compile, pieces=self.shards)
         self.accumulated: AccumulatedStep | None = None
-        self._split = SplitSampler(sampler, training.accumulate)
         if training.accumulate > 1:
-            self.accumulated = AccumulatedStep(objective, self._split, compile=compile, pieces=self.shards)
+            split = SplitSampler(sampler, training.accumulate)
+            self.accumulated = AccumulatedStep(objective, split, compile=compile, pieces=self.shards)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_prepared = False
@@ -239,10 +239,9 @@ class Trainer:
             return self._graph.gradients(self.step, lr=self.lr, progress=progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        if self.accumulated is not None:
-            parts = range(self.training.accumulate)
-            self._ascend(lambda: (self._split(self.step, part) for part in parts))
-            return self.accumulated(self.step, self.objective.scheduled(progress))
+        if (accumulated := self.accumulated) is not None:
+            self._ascend(lambda: accumulated.parts(self.step))
+            return accumulated(self.step, self.objective.scheduled(progress))
         batch, draws = self.sampler(self.step)
         self._ascend(lambda: [(batch, draws)])
         return self.loss_and_gradients(batch, draws, self.objective.scheduled(progress))

@@ -133,7 +133,7 @@ class Objective:
             draws: as for the training loss.
         """
         terms = self.adversary.terms
-        own = self._own_draws(draws)
+        own = self.draws_of(self.losses.active_terms(), draws)
         draws = torch.cat([own[name] for name in terms], dim=-1)
         return self.statistics(self.inputs(batch), terms, draws, {})
 
@@ -155,20 +155,22 @@ class Objective:
             r: by site.
             wants_slopes: else no gradient is taken.
         """
-        own = dataclasses.replace(self.inputs(batch), draws=self._own_draws(draws)[term])
+        own = self.draws_of(self.losses.active_terms(), draws)[term]
+        inputs = dataclasses.replace(self.inputs(batch), draws=own)
         with self._autocast():
-            return self.losses.searching_terms()[term].look(own, r, wants_slopes=wants_slopes)
+            return self.losses.searching_terms()[term].look(inputs, r, wants_slopes=wants_slopes)
 
     def start_of_search(self, term: str, draws: Float[Tensor, "*positions columns"]) -> Sources:
         """Where a searching term's ascent begins, from the draws of the first rows of each rank."""
-        own = self._own_draws(draws)[term]
+        own = self.draws_of(self.losses.active_terms(), draws)[term]
         return self.losses.searching_terms()[term].start_sources(self.model, own)
 
-    def _own_draws(self, draws: Float[Tensor, "*positions columns"]) -> dict[str, Tensor]:
-        """The draws of each active term."""
-        active = self.losses.active_terms()
-        widths = [term.columns(self.model) for term in active.values()]
-        return dict(zip(active, torch.split(draws, widths, dim=-1), strict=True))
+    def draws_of(
+        self, terms: Mapping[str, Loss], draws: Float[Tensor, "*positions columns"]
+    ) -> dict[str, Tensor]:
+        """Each term's own columns of the draws for all of them."""
+        widths = [term.columns(self.model) for term in terms.values()]
+        return dict(zip(terms, torch.split(draws, widths, dim=-1), strict=True))
 
     def columns(self, terms: Mapping[str, Loss]) -> Int32[Tensor, " columns"]:
         """What random numbers the given terms take per position, in that order, as columns of `rng.uniform`.
@@ -225,11 +227,11 @@ class Objective:
         """
         sources = found_sources or {}
         found = {}
-        widths = [term.columns(self.model) for term in terms.values()]
-        for (name, term), own_draws in zip(terms.items(), torch.split(draws, widths, dim=-1), strict=True):
+        own_draws = self.draws_of(terms, draws)
+        for name, term in terms.items():
             own = dataclasses.replace(
                 inputs,
-                draws=own_draws,
+                draws=own_draws[name],
                 schedule=schedule.get(name, {}),
                 sources=sources.get(name) or self.adversary.of(name),
             )
