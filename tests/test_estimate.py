@@ -56,11 +56,13 @@ def most_bytes_in_a_step(trainer: Trainer) -> int:
     return 4 * (4 * trained + frozen) + int(max(itertools.accumulate(sizes)))
 
 
+ADVERSARY = ["loss.persistent_pgd_recon.coeff=1", "loss.persistent_pgd_recon.ascents=3"]
 LARGE = ["train.batch_size=2048", "train.log_every=1000"]
 VARIANTS = {
     "all terms": ["loss.stochastic_recon_subset.coeff=1", "loss.faithfulness.coeff=1"],
     "in parts": ["train.accumulate=4"],
     "recomputed": ["train.checkpoint_activations=true"],
+    "against an adversary": ["loss.persistent_pgd_recon.coeff=1", "loss.persistent_pgd_recon.ascents=3"],
     "in bf16": ["train.precision=bf16"],
 }
 
@@ -82,8 +84,9 @@ def test_parameters_are_counted_once(toy: Toy) -> None:
     assert 0 <= needs.resident - 4 * (4 * trained + frozen) <= 4 * 2 * 11 + 4096 + batches
 
 
-def test_operations_are_those_of_a_real_step(make: Make) -> None:
-    words = ["train.batch_size=64", "train.log_every=1000"]
+@pytest.mark.parametrize("more", [[], ADVERSARY], ids=["", "ascents"])
+def test_operations_are_those_of_a_real_step(make: Make, more: list[str]) -> None:
+    words = ["train.batch_size=64", "train.log_every=1000", *more]
     trainer = make(*words, steps=1000)
     trainer.train_step()
     with FlopCounterMode(display=False) as counter:
@@ -91,9 +94,10 @@ def test_operations_are_those_of_a_real_step(make: Make) -> None:
     assert needs_of(compose(["debug=smoke", "device=cpu", *words])).flops == counter.get_total_flops()
 
 
-def test_parts_need_less_memory_for_the_same_operations(toy: Toy) -> None:
+@pytest.mark.parametrize("more", [[], ADVERSARY], ids=["", "ascents"])
+def test_parts_need_less_memory_for_the_same_operations(toy: Toy, more: list[str]) -> None:
     whole, parts = (
-        needs_of(toy("train.batch_size=4096", "ci_fn=shared_mlp", f"train.accumulate={number}"))
+        needs_of(toy("train.batch_size=4096", "ci_fn=shared_mlp", f"train.accumulate={number}", *more))
         for number in (1, 8)
     )
     assert parts.peak < whole.peak / 4

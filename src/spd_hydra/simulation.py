@@ -18,11 +18,11 @@ from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.build import Parts
 from spd_hydra.compiling import Kernel, compiled_by
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
-from spd_hydra.loss.objective import Objective, ScheduledValues
+from spd_hydra.loss.objective import Objective
 from spd_hydra.optimizer import adamw
 from spd_hydra.planning import Planner
 from spd_hydra.sampler import position_index
-from spd_hydra.step import Step
+from spd_hydra.step import Ascent, Step
 from spd_hydra.trainer import compiles_blocks
 from spd_hydra.trainer_config import Sharding
 
@@ -144,20 +144,28 @@ class _Steps:
         updated = groups if pieces is None else [pieces.of(group) for group in groups]
         self._optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
         self._objective = objective
-        if settings.accumulate == 1:
-            step = Step(objective, compile=compile, pieces=pieces)
-            self._gradients: Callable[[], object] = lambda: step(*self.sampler(0, 0), self._schedule())
-        else:
-            step_in_parts = AccumulatedStep(objective, self.sampler, compile=compile, pieces=pieces)
-            self._gradients = lambda: step_in_parts(0, self._schedule())
-
-    def _schedule(self) -> ScheduledValues:
-        return self._objective.scheduled(0.0)
+        self._ascent = Ascent(objective, compile=compile)
+        self._step = Step(objective, compile=compile, pieces=pieces)
+        self._in_parts: AccumulatedStep | None = None
+        if settings.accumulate > 1:
+            self._in_parts = AccumulatedStep(objective, self.sampler, compile=compile, pieces=pieces)
 
     def take(self) -> None:
-        """Gradients and update."""
-        self._gradients()
+        """What adversaries climb before the step, gradients and update."""
+        schedule = self._objective.scheduled(0.0)
+        if self._in_parts is not None:
+            parts = self._in_parts.parts
+            self._ascend(lambda: parts(0))
+            self._in_parts(0, schedule)
+        else:
+            batch, draws = self.sampler(0, 0)
+            self._ascend(lambda: [(batch, draws)])
+            self._step(batch, draws, schedule)
         self._optimizer.step()
+
+    def _ascend(self, parts: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+        for _ in range(self._objective.adversary.extra_ascents):
+            self._ascent(parts())  # how the sources then climb is not worth counting
 
     def watched(self, planner: Planner | None = None) -> "_Watch":
         """What is seen in a step that has gradients and moments before it, as all but the first have."""
