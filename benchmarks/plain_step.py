@@ -8,6 +8,7 @@ equal losses and gradients say something about both.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -23,8 +24,10 @@ from spd_hydra.ci_fn.vector_mlp import VectorMLPCausalImportance
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.decomposition.masks import MaskSource
 from spd_hydra.decomposition.routing import Routing
+from spd_hydra.loss.ascent import Scope
 from spd_hydra.loss.divergence import Divergence
-from spd_hydra.loss.recon import Recon
+from spd_hydra.loss.pgd_recon import PGDRecon
+from spd_hydra.loss.recon import Recon, RoutedRecon
 
 LEAK = 0.01
 ROUTINGS = (Routing.all, Routing.layerwise, Routing.uniform_k)
@@ -38,6 +41,18 @@ class Mask:
     m: Float[Tensor, "batch C"]
     delta: Float[Tensor, "batch 1"]
     rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, g: Tensor, r: Tensor, rows: Tensor | None) -> "Mask":
+        """m = g + (1 - g)·r, with the source of the weight delta in the last column of r."""
+        return cls(g + (1 - g) * r[:, :-1], r[:, -1:], rows)
+
+
+Sources = dict[str, Float[Tensor, "#batch columns"]]
+"""By site: the C sources of the masks, then that of the weight delta."""
+
+Rows = dict[str, Tensor | None]
+"""By site: the rows in which it is masked; None: in all of them."""
 
 
 class PlainStep:
@@ -55,6 +70,7 @@ class PlainStep:
         _require_known(parts)
         model = parts.model
         self.config = parts.config
+        self._model = model  # names the sources that ascents start from, as it does the draws
         self.site_names = model.site_names
         self.tied = dict(model.config.tied)
         self.batch_size = parts.config.train.batch_size
@@ -92,7 +108,7 @@ class PlainStep:
         shape = (self.batch_size, self.n_features)
         values = data.low + (data.high - data.low) * torch.rand(shape, device=self.device)
         active = torch.rand(shape, device=self.device) < data.feature_probability
-        width = sum(sum(self._widths(term)) for term in self._recon_terms().values())
+        width = sum(term.columns(self._model) for term in self._recon_terms().values())
         return values * active, torch.rand(self.batch_size, width, device=self.device)
 
     def losses(
@@ -115,39 +131,52 @@ class PlainStep:
             terms["faithfulness"] = self._faithfulness()
         terms["importance_minimality"] = self._importance_minimality(z)
         recon = self._recon_terms()
-        widths = [sum(self._widths(term)) for term in recon.values()]
+        widths = [term.columns(self._model) for term in recon.values()]
         for (name, term), own in zip(recon.items(), torch.split(draws, widths, dim=1), strict=True):
-            outputs = [self._run(batch, masks) for masks in self._passes(term, lower, own)]
-            terms[name] = torch.stack([((output - clean) ** 2).mean() for output in outputs]).mean()
+            terms[name] = self._recon(term, lower, own, batch, clean)
         active = self.config.loss.active_terms()
         terms["total"] = torch.stack([active[name].coeff * value for name, value in terms.items()]).sum()
         return terms
 
-    def _recon_terms(self) -> dict[str, Recon]:
+    def _recon_terms(self) -> dict[str, RoutedRecon]:
         terms = self.config.loss.active_terms().items()
-        return {name: term for name, term in terms if isinstance(term, Recon)}
+        return {name: term for name, term in terms if isinstance(term, RoutedRecon)}
 
-    def _widths(self, term: Recon) -> list[int]:
-        routing = len(self.site_names) + 1 if term.routing is Routing.uniform_k else 0
-        return [routing, *(self._V(name).shape[1] + 1 for name in self.site_names)]
+    def _recon(
+        self, term: RoutedRecon, lower: dict[str, Tensor], draws: Tensor, batch: Tensor, clean: Tensor
+    ) -> Tensor:
+        """Mean over the masked passes of a term of their mean squared errors."""
+        n_routing = term.route_columns(self._model)
+        if isinstance(term, PGDRecon):
+            sources = term.start_sources(self._model, draws)
+        else:
+            columns = [self._V(name).shape[1] + 1 for name in self.site_names]
+            of_sites = torch.split(draws[:, n_routing:], columns, dim=1)
+            sources = dict(zip(self.site_names, of_sites, strict=True))
+        fixed = {name: g.detach() for name, g in lower.items()}
+        errors = []
+        for rows in self._passes(term, draws[:, :n_routing]):
+            r = {name: sources[name] for name in rows}
+            if isinstance(term, PGDRecon):
+                r = _worst(term, functools.partial(self._error, batch, clean, rows, fixed), r)
+            errors.append(self._error(batch, clean, rows, lower, r))
+        return torch.stack(errors).mean()
 
-    def _passes(self, term: Recon, lower: dict[str, Tensor], draws: Tensor) -> list[dict[str, Mask]]:
-        """The masks of every forward pass of a term, by site; a site that is absent keeps its own layer."""
-        routing, *sources = torch.split(draws, self._widths(term), dim=1)
-        masks = {
-            name: Mask(lower[name] + (1 - lower[name]) * own[:, :-1], own[:, -1:])
-            for name, own in zip(self.site_names, sources, strict=True)
-        }
+    def _error(self, batch: Tensor, clean: Tensor, rows: Rows, ci: dict[str, Tensor], r: Sources) -> Tensor:
+        masks = {name: Mask.of(ci[name], r[name], own) for name, own in rows.items()}
+        return ((self._run(batch, masks) - clean) ** 2).mean()
+
+    def _passes(self, term: RoutedRecon, draws: Tensor) -> list[Rows]:
+        """The rows that every forward pass of a term masks, by site; an absent site keeps its own layer."""
         if term.routing is Routing.layerwise:
-            return [{name: mask} for name, mask in masks.items()]
+            return [{name: None} for name in self.site_names]
         if term.routing is Routing.uniform_k:
             n_sites = len(self.site_names)
-            k = 1 + (routing[:, -1:] * n_sites).floor()
-            rank = routing[:, :-1].argsort(dim=1).argsort(dim=1)  # a random permutation of the sites
+            k = 1 + (draws[:, -1:] * n_sites).floor()
+            rank = draws[:, :-1].argsort(dim=1).argsort(dim=1)  # a random permutation of the sites
             chosen = torch.split(rank < k, 1, dim=1)
-            pairs = zip(masks.items(), chosen, strict=True)
-            return [{name: dataclasses.replace(mask, rows=rows) for (name, mask), rows in pairs}]
-        return [masks]
+            return [dict(zip(self.site_names, chosen, strict=True))]
+        return [dict.fromkeys(self.site_names)]
 
     def _run(self, batch: Tensor, masks: dict[str, Mask]) -> Tensor:
         for name, site in self.sites.items():
@@ -216,6 +245,23 @@ class _Site(nn.Module):
         return y if mask.rows is None else torch.where(mask.rows, y, self.layer(x))
 
 
+def _worst(term: PGDRecon, error: Callable[[Sources], Tensor], r: Sources) -> Sources:
+    """The sources of the largest error on a projected ascent from r, by the signs of its gradient."""
+    best, highest = r, None
+    for step in range(term.n_steps + 1):
+        leaves = {name: own.detach().requires_grad_() for name, own in r.items()}
+        value = error(leaves)
+        if highest is None or value > highest:
+            best, highest = r, value.detach()
+        if step < term.n_steps:
+            slopes = torch.autograd.grad(value, list(leaves.values()))
+            r = {
+                name: (own + term.step_size * slope.sign()).clamp(0, 1)
+                for (name, own), slope in zip(r.items(), slopes, strict=True)
+            }
+    return best
+
+
 def mlp(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     """Linear layers with GELU between them; the parameters are numbered as in `nn.Sequential`."""
     numbers = sorted({int(key.partition(".")[0]) for key in parameters})
@@ -244,7 +290,9 @@ class LowerLeaky(torch.autograd.Function):
 def _require_known(parts: Parts) -> None:
     config, term = parts.config, parts.config.loss.importance_minimality
     active = config.loss.active_terms()
-    recon = {name: own for name, own in active.items() if isinstance(own, Recon)}
+    recon = {name: own for name, own in active.items() if isinstance(own, RoutedRecon)}
+    drawn = [own for own in recon.values() if isinstance(own, Recon)]
+    searching = [own for own in recon.values() if isinstance(own, PGDRecon)]
     known = {"faithfulness", "importance_minimality", *recon}
     needs: list[tuple[str, Callable[[], bool]]] = [
         ("ci_fn=mlp, shared_mlp or vector_mlp", lambda: type(config.ci_fn) in CI_FNS),
@@ -255,15 +303,17 @@ def _require_known(parts: Parts) -> None:
         ("a positive loss.importance_minimality.coeff", lambda: term.coeff > 0),
         ("no loss terms but faithfulness, importance_minimality and recon", lambda: active.keys() <= known),
         ("at least one recon term", lambda: bool(recon)),
+        ("no lasting adversary", lambda: len(drawn) + len(searching) == len(recon)),
         (
             "stochastic masks in all recon terms",
-            lambda: all(own.masks is MaskSource.stochastic for own in recon.values()),
+            lambda: all(own.masks is MaskSource.stochastic for own in drawn),
         ),
         (
             "routing all, layerwise or uniform_k in all recon terms",
             lambda: all(own.routing in ROUTINGS for own in recon.values()),
         ),
-        ("n_samples=1", lambda: all(own.n_samples == 1 for own in recon.values())),
+        ("n_samples=1", lambda: all(own.n_samples == 1 for own in drawn)),
+        ("adversaries of scope=shared", lambda: all(own.scope is Scope.shared for own in searching)),
     ]
     for text in _unmet(needs):
         raise ValueError(f"{config.name}: the plain step needs {text}")

@@ -31,6 +31,14 @@ TINY = {
     ],
     "resid_mlp3@16": ["model.d_embed=30", "model.n_features=8", "loss.importance_minimality.beta=0.5", DENSE],
     "tms_40-10-id@16": ["loss.stochastic_recon_subset.coeff=1.5"],
+    "resid_mlp2@20": [
+        "model.d_embed=20",
+        "loss.pgd_recon_subset.coeff=0.7",
+        "loss.pgd_recon_layerwise.coeff=0.4",
+        "loss.pgd_recon_layerwise.n_steps=3",
+        "loss.pgd_recon_layerwise.step_size=0.3",
+        DENSE,
+    ],
 }
 
 
@@ -98,6 +106,9 @@ def test_the_plain_step_draws_sparse_features_and_as_many_sources_as_its_losses_
 def test_a_setting_that_the_plain_step_does_not_know_is_named() -> None:
     config = Case.read("tms_5-2@16").config(["loss.ci_masked_recon.coeff=1"])
     with pytest.raises(ValueError, match="tms_5-2: the plain step needs stochastic masks"):
+        make("plain", config)
+    config = Case.read("tms_5-2@16").config(["loss.persistent_pgd_recon.coeff=1"])
+    with pytest.raises(ValueError, match="tms_5-2: the plain step needs no lasting adversary"):
         make("plain", config)
 
 
