@@ -124,6 +124,7 @@ def test_advice_knows_the_keys_of_every_site(toy: Toy, layers: str, tied: bool) 
         assert config.decomposition.sites[name].C == C
     assert bool(settings.tied) is tied
     assert settings.importance_coeff == config.loss.importance_minimality.coeff
+    assert settings.adversary_coeff == (0.3 if layers == "resid_mlp2" else 0)
 
 
 def test_the_summary_repeats_the_last_evaluation(finished: Path) -> None:

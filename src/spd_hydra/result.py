@@ -112,6 +112,7 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
         steps=config.train.steps,
         restarts=config.train.restarts.number,
         importance_coeff=config.loss.importance_minimality.coeff,
+        adversary_coeff=config.loss.pgd_recon_subset.coeff,
         lr=config.train.lr,
         clip_ci_fn=config.train.clip_ci_fn,
         sites={site: (name, patterns[name].subcomponents) for site, name in names.items()},

@@ -1,6 +1,7 @@
 """What a diagnosis says of causal importances and metrics made by hand, each with exactly one thing wrong."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,27 @@ import pytest
 from spd_hydra.metric.diagnosis import diagnose
 from spd_hydra.metric.evaluation import Evaluation, SiteCheck, SiteEvaluation
 from spd_hydra.metric.finding import Finding, Settings, listed
-from spd_hydra.metric.symptoms import best_cosines, fall_of_l0, identity_symptoms, jump_of_gradient, needed
+from spd_hydra.metric.symptoms import (
+    best_cosines,
+    fall_of_l0,
+    identity_symptoms,
+    jump_of_gradient,
+    lone,
+    needed,
+)
 from spd_hydra.metric.target_ci import dense_error, identity_error
 from spd_hydra.model.base import Measurement
 
 N, C = 5, 8
 RIGHT = np.eye(N, C)
 SETTINGS = Settings(
-    steps=6000, restarts=1, importance_coeff=3e-3, lr=1e-3, clip_ci_fn=None, certified=True, measurements=[],
+    steps=6000, restarts=1, importance_coeff=3e-3, adversary_coeff=0.0, lr=1e-3, clip_ci_fn=None,
+    certified=True, measurements=[],
     sites={"embed": ("first", C), "unembed": ("second", C)}, tied={"unembed": "embed"}, max_tries=100,
 )  # fmt: skip
+SETTINGS_OF_BOTH = dataclasses.replace(
+    SETTINGS, sites={"embed": ("first", C), "hidden": ("hidden", C)}, tied={}
+)
 STEADY = [{"step": step, "split": "eval", "l0/total": 0.5} for step in range(1000, 7000, 1000)]
 
 
@@ -158,6 +170,32 @@ def test_a_dense_site_with_too_many_or_too_few_says_so(columns: int, words: str)
     assert words in finding.advice
 
 
+@pytest.mark.parametrize(("now", "wanted"), [(0.0, "0.3"), (0.3, "0.6")])
+def test_what_serves_one_feature_alone_at_a_dense_site_asks_for_an_adversary(now: float, wanted: str) -> None:
+    dense = np.zeros((N, C))
+    dense[:, :2] = 1.0
+    dense[3, 6] = dense[1, 7] = 0.97
+    settings = dataclasses.replace(SETTINGS_OF_BOTH, adversary_coeff=now)
+    assert only(evaluation(dense=dense), settings) == Finding(
+        symptom="hidden: subcomponent 6 serves feature 3 alone (g 0.97), in place of the 2 that features "
+        "share, and 1 more such",
+        advice=f"an adversary takes such away: try loss.pgd_recon_subset.coeff={wanted} (now {now:g})",
+        site="hidden",
+    )
+
+
+def test_what_most_features_need_asks_for_a_weaker_adversary_if_there_is_one() -> None:
+    common = RIGHT.copy()
+    common[:4, 6] = 0.9
+    settings = dataclasses.replace(SETTINGS, adversary_coeff=1.0)
+    assert only(evaluation(common), settings) == Finding(
+        symptom="embed: subcomponent 6 is needed by 4 of 5 features",
+        advice="the adversary is too strong: try loss.pgd_recon_subset.coeff=0.5 (now 1)",
+        site="embed",
+    )
+    assert "features 0, 1, 2 and 3 share subcomponent 6" in only(evaluation(common)).symptom
+
+
 def test_a_bad_target_is_all_that_is_told() -> None:
     bad = [Measurement(name="response", value=0.123456, lower=0.5, upper=1.0),
            Measurement(name="margin", value=0.3, lower=0.0, upper=1.0)]  # fmt: skip
@@ -239,11 +277,6 @@ def test_the_stronger_of_two_contradictory_cases_is_told() -> None:
     assert "too low" in first.advice
 
 
-SETTINGS_OF_BOTH = dataclasses.replace(
-    SETTINGS, sites={"embed": ("first", C), "hidden": ("hidden", C)}, tied={}
-)
-
-
 def test_sites_with_the_same_trouble_share_a_finding() -> None:
     shared = changed((1, 1, 0.0), (1, 3, 0.97), (3, 3, 0.98))
     found = evaluation(shared)
@@ -268,6 +301,13 @@ def test_a_dense_site_needs_what_the_check_counts() -> None:
     g[0, 1], g[1, 3], g[2, 4], g[:, 5] = 1.0, 0.5, 0.9, 0.1
     assert needed(g, expected=2) == 3  # columns 1 and 4 near 1, and column 3 on beyond the two heaviest
     assert needed(g, expected=3) == 2  # column 3 is now one of the heaviest and not near 1
+
+
+def test_lone_subcomponents_are_those_beyond_the_heaviest_that_one_feature_needs() -> None:
+    g = np.zeros((3, 6))
+    g[:, 1] = g[:2, 3] = 1.0  # the heaviest two
+    g[2, 0], g[1, 4], g[:2, 5] = 0.9, 0.1, 0.3  # one alone, one off, one for two
+    assert lone(g, expected=2) == [(0, 2, 0.9)]
 
 
 def test_few_evaluations_are_compared_per_quarter_of_training() -> None:
@@ -315,5 +355,4 @@ def test_a_residual_mlp_is_diagnosed_too(synthetic: Any) -> None:
     sites = {"layers.0.mlp_in": ("mlp_in", 140), "layers.0.mlp_out": ("mlp_out", 140)}
     finding = only(found, dataclasses.replace(SETTINGS, sites=sites, tied={}))
     assert finding.site == "layers.0.mlp_out"
-    assert finding.symptom == "layers.0.mlp_out: 52 subcomponents are needed, not 50"
-    assert "too low" in finding.advice
+    assert re.fullmatch(r"layers.0.mlp_out: subcomponent \d+ serves feature \d+ alone .*", finding.symptom)

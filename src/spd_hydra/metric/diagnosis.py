@@ -6,7 +6,7 @@ from spd_hydra.metric import symptoms
 from spd_hydra.metric.evaluation import Evaluation, SiteCheck
 from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps
 from spd_hydra.metric.known_answer import LEAST_MMCS, TOLERANCE
-from spd_hydra.metric.site_findings import shared, split, too_high, too_low, worst
+from spd_hydra.metric.site_findings import alone, shared, split, too_high, too_low, worst
 
 MOST_FINDINGS = 6
 UNDECIDED = 1.0  # per feature; 0.4 in local minima at the end of training, 1.4 after a twentieth of it
@@ -56,9 +56,10 @@ def _of_sites(
     coefficient = max(sides, key=lambda case: case.strength, default=None)
     if coefficient is not None and coefficient.strength > MOST:
         return [coefficient.finding]
+    lone = worst(alone, evaluation, checks, settings)
     if common is None and coefficient is None:
         common = worst(split, evaluation, checks, settings)
-    told = [case for case in (coefficient, common) if case is not None]
+    told = [case for case in (coefficient, common, lone) if case is not None]
     return [case.finding for case in sorted(told, key=lambda case: -case.strength)]
 
 

@@ -21,6 +21,7 @@ class Settings:
 
     Attributes:
         sites: by module path, the site's name in the configuration and its C.
+        adversary_coeff: of `pgd_recon_subset`.
         tied: by module path, the site whose subcomponents it shares.
         measurements: of the target, with their bounds.
         max_tries: of the target's training; None where it is not trained here.
@@ -29,6 +30,7 @@ class Settings:
     steps: int
     restarts: int
     importance_coeff: float
+    adversary_coeff: float
     lr: float
     clip_ci_fn: float | None
     sites: Mapping[str, tuple[str, int]]

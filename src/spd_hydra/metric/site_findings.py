@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spd_hydra.metric.evaluation import Evaluation, FloatArray, SiteCheck
 from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps, values
 from spd_hydra.metric.known_answer import TOLERANCE
-from spd_hydra.metric.symptoms import identity_symptoms, needed
+from spd_hydra.metric.symptoms import identity_symptoms, lone, needed
 
 # Local minima have up to 1.8 subcomponents on per feature; a coefficient a tenth of the preset's gives 3.
 SEVERAL = 2.0
@@ -16,6 +16,10 @@ SEVERAL = 2.0
 FAR_ABOVE_IDEAL = 2.0
 FACTOR, LARGE_FACTOR = 2, 10  # of a change; the large one where a factor of two would change little
 COEFF = "loss.importance_minimality.coeff"
+ADVERSARY = "loss.pgd_recon_subset.coeff"
+# With 0.3 resid_mlp2 is solved; with 0.5 and more a site that should have a subcomponent for each feature
+# kept one that nearly all of them need.
+FIRST_ADVERSARY = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,9 @@ def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Cas
     else:
         surplus = needed(g, check.expected) - check.expected
         strength = min(surplus / check.expected, 1.0)
-        signs += [_dense_symptom(evaluation, check)] if surplus > 0 else []
+        # A higher coefficient favours those that serve one feature alone.
+        is_told = 2 * len(lone(g, check.expected)) >= surplus
+        signs += [] if is_told else [_dense_symptom(evaluation, check)]
     if not signs:
         return None
     wanted = f"{COEFF}={factor * coeff if coeff else 1e-3:g} (now {coeff:g})"
@@ -93,6 +99,12 @@ def shared(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case
     if not found:
         return None
     first = found[0]
+    adversary = settings.adversary_coeff
+    if adversary > 0 and len(first.features) > check.expected / 2:
+        most = f"{len(first.features)} of {check.expected} features"
+        symptom = f"subcomponent {first.subcomponent} is needed by {most}"
+        advice = f"the adversary is too strong: try {ADVERSARY}={adversary / FACTOR:g} (now {adversary:g})"
+        return _case(len(first.features) / check.expected, check, symptom, advice)
     more = f", and {len(found) - 1} more such" if len(found) > 1 else ""
     who = f"{listed(first.features, 'feature')} share subcomponent {first.subcomponent}"
     strength = sum(len(one.features) for one in found) / check.expected
@@ -111,6 +123,22 @@ def split(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case 
     # A second one that is near 1 stays; one on its way down needs time.
     is_settled = any(sorted(one.g)[-2] >= 1 - TOLERANCE for one in found)
     advice = more_restarts(settings) if is_settled else more_steps(settings, FACTOR)
+    return _case(len(found) / check.expected, check, symptom, advice)
+
+
+def alone(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
+    """Subcomponents of a dense site that serve one feature each, in place of those that many share."""
+    found = lone(_probe(evaluation, check), check.expected) if check.name == "dense" else []
+    if not found:
+        return None
+    first, adversary = found[0], settings.adversary_coeff
+    more = f", and {len(found) - 1} more such" if len(found) > 1 else ""
+    symptom = (
+        f"subcomponent {first.subcomponent} serves feature {first.feature} alone (g {first.g:.2f}), in place "
+        f"of the {check.expected} that features share{more}"
+    )
+    wanted = FACTOR * adversary or FIRST_ADVERSARY
+    advice = f"an adversary takes such away: try {ADVERSARY}={wanted:g} (now {adversary:g})"
     return _case(len(found) / check.expected, check, symptom, advice)
 
 

@@ -56,6 +56,14 @@ class Split(NamedTuple):
     g: list[float]
 
 
+class Lone(NamedTuple):
+    """A subcomponent of a dense site, beyond as many as it should have, that one feature alone needs."""
+
+    subcomponent: int
+    feature: int
+    g: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class IdentitySymptoms:
     """A site that should have one subcomponent for each feature, seen on single features.
@@ -106,6 +114,13 @@ def needed(g: Float[np.ndarray, "n_features C"], expected: int, tolerance: float
     order = np.argsort(-g.sum(axis=0), kind="stable")
     peak = g.max(axis=0)[order]
     return int((peak[:expected] >= 1 - tolerance).sum() + (peak[expected:] > tolerance).sum())
+
+
+def lone(g: Float[np.ndarray, "n_features C"], expected: int, tolerance: float = TOLERANCE) -> list[Lone]:
+    """Of a dense site, all but the `expected` heaviest subcomponents that are on for exactly one feature."""
+    order = np.argsort(-g.sum(axis=0), kind="stable")
+    found = [(int(c), np.flatnonzero(g[:, c] > tolerance)) for c in np.sort(order[expected:])]
+    return [Lone(c, int(on[0]), float(g[on[0], c])) for c, on in found if len(on) == 1]
 
 
 def fall_of_l0(history: Rows) -> Fall | None:
