@@ -110,8 +110,8 @@ def hidden_bytes(config: RunConfig) -> int:
     hidden = getattr(config.ci_fn, "hidden", None)
     if not isinstance(hidden, int):
         return 0
-    widest = max(find_sites(untrained_target(config), config.decomposition.sites).values())
-    return 4 * config.train.batch_size * widest * hidden
+    sites = find_sites(untrained_target(config), config.decomposition.sites)
+    return 4 * config.train.batch_size * max(entry.subcomponents for entry in sites.values()) * hidden
 
 
 def _peak(device: torch.device) -> int:

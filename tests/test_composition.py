@@ -417,7 +417,7 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ),
         (
             "++decomposition.sites.x=8",
-            "decomposition.sites.x: got 8, must be an entry {pattern: …, C: …}",
+            "decomposition.sites.x: got 8, must be an entry {pattern: …, C: …, init: …}",
         ),
         (
             "seed=${oc.env:SPD_NO_SUCH}",

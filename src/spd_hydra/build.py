@@ -197,8 +197,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     )
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     has_values = device.type != "meta"
-    if config.decomposition.init is Init.inputs:
-        require_vectors(model)
+    require_vectors(model)
     if has_values:
         model.find_roots(example)
     with torch.no_grad():
@@ -247,7 +246,7 @@ def _positions(
 
 def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: int) -> None:
     """Initial values that need data."""
-    if config.decomposition.init is not Init.inputs:
+    if Init.inputs not in model.inits.values():
         return
     key = rng.key(seed, "initial_inputs").to(model.device)
     with torch.no_grad():

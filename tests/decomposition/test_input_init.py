@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.input_init import spread_directions, start_from_inputs
+from spd_hydra.decomposition.input_init import shares, spread_directions, start_from_inputs
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.model.resid_mlp import MLPLayer, ResidMLPModel
 from spd_hydra.model.tms import TMSModel
@@ -26,16 +26,45 @@ def decomposed(target: nn.Module, tied: dict[str, str] | None = None, **c: int) 
     return DecomposedModel(copy.deepcopy(target), config, MLPCausalImportance(hidden=2), seed=0)
 
 
-def test_directions_are_chosen_farthest_first() -> None:
+def test_directions_are_chosen_far_from_those_before() -> None:
     inputs = torch.tensor([[0.0, 0, 0], [2, 0, 0], [3, 0.3, 0], [-1, 0, 0], [1, 1, 0], [0, 0, 5], [0, 4, 0]])
     V = spread_directions(inputs, 3, torch.ones(3, 3))
-    # The first that is not zero; then one at a right angle to it; then one at right angles to both.
+    # Three lie along the first axis; then one at a right angle to it; then one at right angles to both.
     assert V.T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
+def test_of_directions_equally_far_the_one_that_most_inputs_have_is_chosen() -> None:
+    sums = torch.tensor([[0.0, 1, 1, 0], [0, 1, -1, 0], [0, 0, 1, 1]])  # also at a right angle to the first
+    alone = torch.eye(4).repeat_interleave(torch.tensor([5, 4, 3, 2]), dim=0) * draw(14, 1).sign()
+    V = spread_directions(torch.cat([sums, alone]), 4, torch.ones(4, 4))
+    assert torch.equal(V.abs(), torch.eye(4))
+
+
+def test_no_input_is_chosen_twice() -> None:
+    V = spread_directions(torch.tensor([[1.0, 0], [2, 0], [3, 0.1]]), 4, torch.eye(2, 4) + 3)
+    assert sorted(round(float(y), 2) for y in V[1, :3]) == [0, 0, 0.03]
+    torch.testing.assert_close(V[:, 3], torch.tensor([3.0, 3.0]) / 18**0.5)
 
 
 def test_where_inputs_have_fewer_directions_the_other_columns_stay() -> None:
     V = spread_directions(torch.tensor([[0.0, 3.0]]), 3, torch.tensor([[9.0, 3.0, 0.0], [9.0, 4.0, 2.0]]))
     torch.testing.assert_close(V, torch.tensor([[0.0, 0.6, 0.0], [1.0, 0.8, 1.0]]))
+
+
+def test_each_takes_what_those_before_it_leave() -> None:
+    V = torch.tensor([[1.0, 0.0, 0.6], [0.0, 1.0, 0.8], [0.0, 0.0, 0.0]])  # the third is a sum of the others
+    weight = torch.tensor([[3.0, 1.0], [-2.0, 4.0], [5.0, 5.0]])
+    # Read by the first two as they are, nothing is left for the third, and nobody reads the last row.
+    torch.testing.assert_close(shares(V, weight), torch.tensor([[3.0, 1.0], [-2.0, 4.0], [0.0, 0.0]]))
+
+
+def test_what_one_pass_leaves_of_the_weights_is_shared_by_all() -> None:
+    V = torch.tensor([[1.0, 0.6], [0.0, 0.8]])
+    weight = torch.tensor([[1.0], [1.0]])
+    # The first takes 1 and leaves (0, 1), the second 0.8 of that: (-0.48, 0.36) is left, V⁻¹ of it is shared.
+    rest = torch.linalg.inv(V) @ torch.tensor([[-0.48], [0.36]])
+    torch.testing.assert_close(shares(V, weight), torch.tensor([[1.0], [0.8]]) + rest)
+    torch.testing.assert_close(V @ shares(V, weight), weight)
 
 
 def test_every_lone_feature_gets_a_subcomponent_that_reads_it() -> None:
@@ -57,11 +86,24 @@ def test_tied_sites_follow_their_source() -> None:
     assert torch.equal(model.pieces("unembed").V, model.pieces("embed").U.T)
 
 
+def test_a_site_may_start_otherwise_than_the_rest() -> None:
+    layer = MLPLayer(draw(3, 12, seed=1), draw(12, 3, seed=2))
+    sites = {
+        "mlp_in": SitePattern(pattern="layers.*.mlp_in", C=7, init=Init.inputs),
+        "mlp_out": SitePattern(pattern="layers.*.mlp_out", C=4),
+    }
+    target = ResidMLPModel(torch.linalg.qr(draw(12, 5, seed=3))[0].T, [layer])
+    model = DecomposedModel(target, Decomposition(sites=sites), MLPCausalImportance(hidden=2), seed=0)
+    before = {name: model.pieces(name).V.clone() for name in model.site_names}
+    start_from_inputs(model, draw(20, 5))
+    assert not torch.equal(model.pieces("layers.0.mlp_in").V, before["layers.0.mlp_in"])
+    assert torch.equal(model.pieces("layers.0.mlp_out").V, before["layers.0.mlp_out"])
+
+
 def test_tokens_are_no_directions() -> None:
     target = nn.Sequential(nn.Embedding(5, 3))
-    model = DecomposedModel(
-        target, Decomposition(sites={"all": SitePattern(pattern="0", C=4)}), MLPCausalImportance(), seed=0
-    )
+    config = Decomposition(sites={"all": SitePattern(pattern="0", C=4, init=Init.inputs)})
+    model = DecomposedModel(target, config, MLPCausalImportance(), seed=0)
     with pytest.raises(ConfigError, match=r"decomposition.init: got inputs, but site '0' is an embedding"):
         start_from_inputs(model, torch.arange(5))
 

@@ -23,6 +23,7 @@ class SitePattern(Section):
     C: int | None = option(
         None, "subcomponents of each matrix, may be above its rank; null: decomposition.C", ge=1
     )
+    init: Init | None = option(None, "how V and U start; null: decomposition.init")
 
     @property
     def subcomponents(self) -> int:

@@ -15,7 +15,7 @@ from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
 from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
-from spd_hydra.decomposition.config import Decomposition
+from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.layers import is_embedding, weight_matrix
 from spd_hydra.decomposition.masked_site import (
@@ -53,6 +53,7 @@ class DecomposedModel(nn.Module):
     shares every parameter and buffer and holds a wrapper in place of each site.
 
     Attributes:
+        inits: by site, how V and U start.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
     Args:
@@ -71,14 +72,15 @@ class DecomposedModel(nn.Module):
     ) -> None:
         super().__init__()
         sites = find_sites(target, config.sites)
-        check_ties(target, config.tied, sites)
+        check_ties(target, config.tied, {name: entry.subcomponents for name, entry in sites.items()})
         identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()
         self.identities = nn.ModuleDict({_key(name): layer for name, (_, layer) in identities.items()})
         self._layers = {name: target.get_submodule(name) for name in sites}
         self._layers |= {name: layer for name, (_, layer) in identities.items()}
-        sites |= {name: C for name, (C, _) in identities.items()}
+        sites |= {name: entry for name, (entry, _) in identities.items()}
+        self.inits = {name: entry.init or config.init for name, entry in sites.items()}
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
@@ -87,7 +89,7 @@ class DecomposedModel(nn.Module):
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
-    def _make_subcomponents(self, sites: Mapping[str, int], seed: int) -> nn.ModuleDict:
+    def _make_subcomponents(self, sites: Mapping[str, SitePattern], seed: int) -> nn.ModuleDict:
         made: dict[str, nn.Module] = {}
         for name in sorted(sites, key=lambda site: site in self.config.tied):  # sources before the tied
             source = self.config.tied.get(name)
@@ -96,7 +98,8 @@ class DecomposedModel(nn.Module):
             else:
                 weight = weight_matrix(self._layers[name])
                 generator = rng.generator(seed, f"subcomponents/{name}")
-                made[name] = Subcomponents(weight, sites[name], self.config.init, generator)
+                C = sites[name].subcomponents
+                made[name] = Subcomponents(weight, C, self.inits[name], generator)
         return nn.ModuleDict({_key(name): made[name] for name in sites})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -48,8 +48,8 @@ class Identity(nn.Linear):
 
 def find_identities(
     target: nn.Module, patterns: Mapping[str, SitePattern]
-) -> dict[str, tuple[int, Identity]]:
-    """Number of subcomponents and identity matrix by site, in the order of the target's modules.
+) -> dict[str, tuple[SitePattern, Identity]]:
+    """The entry and the identity matrix of every site, in the order of the target's modules.
 
     Raises:
         ConfigError: a pattern matches no module, a module is matched twice, or its width is not known.
@@ -71,7 +71,7 @@ def find_identities(
                 raise ConfigError(f"{where}: module {name!r} has something called {SUFFIX!r} already")
             matched_by[name] = key
     return {
-        f"{name}.{SUFFIX}": (patterns[key].subcomponents, Identity(name, _width(name, modules[name], key)))
+        f"{name}.{SUFFIX}": (patterns[key], Identity(name, _width(name, modules[name], key)))
         for name, key in sorted(matched_by.items(), key=lambda item: list(modules).index(item[0]))
     }
 

@@ -5,33 +5,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
-from spd_hydra.decomposition.subcomponents import TiedSubcomponents
+from spd_hydra.decomposition.subcomponents import Init, TiedSubcomponents
 from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError
 
+_ABOUT_AS_FAR = 0.15  # difference of |cosine| that does not count
+_SAME = 0.9  # |cosine| of two vectors in one direction
+_ROWS = 1024  # that are compared with all others at a time
+
 
 def require_vectors(model: DecomposedModel) -> None:
-    """Check that every site has vectors as inputs, which needs no values.
+    """Check that every site that is to start from its inputs has vectors as inputs, which needs no values.
 
     Raises:
-        ConfigError: a site is an embedding, whose inputs are tokens.
+        ConfigError: such a site is an embedding, whose inputs are tokens.
     """
     for name, shape in model.site_shapes().items():
-        if shape.embedding:
+        if shape.embedding and model.inits[name] is Init.inputs:
             raise ConfigError(
                 f"decomposition.init: got inputs, but site {name!r} is an embedding, whose inputs are "
-                "tokens; use normal or aligned"
+                "tokens; use normal or aligned, for that site alone by the init of its entry"
             )
 
 
 @torch.no_grad()
 def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
-    """Let V be inputs of each site, far from each other, and U what makes them sum to W.
+    """Where `init` is `inputs`: let V be inputs of the site, far from each other, and U what sums to W.
 
-    Of the clean inputs of a site, scaled to length 1, C are chosen one after another, each as far as possible
-    in angle from those before; U = V⁺ Wᵀ is the smallest with V U = Wᵀ on the span of V. No answer is known
-    here: a direction is chosen because inputs have it. With random vectors a feature that a site serves only
-    weakly often ends shared among other features' subcomponents.
+    Of the clean inputs of a site, scaled to length 1, C are chosen one after another: of those about as far
+    in angle from all before as any is, the one in whose direction most inputs lie. Then V U = Wᵀ on the span
+    of V (`shares`). No answer is known here: a direction is chosen because inputs have it. With random
+    vectors a feature that a site serves only weakly often ends shared among other features' subcomponents.
 
     Args:
         model: gets the new V and U; tied sites follow their sources.
@@ -44,32 +48,57 @@ def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
     require_vectors(model)
     for name, x in model.clean_pass(batch).inputs.items():
         pieces = model.pieces(name)
-        if isinstance(pieces, TiedSubcomponents):
+        if isinstance(pieces, TiedSubcomponents) or model.inits[name] is not Init.inputs:
             continue
         x = dense(x)
         real = real_positions(batch, x.shape[:-1])
         inputs = x.flatten(0, -2) if real is None else x[real]
         V = spread_directions(inputs.float(), pieces.C, pieces.V.detach())
         pieces.V.copy_(V)
-        pieces.U.copy_(torch.linalg.pinv(V) @ model.weight(name).T.float())
+        pieces.U.copy_(shares(V, model.weight(name).T.float()))
 
 
 def spread_directions(
     inputs: Float[Tensor, "n d_in"], C: int, otherwise: Float[Tensor, "d_in C"]
 ) -> Float[Tensor, "d_in C"]:
-    """C unit vectors along inputs, each the one with the smallest largest |cosine| to those before.
+    """C unit vectors along inputs, each far from those before and in a direction that many inputs have.
 
     Args:
-        inputs: candidates; zero vectors are left out. The first of the others is chosen first.
+        inputs: candidates; zero vectors are left out.
         C: how many to choose.
         otherwise: columns that stay, scaled to length 1, where there are fewer directions than C.
     """
     norms = inputs.norm(dim=1)
     candidates = inputs[norms > 0] / norms[norms > 0, None]
     V: Tensor = otherwise / otherwise.norm(dim=0)
-    nearest = torch.zeros(len(candidates), device=inputs.device)
+    company = _company(candidates)
+    nearest = torch.zeros(len(candidates), device=inputs.device)  # largest |cosine| to one that is chosen
     for c in range(min(C, len(candidates))):
-        chosen = candidates[nearest.argmin()]
-        V[:, c] = chosen
-        nearest = torch.maximum(nearest, (candidates @ chosen).abs())
+        is_far = nearest <= nearest.min() + _ABOUT_AS_FAR
+        index = torch.where(is_far, company, -1).argmax()
+        V[:, c] = candidates[index]
+        nearest = torch.maximum(nearest, (candidates @ candidates[index]).abs())
+        nearest[index] = torch.inf
     return V
+
+
+def shares(V: Float[Tensor, "d_in C"], weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "C d_out"]:
+    """U with V U = Wᵀ on the span of V, in which each subcomponent takes what those before it leave of Wᵀ.
+
+    So one whose direction is a sum of others' begins with next to nothing, and they with all of theirs.
+
+    Args:
+        V: unit vectors.
+        weight: Wᵀ.
+    """
+    left, U = weight.clone(), torch.zeros(V.shape[1], weight.shape[1], device=V.device)
+    for c, v in enumerate(V.T):
+        U[c] = v @ left
+        left -= torch.outer(v, U[c])
+    rest: Tensor = torch.linalg.pinv(V) @ left  # V is not orthogonal
+    return U + rest
+
+
+def _company(units: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """How many of the vectors lie in the direction of each, or in the opposite one."""
+    return torch.cat([((some @ units.T).abs() > _SAME).float().sum(1) for some in torch.split(units, _ROWS)])

@@ -12,8 +12,8 @@ from spd_hydra.decomposition.layers import computes_otherwise, is_decomposable, 
 from spd_hydra.section import ConfigError
 
 
-def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[str, int]:
-    """Number of subcomponents by module path, in the order of the target's modules.
+def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[str, SitePattern]:
+    """The entry that each module path belongs to, in the order of the target's modules.
 
     Raises:
         ConfigError: a pattern matches no decomposable module, or a module is matched twice.
@@ -34,7 +34,7 @@ def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[s
                     f"decomposition.sites.{matched_by[name]} matches already; make one of them narrower"
                 )
             matched_by[name] = key
-    return {name: patterns[matched_by[name]].subcomponents for name in candidates if name in matched_by}
+    return {name: patterns[matched_by[name]] for name in candidates if name in matched_by}
 
 
 def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:
