@@ -17,8 +17,8 @@ FAR_ABOVE_IDEAL = 2.0
 FACTOR, LARGE_FACTOR = 2, 10  # of a change; the large one where a factor of two would change little
 COEFF = "loss.importance_minimality.coeff"
 ADVERSARY = "loss.pgd_recon_subset.coeff"
-# With 0.3 resid_mlp2 is solved; with 0.5 and more a site that should have a subcomponent for each feature
-# kept one that nearly all of them need.
+# Of resid_mlp2's preset. With 0.5 and more a site that should have a subcomponent for each feature kept one,
+# for long or for good, that nearly all of them need.
 FIRST_ADVERSARY = 0.3
 
 
