@@ -3,7 +3,8 @@
 Uncompiled PyTorch throughout: weight deltas formed, private causal-importance MLPs as einsums over a
 `[batch, C, hidden]` tensor, one whole forward pass per reconstruction term, nothing shared between
 them. It takes the initial weights of a `DecomposedModel` and imports none of its arithmetic, so that
-equal losses and gradients say something about both.
+equal losses and gradients say something about both. What is random it is given: batches, draws,
+and where the ascents of adversaries start.
 """
 
 import copy

@@ -145,18 +145,19 @@ class _Steps:
         self._optimizer = adamw(updated, lr=settings.lr, weight_decay=0.0)
         self._objective = objective
         self._ascent = Ascent(objective, compile=compile)
-        self._step = Step(objective, compile=compile, pieces=pieces)
-        self._in_parts: AccumulatedStep | None = None
-        if settings.accumulate > 1:
-            self._in_parts = AccumulatedStep(objective, self.sampler, compile=compile, pieces=pieces)
+        self._step: Step | AccumulatedStep
+        if settings.accumulate == 1:
+            self._step = Step(objective, compile=compile, pieces=pieces)
+        else:
+            self._step = AccumulatedStep(objective, self.sampler, compile=compile, pieces=pieces)
 
     def take(self) -> None:
         """What adversaries climb before the step, gradients and update."""
         schedule = self._objective.scheduled(0.0)
-        if self._in_parts is not None:
-            parts = self._in_parts.parts
+        if isinstance(self._step, AccumulatedStep):
+            parts = self._step.parts
             self._ascend(lambda: parts(0))
-            self._in_parts(0, schedule)
+            self._step(0, schedule)
         else:
             batch, draws = self.sampler(0, 0)
             self._ascend(lambda: [(batch, draws)])

@@ -1,7 +1,7 @@
 """`init=inputs`: subcomponents that begin by reading directions in which the data lie."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
@@ -91,14 +91,13 @@ def shares(V: Float[Tensor, "d_in C"], weight: Float[Tensor, "d_in d_out"]) -> F
         V: unit vectors.
         weight: Wᵀ.
     """
-    left, U = weight.clone(), torch.zeros(V.shape[1], weight.shape[1], device=V.device)
-    for c, v in enumerate(V.T):
-        U[c] = v @ left
-        left -= torch.outer(v, U[c])
-    rest: Tensor = torch.linalg.pinv(V) @ left  # V is not orthogonal
+    # U_c + Σ_{b<c} (V_c · V_b) U_b = V_cᵀ Wᵀ
+    U: Tensor = torch.linalg.solve_triangular(V.T @ V, V.T @ weight, upper=False, unitriangular=True)
+    left = weight - V @ U  # V is not orthogonal
+    rest: Tensor = torch.linalg.pinv(V) @ left
     return U + rest
 
 
-def _company(units: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+def _company(units: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     """How many of the vectors lie in the direction of each, or in the opposite one."""
-    return torch.cat([((some @ units.T).abs() > _SAME).float().sum(1) for some in torch.split(units, _ROWS)])
+    return torch.cat([((some @ units.T).abs() > _SAME).sum(1) for some in torch.split(units, _ROWS)])
