@@ -125,6 +125,7 @@ def test_advice_knows_the_keys_of_every_site(toy: Toy, layers: str, tied: bool) 
     assert bool(settings.tied) is tied
     assert settings.importance_coeff == config.loss.importance_minimality.coeff
     assert settings.adversary_coeff == (0.3 if layers == "resid_mlp2" else 0)
+    assert settings.anneals_late is (layers == "resid_mlp2")
 
 
 def test_the_summary_repeats_the_last_evaluation(finished: Path) -> None:

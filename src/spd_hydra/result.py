@@ -14,6 +14,7 @@ from spd_hydra.figure.base import History, draw_all
 from spd_hydra.metric.diagnosis import diagnose
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.metric.finding import Finding, Settings
+from spd_hydra.metric.symptoms import LAST_QUARTER
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.run_dir import RunDirectory
@@ -120,4 +121,8 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
         certified=target.certified,
         measurements=target.measurements,
         max_tries=model.training.max_tries if isinstance(model, TrainableTarget) else None,
+        anneals_late=any(
+            term.scheduled(1 - LAST_QUARTER) != term.scheduled(1.0)
+            for term in config.loss.active_terms().values()
+        ),
     )

@@ -27,6 +27,7 @@ SETTINGS = Settings(
     steps=6000, restarts=1, importance_coeff=3e-3, adversary_coeff=0.0, lr=1e-3, clip_ci_fn=None,
     certified=True, measurements=[],
     sites={"embed": ("first", C), "unembed": ("second", C)}, tied={"unembed": "embed"}, max_tries=100,
+    anneals_late=False,
 )  # fmt: skip
 SETTINGS_OF_BOTH = dataclasses.replace(
     SETTINGS, sites={"embed": ("first", C), "hidden": ("hidden", C)}, tied={}
@@ -227,6 +228,14 @@ def test_an_l0_that_still_falls_asks_for_more_steps_and_explains_what_is_too_man
         "L0 still falls: 2 at step 4,500, 1.5 at step 6,000, 25% per quarter of training"
     )
     assert finding.advice == "try train.steps=12000 (now 6000)"
+
+
+def test_an_l0_that_falls_with_the_annealing_of_the_loss_hides_nothing() -> None:
+    history = [{"step": step, "split": "eval", "l0/total": l0} for step, l0 in [(4500, 2.0), (6000, 1.5)]]
+    annealed = dataclasses.replace(SETTINGS, anneals_late=True)
+    shared = changed((1, 1, 0.0), (1, 3, 0.97), (3, 3, 0.98))
+    assert "L0 still falls" in only(evaluation(shared), history=history).symptom
+    assert "features 1 and 3 share subcomponent 3" in only(evaluation(shared), annealed, history).symptom
 
 
 def test_importances_between_on_and_off_ask_for_many_more_steps() -> None:

@@ -121,9 +121,12 @@ def _too_few(evaluation: Evaluation, settings: Settings) -> list[Finding]:
 def _undertrained(
     evaluation: Evaluation, history: symptoms.Rows, checks: Sequence[SiteCheck], settings: Settings
 ) -> list[Finding]:
-    """L0 still falls, or most features have causal importances that are neither on nor off."""
+    """L0 still falls, or most features have causal importances that are neither on nor off.
+
+    A fall counts only under a loss that stays: under one that moves to the end L0 never comes to rest.
+    """
     signs = []
-    fall = symptoms.fall_of_l0(history)
+    fall = None if settings.anneals_late else symptoms.fall_of_l0(history)
     ideal = sum(value for name, value in evaluation.metrics.items() if name.startswith("l0_ideal/"))
     if fall is not None and fall.last > SCARCELY_ANY * ideal:
         signs.append(

@@ -25,6 +25,7 @@ class Settings:
         tied: by module path, the site whose subcomponents it shares.
         measurements: of the target, with their bounds.
         max_tries: of the target's training; None where it is not trained here.
+        anneals_late: a parameter of the loss, and L0 with it, still moves in the last quarter of training.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Settings:
     certified: bool
     measurements: Sequence[Measurement]
     max_tries: int | None
+    anneals_late: bool
 
 
 def more_restarts(settings: Settings) -> str:
