@@ -119,14 +119,6 @@ def test_the_parts_are_as_they_were(toy: Toy) -> None:
         assert parameter.grad is None
 
 
-def test_roots_are_found_without_values(toy: Toy) -> None:
-    config = toy()
-    made = assemble(config, untrained_target(config), CPU)
-    assert made.model.roots == {"embed"}
-    assert made.model.roots_without_values(torch.rand(3, 5)) == {"embed"}
-    assert not any(p.grad is not None for p in made.model.parameters())
-
-
 def test_the_least_time_is_that_of_the_slower_of_products_and_memory() -> None:
     needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=6_000, moved=1_000)
     for matmul, copy, seconds in ((3_000, 1_000, 2.0), (6_000, 250, 4.0)):

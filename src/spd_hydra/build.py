@@ -14,6 +14,7 @@ from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
+from spd_hydra.decomposition.roots import find_roots
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.objective import Objective
@@ -199,7 +200,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     has_values = device.type != "meta"
     require_vectors(model)
     if has_values:
-        model.find_roots(example)
+        model.roots = find_roots(model, example)
     with torch.no_grad():
         positions = _positions(model.activations(model.clean_pass(example)), example, padded=batches.padded)
         model.causal_importances(example)

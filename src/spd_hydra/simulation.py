@@ -18,6 +18,7 @@ from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.build import Parts
 from spd_hydra.compiling import Kernel, compiled_by
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.decomposition.roots import roots_without_values
 from spd_hydra.loss.objective import Objective
 from spd_hydra.optimizer import adamw
 from spd_hydra.planning import Planner
@@ -134,7 +135,7 @@ class _Steps:
         self, parts: Parts, rows: int, example: "_Example", ranks: int, shard: Sharding, *, compile: bool
     ) -> None:
         objective, model, settings = parts.objective, parts.model, parts.config.train
-        model.roots = model.roots_without_values(example(1))
+        model.roots = roots_without_values(model, example(1))
         self.sampler = _Draws(parts, rows, example, compile=compile)
         if compile and compiles_blocks(objective, settings):
             model.compiled_blocks, compile = CompiledBlocks(), False
@@ -304,7 +305,7 @@ def _without_values(objective: Objective, device: torch.device) -> Iterator[None
         return made[id(tensor)]
 
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for module in [*model.modules(), *model.patched.modules(), *objective.adversary.modules()]:
+    for module in [*model.modules(), *model.patched.module.modules(), *objective.adversary.modules()]:
         tables: list[Any] = [module._parameters, module._buffers]
         before += [(own, dict(own)) for own in tables]
     for own, tensors in before:

@@ -259,7 +259,8 @@ class _LossModule(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.model, self.adversary = objective.model, objective.adversary
-        self.patched = objective.model.patched  # shares the target's tensors, which are passed in for both
+        # It shares the target's tensors, which are passed in for both.
+        self.patched = objective.model.patched.module
         self._objective = objective
 
     def forward(

@@ -373,7 +373,7 @@ class Trainer:
 def compiles_blocks(objective: Objective, training: Training) -> bool:
     """Whether blocks are compiled one by one, rather than the step as a whole, if anything is compiled."""
     model, asked = objective.model, training.compile_blocks
-    if model.n_blocks == 0 or model.shares_products or training.replicas > 1:
+    if model.patched.n_blocks == 0 or model.patched.shares_products or training.replicas > 1:
         return False
     return objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
 

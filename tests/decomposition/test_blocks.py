@@ -61,7 +61,7 @@ def mask() -> SiteMask:
 
 
 def runs(of: DecomposedModel) -> list[int]:
-    counted = [module for module in of.patched.modules() if isinstance(module, Counted)]
+    counted = [module for module in of.patched.module.modules() if isinstance(module, Counted)]
     found = [block.runs for block in counted]
     for block in counted:
         block.runs = 0

@@ -17,6 +17,7 @@ from spd_hydra.ci_fn.sigmoid import Sigmoid
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.decomposition.roots import find_roots
 from spd_hydra.factored import dense
 from spd_hydra.model.resid_mlp import MLPLayer, ResidMLPModel
 from spd_hydra.model.tms import TMSModel
@@ -281,7 +282,7 @@ def test_a_layer_that_is_not_routed_acts_on_the_current_input() -> None:
     expected = (perturbed + middle) @ target.last.weight.T + target.last.bias
     torch.testing.assert_close(model(batch, masks), expected)
     reuse = Reuse(clean := model.clean_pass(batch), model.activations(clean), products={})
-    model.find_roots(batch)
+    model.roots = find_roots(model, batch)
     torch.testing.assert_close(model(batch, masks, reuse=reuse), expected)
 
 
@@ -346,7 +347,7 @@ def test_the_target_keeps_its_modules_hooks_and_weights(case: str) -> None:
     modules = dict(target.named_modules())
     model = DecomposedModel(target, make(case).config, MLPCausalImportance(hidden=4), seed=0)
     batch = batch_of(case)
-    model.find_roots(batch)
+    model.roots = find_roots(model, batch)
     model(batch, random_masks(model, (BATCH,))).sum().backward()
     model.causal_importances(batch)
     assert model.target is target
@@ -361,7 +362,7 @@ def test_the_target_keeps_its_modules_hooks_and_weights(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_copy_for_masked_passes_shares_parameters_and_buffers_and_is_not_a_part(case: str) -> None:
     model = make(case)
-    (patched,) = model._patched
+    patched = model.patched.module
     own = {id(t) for t in [*model.target.parameters(), *model.target.buffers()]}
     assert {id(t) for t in [*patched.parameters(), *patched.buffers()]} == own
     assert all(name.split(".")[0] in ("target", "subcomponents", "ci_fn") for name in model.state_dict())
@@ -371,7 +372,7 @@ def test_after_an_exception_in_a_pass_the_model_still_gives_the_clean_output() -
     model, batch = make("sequential"), batch_of("sequential")
     masks = random_masks(model, (BATCH,))
     expected_masked, expected_clean = model(batch, masks), model.target(batch)
-    (patched,) = model._patched
+    patched = model.patched.module
     with pytest.raises(RuntimeError):
         model.clean_pass(torch.randn(2, 99))
     assert torch.equal(patched(batch), expected_clean)
@@ -471,23 +472,6 @@ def test_padding_is_kept_out_of_causal_importances() -> None:
         torch.testing.assert_close(found[name].z[:, :3], wanted[name].z, atol=1e-5, rtol=1e-4)
 
 
-def test_roots_are_the_sites_that_no_other_site_feeds() -> None:
-    for case, roots in {
-        "sequential": {"first"},
-        "parallel": {"left", "right"},
-        "tokens": {"wte"},
-        "tms": {"embed"},
-    }.items():
-        assert make(case).find_roots(batch_of(case)) == roots
-
-
-def test_a_site_fed_by_layers_that_are_not_decomposed_is_a_root() -> None:
-    target, _, _ = CASES["sequential"]
-    config = Decomposition(sites=sites(middle=3))
-    model = DecomposedModel(copy.deepcopy(target), config, MLPCausalImportance(), seed=0)
-    assert model.find_roots(batch_of("sequential")) == {"middle"}
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("roots", [True, False])
 @pytest.mark.parametrize("delta", [True, False])
@@ -496,7 +480,7 @@ def test_reusing_the_clean_pass_changes_neither_values_nor_gradients(
 ) -> None:
     model, batch = make(case), batch_of(case)
     if roots:
-        model.find_roots(batch)
+        model.roots = find_roots(model, batch)
     every = random_masks(model, (BATCH,), delta=delta)
     routed = random_masks(model, (BATCH,), delta=delta, route=True)
     choices = [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spd_hydra import rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import MaskSource
+from spd_hydra.decomposition.roots import find_roots
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
@@ -208,7 +209,8 @@ def test_l0_is_a_mean_over_positions(chain: MakeModel) -> None:
 def test_knowing_the_roots_changes_no_term_and_no_gradient(chain: MakeModel, roots: bool) -> None:
     plain, known = chain(), chain()
     if roots:
-        assert known.find_roots(batch()) == {"first"}
+        known.roots = find_roots(known, batch())
+        assert known.roots == {"first"}
     results = []
     for model in (plain, known):
         own = objective(model, everything())
@@ -308,7 +310,7 @@ def test_the_compiled_step_equals_the_eager_one(
 ) -> None:
     terms = everything().terms()
     model, losses = chain(), LossSet(divergence=divergence, **{name: terms[name] for name in names})
-    model.find_roots(batch())
+    model.roots = find_roots(model, batch())
     own = objective(model, losses)
     steps = [Step(own, compile=compile) for compile in (False, True)]
     for step in (0, 1):  # another p does not need another graph

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spd_hydra import rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.roots import find_roots
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.ascent import Scope, Start, start_sources
 from spd_hydra.loss.divergence import Divergence
@@ -210,7 +211,7 @@ def test_replicas_find_what_each_would_find_alone(chain: MakeModel) -> None:
     x = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(1))
     models = [chain(), chain()]
     for model in models:
-        model.find_roots(x[0])
+        model.roots = find_roots(model, x[0])
     with torch.no_grad():
         for parameter in trained(models[1]):
             parameter.mul_(1.1)

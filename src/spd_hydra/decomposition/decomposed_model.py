@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
-from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, CleanBlocks, run_block
+from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.identities import find_identities
@@ -25,7 +23,7 @@ from spd_hydra.decomposition.masked_site import (
     with_fixed_matrices,
 )
 from spd_hydra.decomposition.masks import SiteMask
-from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
+from spd_hydra.decomposition.patched_target import PatchedTarget
 from spd_hydra.decomposition.sites import check_ties, find_sites
 from spd_hydra.decomposition.subcomponents import (
     Subcomponents,
@@ -33,7 +31,7 @@ from spd_hydra.decomposition.subcomponents import (
     inner_activation,
     weight_delta,
 )
-from spd_hydra.factored import Activation, KeepsFactors, Products, dense, sharing
+from spd_hydra.factored import Activation, Products
 
 
 class CleanPass(NamedTuple):
@@ -54,6 +52,8 @@ class DecomposedModel(nn.Module):
 
     Attributes:
         inits: by site, how V and U start.
+        patched: the copy of the target on which masked passes run; it shares the target's tensors.
+        roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
     Args:
@@ -84,8 +84,7 @@ class DecomposedModel(nn.Module):
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
-        self._switch = Switch()
-        self._patched = (self._patch(),)  # in a tuple: not a submodule
+        self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
@@ -105,12 +104,12 @@ class DecomposedModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A move to another device or precision replaces buffers: the copy has to share the new ones.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._patched = (self._patch(),)
+        self.patched = self._patch()
         return self
 
-    def _patch(self) -> nn.Module:
+    def _patch(self) -> PatchedTarget:
         identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
-        return patched_copy(self.target, self.matrix_names, self._switch, identities)
+        return PatchedTarget(self.target, self.matrix_names, identities)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the trainable parts; the target's stays what it was trained for."""
@@ -127,11 +126,6 @@ class DecomposedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.subcomponents.parameters()).device
-
-    @property
-    def patched(self) -> nn.Module:
-        """The copy of the target on which masked passes run; it shares the target's tensors."""
-        return self._patched[0]
 
     def pieces(self, site: str) -> Subcomponents:
         """The subcomponents of a site: `.V`, `[d_in, C]`, and `.U`, `[C, d_out]`."""
@@ -157,16 +151,6 @@ class DecomposedModel(nn.Module):
         """V and U of the given sites as they are trained, each once: at a tied site those of its source."""
         owners = dict.fromkeys(self.config.tied.get(site, site) for site in sites)
         return [parameter for owner in owners for parameter in self.pieces(owner).parameters()]
-
-    @property
-    def n_blocks(self) -> int:
-        """Blocks of the target: elements of its outermost lists of modules."""
-        return sum(isinstance(module, BlockWrapper) for module in self.patched.modules())
-
-    @property
-    def shares_products(self) -> bool:
-        """Whether masked passes of a batch share products of parameters, see `factored.py`."""
-        return any(isinstance(module, KeepsFactors) for module in self.patched.modules())
 
     def component_parameters(self) -> Iterator[nn.Parameter]:
         """V and U of every site; a tied pair counts once."""
@@ -231,16 +215,16 @@ class DecomposedModel(nn.Module):
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:
-            return self._run(batch, at_site)
+            return self.patched.run(batch, at_site)
         run: AtBlock = run_block
         if torch.is_grad_enabled():
             if self.compiled_blocks is not None and outputs is None:
                 own = with_fixed_matrices(sites) if for_masks else sites
-                run = self._compiled(own, lone=len(masks) == 1)
-            run = self._recomputing(at_site, run) if recompute else run
+                run = self.patched.compiled(self.compiled_blocks, own, lone=len(masks) == 1)
+            run = self.patched.recomputing(at_site, run) if recompute else run
         lone = next(iter(masks)) if len(masks) == 1 else None
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
-        return self._run(batch, at_site, at_block, reuse.products)
+        return self.patched.run(batch, at_site, at_block, reuse.products)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -268,60 +252,6 @@ class DecomposedModel(nn.Module):
             found |= {name: reuse.clean.outputs[name] for name in reuse.clean.blocks.sites_before(*masks)}
         return found
 
-    def _compiled(self, sites: StandIns, *, lone: bool) -> AtBlock:
-        """Runs a block of a pass, compiled by itself.
-
-        The block of a lone masked site runs as it is: there would be as many ways to compile it as it has
-        sites, for the one block among many whose arithmetic is mostly known from the clean pass.
-        """
-        compiled = self.compiled_blocks
-        assert compiled is not None, "asked for"
-
-        def run(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            def whole(tensors: dict[str, Tensor], own: StandIns, args: Any, kwargs: Any) -> Any:
-                with self._switched(standing_in(own), None):
-                    return functional_call(block, tensors, args, kwargs)
-
-            tensors = dict(block.named_parameters()) | dict(block.named_buffers())
-            own = {name: site for name, site in sites.items() if name.startswith(f"{path}.")}
-            if lone and own:
-                return run_block(path, block, args, kwargs)
-            return compiled(path, whole, tensors, own, args, kwargs)
-
-        return run
-
-    def _recomputing(self, at_site: AtSite, run: AtBlock) -> AtBlock:
-        """The same, but the backward pass runs a block again."""
-
-        def at(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            def again() -> Any:
-                # Products that passes share would be there already when the block runs again.
-                with self._switched(at_site, None), sharing({}):
-                    return run(path, block, args, kwargs)
-
-            return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
-
-        return at
-
-    def _run(
-        self,
-        batch: Tensor,
-        at_site: AtSite,
-        at_block: AtBlock | None = None,
-        products: Products | None = None,
-    ) -> Tensor:
-        with self._switched(at_site, at_block), sharing(products):
-            return cast(Tensor, self.patched(batch))
-
-    @contextmanager
-    def _switched(self, at_site: AtSite, at_block: AtBlock | None) -> Iterator[None]:
-        before = self._switch.at_site, self._switch.at_block
-        self._switch.at_site, self._switch.at_block = at_site, at_block
-        try:
-            yield
-        finally:
-            self._switch.at_site, self._switch.at_block = before
-
     @torch.no_grad()
     def clean_pass(self, batch: Tensor) -> CleanPass:
         """The target's own forward pass, with the input and output of every site."""
@@ -336,7 +266,7 @@ class DecomposedModel(nn.Module):
             inputs[name], outputs[name] = x, layer(x)
             return outputs[name]
 
-        output = self._run(batch, at_site, blocks.record)
+        output = self.patched.run(batch, at_site, blocks.record)
         if idle := [name for name in self.site_names if name not in inputs]:
             raise ValueError(f"sites that do not run in the target's forward pass: {idle}; leave them out")
         return CleanPass(output, inputs, outputs, blocks)
@@ -365,44 +295,6 @@ class DecomposedModel(nn.Module):
         activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
         return self.importances(activations, valid=real_positions(batch, positions))
-
-    @torch.no_grad()
-    def find_roots(self, batch: Tensor) -> frozenset[str]:
-        """Find the sites whose input no other site influences, so that their clean quantities can be reused.
-
-        Every site's output is disturbed at once; a site whose input is still bit-identical is a root.
-        """
-        clean = self.clean_pass(batch)
-        seen: dict[str, bool] = {}
-
-        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
-            seen[name] = bool(torch.equal(dense(x), dense(clean.inputs[name])))
-            own = dense(clean.outputs[name])
-            noise = torch.randn(own.shape, generator=rng.generator(0, f"roots/{name}")).to(own)
-            return own + noise * (1 + own.abs().amax())
-
-        self._run(batch, at_site)
-        self.roots = frozenset(name for name, untouched in seen.items() if untouched)
-        return self.roots
-
-    def roots_without_values(self, batch: Tensor) -> frozenset[str]:
-        """What `find_roots` would find, on tensors that need have no values; `roots` stays as it is.
-
-        A site whose input has no gradient from any site's output is a root.
-        """
-        found: set[str] = set()
-
-        def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
-            x = dense(x)
-            if not x.requires_grad:
-                found.add(name)
-            with torch.no_grad():
-                own = dense(layer(x))
-            return own.requires_grad_()
-
-        with torch.enable_grad():
-            self._run(batch, at_site)
-        return frozenset(found)
 
 
 class Reuse(NamedTuple):

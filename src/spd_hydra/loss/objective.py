@@ -123,7 +123,7 @@ class Objective:
     def block_runs(self) -> int:
         """Runs of blocks with a backward pass in a step, at most: how large the graph of a whole step is."""
         passes = sum(term.passes(self.model) for term in self.losses.active_terms().values())
-        return passes * self.model.n_blocks
+        return passes * self.model.patched.n_blocks
 
     def against(self, batch: Tensor, draws: Float[Tensor, "*positions columns"]) -> dict[str, Statistics]:
         """What the adversary climbs: the statistics, on some rows, of the terms that have lasting sources.
@@ -198,7 +198,7 @@ class Objective:
             schedule={},
             target_normaliser=log_normaliser(clean.output) if is_kl else None,
             # Not for toys, with one position per row: their activations are small.
-            at_once=clean.output.dim() > 2 and not self.model.shares_products,
+            at_once=clean.output.dim() > 2 and not self.model.patched.shares_products,
             recompute=self.recompute,
             valid=valid,
         )

@@ -1,0 +1,104 @@
+"""Passes of a target in which something else stands in place of its sites, block by block if so wished."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, run_block
+from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.decomposition.masked_site import StandIns, standing_in
+from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
+from spd_hydra.factored import KeepsFactors, Products, sharing
+
+
+class PatchedTarget:
+    """A copy of the target's module tree that shares its tensors, with wrappers in place of its sites.
+
+    Attributes:
+        module: the copy.
+
+    Args:
+        target: is left as it is.
+        sites: paths of layers.
+        identities: by site, identity matrices to put in front of the modules that the sites are named by.
+    """
+
+    def __init__(
+        self, target: nn.Module, sites: tuple[str, ...], identities: Mapping[str, nn.Module]
+    ) -> None:
+        self._switch = Switch()
+        self.module = patched_copy(target, sites, self._switch, identities)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the target: elements of its outermost lists of modules."""
+        return sum(isinstance(module, BlockWrapper) for module in self.module.modules())
+
+    @property
+    def shares_products(self) -> bool:
+        """Whether masked passes of a batch share products of parameters, see `factored.py`."""
+        return any(isinstance(module, KeepsFactors) for module in self.module.modules())
+
+    def run(
+        self,
+        batch: Tensor,
+        at_site: AtSite,
+        at_block: AtBlock | None = None,
+        products: Products | None = None,
+    ) -> Tensor:
+        """The output for a batch.
+
+        Args:
+            batch: input of the target.
+            at_site: called in place of each site's layer.
+            at_block: called in place of each block; None: they run as they are.
+            products: of parameters, which the passes of a batch share.
+        """
+        with self._switched(at_site, at_block), sharing(products):
+            return cast(Tensor, self.module(batch))
+
+    def compiled(self, blocks: CompiledBlocks, sites: StandIns, *, lone: bool) -> AtBlock:
+        """Runs a block of a pass, compiled by itself.
+
+        The block of a lone masked site runs as it is: there would be as many ways to compile it as it has
+        sites, for the one block among many whose arithmetic is mostly known from the clean pass.
+        """
+
+        def run(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def whole(tensors: dict[str, Tensor], own: StandIns, args: Any, kwargs: Any) -> Any:
+                with self._switched(standing_in(own), None):
+                    return functional_call(block, tensors, args, kwargs)
+
+            tensors = dict(block.named_parameters()) | dict(block.named_buffers())
+            own = {name: site for name, site in sites.items() if name.startswith(f"{path}.")}
+            if lone and own:
+                return run_block(path, block, args, kwargs)
+            return blocks(path, whole, tensors, own, args, kwargs)
+
+        return run
+
+    def recomputing(self, at_site: AtSite, run: AtBlock) -> AtBlock:
+        """The same as `run`, but the backward pass runs a block again."""
+
+        def at(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            def again() -> Any:
+                # Products that passes share would be there already when the block runs again.
+                with self._switched(at_site, None), sharing({}):
+                    return run(path, block, args, kwargs)
+
+            return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
+
+        return at
+
+    @contextmanager
+    def _switched(self, at_site: AtSite, at_block: AtBlock | None) -> Iterator[None]:
+        before = self._switch.at_site, self._switch.at_block
+        self._switch.at_site, self._switch.at_block = at_site, at_block
+        try:
+            yield
+        finally:
+            self._switch.at_site, self._switch.at_block = before

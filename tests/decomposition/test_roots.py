@@ -1,0 +1,54 @@
+"""Which sites are roots, found by disturbing outputs and, without values, by gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spd_hydra.ci_fn.mlp import MLPCausalImportance
+from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.roots import find_roots, roots_without_values
+
+FIND: list[Callable[[DecomposedModel, Tensor], frozenset[str]]] = [find_roots, roots_without_values]
+
+
+class Net(nn.Module):
+    """An embedding, two matrices that read it, and one that reads their sum and a skip past them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.left, self.right, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        last: Tensor = self.last(x + torch.tanh(self.left(x)) + self.right(x) ** 2)
+        return last
+
+
+def roots(find: Callable[[DecomposedModel, Tensor], frozenset[str]], *names: str) -> frozenset[str]:
+    torch.manual_seed(0)
+    sites = {name: SitePattern(pattern=name, C=3) for name in names}
+    model = DecomposedModel(Net(), Decomposition(sites=sites), MLPCausalImportance(hidden=4), seed=0)
+    found = find(model, torch.arange(6))
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    return found
+
+
+@pytest.mark.parametrize("find", FIND)
+def test_a_site_is_a_root_if_no_other_site_feeds_it(
+    find: Callable[[DecomposedModel, Tensor], frozenset[str]],
+) -> None:
+    assert roots(find, "embed", "left", "right", "last") == {"embed"}
+    assert roots(find, "left", "right", "last") == {"left", "right"}
+    assert roots(find, "right", "last") == {"right"}
+
+
+@pytest.mark.parametrize("find", FIND)
+def test_a_site_fed_by_layers_that_are_not_decomposed_is_a_root(
+    find: Callable[[DecomposedModel, Tensor], frozenset[str]],
+) -> None:
+    assert roots(find, "last") == {"last"}
+    assert roots(find, "left") == {"left"}
