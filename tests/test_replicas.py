@@ -38,6 +38,9 @@ CASES = {
         "train.clip_ci_fn=0.02",
     ],
     "identity, shared_mlp": ["experiment=tms_5-2-id", "ci_fn=shared_mlp", "ci_fn.hidden=[8]"],
+    "an identity, which runs before the module that it comes after": [
+        "+decomposition.identities.out={pattern: unembed, C: 4}"
+    ],
     "frequency, vector_mlp": ["ci_fn=vector_mlp", "loss.importance_minimality.beta=0.5"],
     "global_mlp": ["experiment=tms_5-2-id", "ci_fn=global_mlp", "ci_fn.hidden=[8]"],
     "global_transformer": [
@@ -79,6 +82,11 @@ def losses(trainer: Trainer) -> list[float]:
     return [row["loss/total"] for row in trainer.run.read_metrics() if row["split"] == "train"]
 
 
+def train_l0(trainer: Trainer) -> list[dict[str, float]]:
+    rows = [row for row in trainer.run.read_metrics() if row["split"] == "train"]
+    return [{key: row[key] for key in row if key.startswith("l0/")} for row in rows]
+
+
 def assert_close(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert own.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -95,12 +103,14 @@ def test_each_becomes_what_it_would_be_alone(make: Make, words: list[str]) -> No
         assert isinstance(result, Evaluation)
         assert_close(weights(trainer), weights(alone))
         assert losses(trainer) == pytest.approx(losses(alone), rel=1e-4)
+        for own, wanted in zip(train_l0(trainer), train_l0(alone), strict=True):
+            assert own == pytest.approx(wanted, abs=0.02)
         moments = trainer.state()[1], alone.state()[1]
         assert moments[0].keys() == moments[1].keys()
         for name, value in moments[1].items():
             torch.testing.assert_close(moments[0][name], value, rtol=1e-3, atol=1e-6)
-        row, wanted = trainer.run.read_metrics()[-1], alone.run.read_metrics()[-1]
-        assert row.keys() == wanted.keys()
+        last, last_alone = trainer.run.read_metrics()[-1], alone.run.read_metrics()[-1]
+        assert last.keys() == last_alone.keys()
     assert losses(trainers[0]) != losses(trainers[1])
 
 

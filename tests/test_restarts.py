@@ -1,5 +1,6 @@
 """Of several initialisations the one of lowest training loss goes on, as if it had been the only one."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -89,6 +90,20 @@ def test_the_worse_half_ends_at_each_comparison(make: Make) -> None:
     while alone.step < 4:
         alone.train_step()
     assert equal(trainer.model.trainable_state(), alone.model.trainable_state())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 19, 40, 1000])
+def test_every_round_takes_steps_however_few_there_are(make: Make, steps: int) -> None:
+    training = make("train.restarts.number=8", "train.restarts.fraction=0.05", steps=steps).training
+    ends = [0, *(end for _, end in rounds(training))]
+    assert all(start < end <= steps for start, end in itertools.pairwise(ends))
+
+
+def test_a_choice_goes_through_with_fewer_steps_than_rounds(make: Make) -> None:
+    trainer = make("train.restarts.number=8", "train.restarts.fraction=0.05", steps=2)
+    choose(trainer, states_of(trainer))
+    assert [one["steps"] for one in trainer.facts["restarts"]["rounds"]] == [1, 2]
+    assert trainer.step == 2
 
 
 def test_a_comparison_at_the_end_leaves_a_whole_run(make: Make) -> None:

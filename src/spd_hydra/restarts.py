@@ -87,8 +87,10 @@ def rounds(training: Training) -> list[tuple[int, int]]:
     """How many initialisations are trained up to which step, by round; none if there is no choice."""
     number, share = training.restarts.number, training.restarts.fraction
     found: list[tuple[int, int]] = []
-    while number > 1 and (not found or found[-1][1] < training.steps):
-        found.append((number, min(max(1, int(share * training.steps)), training.steps)))
+    end = 0
+    while number > 1 and end < training.steps:
+        end = min(max(end + 1, int(share * training.steps)), training.steps)  # each round takes a step
+        found.append((number, end))
         number, share = math.ceil(number / 2), 2 * share
     return found
 

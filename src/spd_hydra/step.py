@@ -13,6 +13,7 @@ from spd_hydra.compiling import Kernel
 from spd_hydra.loss.base import Statistics
 from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
 from spd_hydra.optimizer import Pieces
+from spd_hydra.places import call
 
 
 class _FlatStep(abc.ABC):
@@ -44,6 +45,11 @@ class _FlatStep(abc.ABC):
             next(values), {name: next(values) for name in terms}, {site: next(values) for site in sites}
         )
         return loss, tuple(values)
+
+    def _numbers(self, loss: StepLoss) -> tuple[Tensor, ...]:
+        """Total, terms and L0 in the order in which `_run` reads them; sites run in an order of their own."""
+        terms, sites = self._objective.losses.active_terms(), self._objective.model.site_names
+        return loss.total.detach(), *(loss.terms[name] for name in terms), *(loss.l0[site] for site in sites)
 
     def _schedule(self, given: Iterator[Tensor]) -> ScheduledValues:
         """What is scheduled, from the first of the tensors that `_flat` was given."""
@@ -122,9 +128,7 @@ class Step(_FlatStep):
         if self._pieces is None:
             gradients = distributed.global_sum(gradients)
         gradients = tuple(gradient.contiguous() for gradient in gradients)
-        terms = [loss.terms[name] for name in self._objective.losses.active_terms()]
-        l0 = [loss.l0[site] for site in self._objective.model.site_names]
-        return loss.total.detach(), *terms, *l0, *gradients
+        return *self._numbers(loss), *gradients
 
 
 class Ascent:
@@ -236,7 +240,7 @@ class StackedStep(_FlatStep):
         frozen = {name: next(given) for name in self._frozen}
 
         def one(own: dict[str, Tensor], batch: Tensor, draws: Tensor) -> StepLoss:
-            loss: StepLoss = functional_call(self._module, own, (batch, draws, schedule))
+            loss: StepLoss = call(self._module, own, (batch, draws, schedule))
             return loss
 
         with sdpa_kernel(SDPBackend.MATH):  # fused attention knows no replica axis
@@ -245,12 +249,7 @@ class StackedStep(_FlatStep):
         gradients = torch.autograd.grad(
             loss.total.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
         )
-        return (
-            loss.total.detach(),
-            *loss.terms.values(),
-            *loss.l0.values(),
-            *(gradient.contiguous() for gradient in gradients),
-        )
+        return *self._numbers(loss), *(gradient.contiguous() for gradient in gradients)
 
 
 class _LossModule(nn.Module):

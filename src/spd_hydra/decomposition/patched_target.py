@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, run_block
@@ -13,6 +12,7 @@ from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.masked_site import StandIns, standing_in
 from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
 from spd_hydra.factored import KeepsFactors, Products, sharing
+from spd_hydra.places import call
 
 
 class PatchedTarget:
@@ -71,7 +71,7 @@ class PatchedTarget:
         def run(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             def whole(tensors: dict[str, Tensor], own: StandIns, args: Any, kwargs: Any) -> Any:
                 with self._switched(standing_in(own), None):
-                    return functional_call(block, tensors, args, kwargs)
+                    return call(block, tensors, args, kwargs)
 
             tensors = dict(block.named_parameters()) | dict(block.named_buffers())
             own = {name: site for name, site in sites.items() if name.startswith(f"{path}.")}
