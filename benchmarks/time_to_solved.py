@@ -106,12 +106,12 @@ def read_timed(folder: Path) -> Timed | None:
     """What a run left in its folder, or None if it did not finish.
 
     Args:
-        folder: holds the wall time and, two levels below, the run directory.
+        folder: holds the wall time and, some levels below, the run directory.
     """
     if not (folder / _WALL).exists():
         return None
     own = json.loads((folder / _WALL).read_text())
-    directory = RunDirectory.view(next(folder.glob("*/*/summary.json")).parent)
+    directory = RunDirectory.view(next(folder.rglob("summary.json")).parent)
     summary = directory.read_summary() or {}
     step = first_solved_step(directory.read_metrics(), summary)
     after = None if step is None else seconds_until(step, own["seconds"], summary)
@@ -130,7 +130,7 @@ def read_timed(folder: Path) -> Timed | None:
 
 def read_all(out: Path) -> list[Timed]:
     """All finished runs below a folder, by experiment, cache and seed."""
-    found = [read_timed(path.parent) for path in out.glob(f"*/*/*/{_WALL}")]
+    found = [read_timed(path.parent) for path in out.rglob(_WALL)]
     runs = [run for run in found if run is not None]
     return sorted(runs, key=lambda run: (run.experiment, run.compiler != "warm", run.seed))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from spd_hydra.api import decompose, load_run
 from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.config import RunConfig, Task, load_config
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replica_runs import _common_checkpoints
@@ -256,6 +256,12 @@ def test_every_replica_leaves_a_run_that_opens_alone(toy: Toy, capsys: pytest.Ca
         load_run(outcome.run_dir)
     with pytest.raises(ConfigError, match=r"holds 2 replicas"):
         run(compose(["task=analyse", f"run={outcome.run_dir}"]))
+    one = load_run(outcome.run_dir / "1")
+    measured_again = dataclasses.replace(one.config, task=Task.analyse, run=str(outcome.run_dir / "1"))
+    again = run(measured_again).summary
+    kept = ("replicas", "seconds", "steps_per_second", "losses")
+    assert [again[key] for key in kept] == [one.summary[key] for key in kept]
+    assert "MMCS" in capsys.readouterr().out
 
 
 class Killed(BaseException):

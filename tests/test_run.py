@@ -17,6 +17,7 @@ from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
+from spd_hydra.metric.finding import Settings
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.preflight import preflight
 from spd_hydra.result import Outcome, settings_of
@@ -110,22 +111,33 @@ def test_a_diagnosis_that_fails_loses_no_run(
     assert "no diagnosis could be made" in caplog.text
 
 
-@pytest.mark.parametrize(("layers", "tied"), [("tms_5-2", True), ("resid_mlp2", False)])
-def test_advice_knows_the_keys_of_every_site(toy: Toy, layers: str, tied: bool) -> None:
-    config = compose([f"experiment={layers}"])
+def settings_for(*words: str) -> tuple[RunConfig, Settings]:
+    config = compose(list(words))
     parts = preflight(config)
     target = TrainedTarget(
         module=parts.model.target, seed=0, tries=1, loss=0.0, measurements=[], certified=True, cached=True,
         seconds=0.0,
     )  # fmt: skip
-    settings = settings_of(parts, target)
-    assert set(settings.sites) == set(parts.model.site_names)
+    assert set(parts.model.site_names) == set(settings_of(parts, target).sites)
+    return config, settings_of(parts, target)
+
+
+@pytest.mark.parametrize(("layers", "tied"), [("tms_5-2", True), ("resid_mlp2", False)])
+def test_advice_knows_the_keys_of_every_site(layers: str, tied: bool) -> None:
+    config, settings = settings_for(f"experiment={layers}")
     for name, C in settings.sites.values():
         assert config.decomposition.sites[name].C == C
     assert bool(settings.tied) is tied
-    assert settings.importance_coeff == config.loss.importance_minimality.coeff
+    assert settings.sparsity_coeff == config.loss.importance_minimality.coeff
     assert settings.adversary_coeff == (0.3 if layers == "resid_mlp2" else 0)
     assert settings.anneals_late is (layers == "resid_mlp2")
+
+
+def test_advice_knows_which_term_asks_for_sparsity() -> None:
+    smooth = ["loss.importance_minimality.coeff=0", "loss.smooth_l0.coeff=2e-3"]
+    for words, expected in [([], ("importance_minimality", 6e-3)), (smooth, ("smooth_l0", 2e-3))]:
+        _, settings = settings_for("experiment=tms_5-2", *words)
+        assert (settings.sparsity_term, settings.sparsity_coeff) == expected
 
 
 def test_the_summary_repeats_the_last_evaluation(finished: Path) -> None:

@@ -44,7 +44,8 @@ def analyse(config: RunConfig) -> Outcome:
         parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
-        seconds, speed = _times(checkpoint, directory.read_summary() or {})
+        before = directory.read_summary() or {}
+        seconds, speed = _times(checkpoint, before)
         measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
         if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
             # The summary is then of these measurements; a run that may go on keeps its own.
@@ -57,6 +58,7 @@ def analyse(config: RunConfig) -> Outcome:
             seconds=seconds,
             steps_per_second=speed,
             restarts=checkpoint.state["facts"].get("restarts"),
+            replicas=before.get("replicas", 1),
         )
         return Outcome(path, summary)
 

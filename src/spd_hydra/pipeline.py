@@ -115,6 +115,7 @@ class Work:
             steps_per_second=steps_per_second(times),
             restarts=self.trainer.facts.get("restarts"),
             replicas=replicas,
+            tell=replicas == 1,
         )
         self.tracker.log_figures(evaluation.step, drawn)
         return summary

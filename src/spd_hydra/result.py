@@ -48,10 +48,11 @@ def conclude(
     steps_per_second: float | None,
     restarts: Mapping[str, Any] | None,
     replicas: int = 1,
+    tell: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Draw the figures, write summary and report, print the verdict.
+    """Draw the figures, write summary and report, print the verdict if it is to be told.
 
-    Of several replicas that shared their steps, and so these seconds, the verdict is not printed.
+    `replicas` is the number of runs that shared their steps, and so these seconds.
 
     Returns:
         The summary, and the files of the figures by name.
@@ -62,7 +63,7 @@ def conclude(
         evaluation,
         target_facts(target),
         diagnosis=_diagnosed(parts, target, evaluation, history),
-        cosine_decides=parts.known is not None and parts.known.cosine_decides,
+        cosine_decides=parts.known is not None and parts.known.cosine_decides and evaluation.mmcs is not None,
         seconds=seconds,
         steps_per_second=steps_per_second,
         restarts=restarts,
@@ -87,7 +88,7 @@ def conclude(
             environment=directory.read_environment(),
             warnings=() if target.certified else ("The target is not certified.",),
         )
-    if replicas == 1:
+    if tell:
         say(report.verdict_table(summary, path))
     return summary, {figure.name: figure.path for figure in drawn}
 
@@ -106,13 +107,16 @@ def _diagnosed(
 def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
     """What the run was given, as far as a diagnosis refers to it."""
     config = parts.config
+    is_smooth = config.loss.importance_minimality.coeff == 0 < config.loss.smooth_l0.coeff
+    sparsity_term = "smooth_l0" if is_smooth else "importance_minimality"
     patterns, model = config.decomposition.sites, config.model
     groups = site_groups(parts.model.matrix_names, patterns)
     names = {site: name for name, sites in groups.items() for site in sites}
     return Settings(
         steps=config.train.steps,
         restarts=config.train.restarts.number,
-        importance_coeff=config.loss.importance_minimality.coeff,
+        sparsity_term=sparsity_term,
+        sparsity_coeff=config.loss.terms()[sparsity_term].coeff,
         adversary_coeff=config.loss.pgd_recon_subset.coeff,
         lr=config.train.lr,
         clip_ci_fn=config.train.clip_ci_fn,

@@ -63,16 +63,23 @@ def test_what_came_after_an_evaluation_is_taken_off_the_time_of_the_process() ->
     )
 
 
-def _leave(out: Path, seed: int, wall: float, summary: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    folder = out / "tms_5-2-id" / "warm" / str(seed)
-    run = folder / "tms_5-2-id" / "2026-01-02_03-04-05_abcdef"
+def _leave(
+    out: Path,
+    seed: int,
+    wall: float,
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    experiment: str = "tms_5-2-id",
+) -> None:
+    folder = out / experiment / "warm" / str(seed)
+    run = folder / experiment / "2026-01-02_03-04-05_abcdef"
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text("name: tms_5-2-id\n")
+    (run / "config.yaml").write_text(f"name: {experiment}\n")
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = {"experiment": "tms_5-2-id", "seed": seed, "compiler": "warm", "seconds": wall,
-            "overrides": ["experiment=tms_5-2-id", f"seed={seed}"]}  # fmt: skip
+    told = {"experiment": experiment, "seed": seed, "compiler": "warm", "seconds": wall,
+            "overrides": [f"experiment={experiment}", f"seed={seed}"]}  # fmt: skip
     (folder / "wall.json").write_text(json.dumps(told))
 
 
@@ -91,6 +98,11 @@ def test_the_table_has_medians_over_finished_runs_and_says_how_many_never_got_th
         "49.5 s (39.0 s to 60.0 s), 1 never", "2,500 (2,000 to 3,000)", "4.0 s (4.0 s to 4.0 s)",
         "2.0 s (2.0 s to 2.0 s)", "30.0 s (30.0 s to 30.0 s)", "3.0 s (3.0 s to 3.0 s)",
     ]  # fmt: skip
+
+
+def test_experiments_in_a_folder_of_their_own_are_read_too(tmp_path: Path) -> None:
+    _leave(tmp_path, 0, 50.0, SUMMARY, [_row(2000, 0, 0)], experiment="paper/tms_5-2")
+    assert [(run.experiment, run.wall) for run in read_all(tmp_path)] == [("paper/tms_5-2", 50.0)]
 
 
 def test_a_finished_run_is_not_repeated_and_one_with_other_overrides_is_refused(tmp_path: Path) -> None:

@@ -76,3 +76,9 @@ def test_importances_outside_the_unit_interval_fall_into_the_outer_bins() -> Non
     histogram = counted(torch.tensor([[-0.01, 1.02]])).sites["site"].histogram
     assert histogram[0] == 1
     assert histogram[-1] == 1
+
+
+def test_the_histogram_counts_more_values_than_float32_can() -> None:
+    n = 2**24 + 3
+    histogram = counted(torch.zeros(1, 1).expand(n, 1)).sites["site"].histogram
+    assert histogram[0] == n

@@ -24,7 +24,8 @@ from spd_hydra.model.base import Measurement
 N, C = 5, 8
 RIGHT = np.eye(N, C)
 SETTINGS = Settings(
-    steps=6000, restarts=1, importance_coeff=3e-3, adversary_coeff=0.0, lr=1e-3, clip_ci_fn=None,
+    steps=6000, restarts=1, sparsity_term="importance_minimality", sparsity_coeff=3e-3, adversary_coeff=0.0,
+    lr=1e-3, clip_ci_fn=None,
     certified=True, measurements=[],
     sites={"embed": ("first", C), "unembed": ("second", C)}, tied={"unembed": "embed"}, max_tries=100,
     anneals_late=False,
@@ -149,8 +150,14 @@ def test_an_l0_far_above_the_ideal_asks_for_a_higher_coefficient(l0: float, coef
 
 def test_a_coefficient_of_nothing_is_not_doubled() -> None:
     several = np.ones((N, C))
-    finding = only(evaluation(several), dataclasses.replace(SETTINGS, importance_coeff=0.0))
+    finding = only(evaluation(several), dataclasses.replace(SETTINGS, sparsity_coeff=0.0))
     assert "loss.importance_minimality.coeff=0.001 (now 0)" in finding.advice
+
+
+def test_advice_on_sparsity_names_the_term_that_is_trained_on() -> None:
+    smooth = dataclasses.replace(SETTINGS, sparsity_term="smooth_l0")
+    assert "too low: try loss.smooth_l0.coeff=" in only(evaluation(np.ones((N, C))), smooth).advice
+    assert "too high: try loss.smooth_l0.coeff=" in only(evaluation(np.zeros((N, C))), smooth).advice
 
 
 def test_too_small_a_c_names_every_tied_key_and_nothing_that_follows_from_it() -> None:

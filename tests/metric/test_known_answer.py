@@ -120,6 +120,15 @@ def test_nothing_is_solved_where_no_site_with_a_known_answer_is_decomposed() -> 
     assert not verdict.holds(TOLERANCE)
 
 
+def test_where_no_site_with_known_directions_is_decomposed_the_checks_alone_decide() -> None:
+    two_needed = WEIGHT.T @ torch.tensor([[1.0, 0, 0, 0, 0], [0, 0.5, 0, 0, 0]])
+    model = decomposed(["unembed"], {"unembed": two_needed})
+    for expected in (2, 3):
+        verdict = compare(model, known(identity={}, dense={"unembed": expected}))
+        assert verdict.recovery is None
+        assert verdict.holds(TOLERANCE) is (expected == 2)
+
+
 def test_dense_sites_are_checked_for_their_number() -> None:
     importance = torch.zeros(N, N + 2)
     importance[:, 1:3] = 1

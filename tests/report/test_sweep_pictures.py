@@ -95,6 +95,14 @@ def test_near_values_have_a_plain_axis_and_experiments_a_line_each() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
 
 
+def test_an_ideal_l0_that_the_varied_number_moves_is_drawn_from_value_to_value() -> None:
+    rows = [row(0), row(1), row(2)]
+    rows[1].numbers["l0_ideal.a"] = 1.0
+    figure = draw_range({"one": {0.1: [rows[0]], 0.2: [rows[1]], 0.3: [rows[2]]}}, "x")
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[1].lines]
+    assert ([0.1, 0.2, 0.3], [0.25, 1.0, 0.25]) in drawn
+
+
 def test_l0_is_that_of_the_sites_whose_ideal_is_known() -> None:
     unknown = SweepRow(job=0, state="done", numbers={"l0": 3.0, "l0.a": 3.0})
     assert l0_of([row(0), unknown, SweepRow(job=1, state="done")]) == [0.5, 3.0]

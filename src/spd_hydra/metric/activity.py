@@ -10,6 +10,7 @@ from torch import Tensor
 from spd_hydra import distributed
 
 BINS = 50
+_MOST_COUNTED = 2**24  # at a time
 
 
 class SiteActivity(NamedTuple):
@@ -44,7 +45,7 @@ class Activity:
                 g.sum(0),
                 (g > self.threshold).float().sum(0),
                 g.amax(0),
-                torch.histc(g.clamp(0, 1), bins=BINS, min=0, max=1),
+                _histogram(g),
             )
             old = self.sites.get(site)
             if old is not None:
@@ -82,3 +83,12 @@ class Activity:
     def alive(self) -> dict[str, int]:
         """Number of subcomponents that are active anywhere in the data, by site."""
         return {name: int((site.peak > self.threshold).sum()) for name, site in self.sites.items()}
+
+
+def _histogram(g: Float[Tensor, "positions C"]) -> Float[Tensor, " bins"]:
+    """How many values are in each of `BINS` equal parts of [0, 1], whose ends count too.
+
+    In parts, added in double precision: `torch.histc` counts in float32, in which 2²⁴ + 1 is 2²⁴.
+    """
+    parts = torch.split(g.clamp(0, 1).flatten(), _MOST_COUNTED)
+    return torch.stack([torch.histc(part, bins=BINS, min=0, max=1).double() for part in parts]).sum(0)

@@ -73,6 +73,7 @@ def evaluate(
     activity, totals = activity.over_ranks(), over_ranks(totals)
     losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
+    recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
     metrics = _metrics(objective, losses, activity, verdict) | agreement_metrics(contributions)
     if ablations is not None and ablated is not None:
@@ -85,9 +86,9 @@ def evaluate(
         sites={site: _site(model, site, activity, verdict, known) for site in model.site_names},
         checks=verdict.checks if verdict else [],
         contributions=contributions,
-        mmcs=verdict.recovery.mmcs if verdict else None,
-        ml2r=verdict.recovery.ml2r if verdict else None,
-        ml2r_plain=verdict.recovery.ml2r_plain if verdict else None,
+        mmcs=recovery.mmcs if recovery else None,
+        ml2r=recovery.ml2r if recovery else None,
+        ml2r_plain=recovery.ml2r_plain if recovery else None,
         solved=certified and verdict.holds(TOLERANCE) if verdict else None,
         strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict else None,
     )
@@ -107,11 +108,8 @@ def _metrics(
             f"recovery/{check.name}_error_{check.tolerance:g}/{check.site}": float(check.error)
             for check in verdict.checks
         }
-        metrics |= {
-            "recovery/mmcs": verdict.recovery.mmcs,
-            "recovery/ml2r": verdict.recovery.ml2r,
-            "recovery/ml2r_plain": verdict.recovery.ml2r_plain,
-        }
+        if verdict.recovery is not None:
+            metrics |= {f"recovery/{name}": value for name, value in verdict.recovery._asdict().items()}
         if len(verdict.per_site) > 1:
             for site, own in verdict.per_site.items():
                 metrics |= {f"recovery/mmcs/{site}": own.mmcs, f"recovery/ml2r/{site}": own.ml2r}

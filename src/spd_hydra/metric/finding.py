@@ -21,6 +21,7 @@ class Settings:
 
     Attributes:
         sites: by module path, the site's name in the configuration and its C.
+        sparsity_term: what asks for few subcomponents, `importance_minimality` or `smooth_l0`.
         adversary_coeff: of `pgd_recon_subset`.
         tied: by module path, the site whose subcomponents it shares.
         measurements: of the target, with their bounds.
@@ -30,7 +31,8 @@ class Settings:
 
     steps: int
     restarts: int
-    importance_coeff: float
+    sparsity_term: str
+    sparsity_coeff: float
     adversary_coeff: float
     lr: float
     clip_ci_fn: float | None

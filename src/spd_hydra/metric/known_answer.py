@@ -30,25 +30,25 @@ class Probe(NamedTuple):
 class Verdict:
     """Checks at both tolerances, recovery of the columns, and what follows from them.
 
-    `recovery` is the mean over the sites with known directions (TMS: the embedding alone), `per_site`
-    that of each. `order` lists subcomponents with the matched or heaviest ones first.
+    `recovery` is the mean over the sites with known directions (TMS: the embedding alone), None where none of
+    them is decomposed, `per_site` that of each. `order` lists subcomponents with the matched or heaviest ones first.
     """
 
     checks: list[SiteCheck]
-    recovery: Recovery
+    recovery: Recovery | None
     per_site: dict[str, Recovery]
     probes: dict[str, Probe]
     order: dict[str, np.ndarray]
     cosine_decides: bool
 
     def holds(self, tolerance: float) -> bool:
-        """Whether every check passes at this tolerance and, where they decide, MMCS and ML2R do too.
+        """Whether every check passes at this tolerance and, where they decide and are known, MMCS and ML2R too.
 
         Never where no site with a known answer is decomposed.
         """
         errors = [check.error for check in self.checks if check.tolerance == tolerance]
         checks_pass = bool(errors) and not any(errors)
-        if not self.cosine_decides:
+        if not self.cosine_decides or self.recovery is None:
             return checks_pass
         cosines_pass = self.recovery.mmcs >= LEAST_MMCS and abs(self.recovery.ml2r - 1) <= LARGEST_ML2R_ERROR
         return checks_pass and cosines_pass
@@ -102,8 +102,8 @@ def _site_recovery(model: DecomposedModel, site: str, known: KnownAnswer) -> Rec
     return recovery(model.weight(site).float(), pieces.V.float(), pieces.U.float(), directions.float())
 
 
-def _mean(per_site: Mapping[str, Recovery]) -> Recovery:
+def _mean(per_site: Mapping[str, Recovery]) -> Recovery | None:
     """Mean over sites: one embedding for TMS, every layer's input matrix for ResidMLP."""
     if not per_site:
-        return Recovery(float("nan"), float("nan"), float("nan"))
+        return None
     return Recovery(*(float(np.mean(values)) for values in zip(*per_site.values(), strict=True)))

@@ -15,7 +15,6 @@ SEVERAL = 2.0
 # interference lies above it.
 FAR_ABOVE_IDEAL = 2.0
 FACTOR, LARGE_FACTOR = 2, 10  # of a change; the large one where a factor of two would change little
-COEFF = "loss.importance_minimality.coeff"
 ADVERSARY = "loss.pgd_recon_subset.coeff"
 # Of resid_mlp2's preset. With 0.5 and more a site that should have a subcomponent for each feature kept one,
 # for long or for good, that nearly all of them need.
@@ -49,7 +48,7 @@ def worst(
 
 def too_high(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features that nothing is important for, or a dense site that needs too few subcomponents."""
-    g, coeff = _probe(evaluation, check), settings.importance_coeff
+    g, coeff = _probe(evaluation, check), settings.sparsity_coeff
     seen = identity_symptoms(g) if check.name == "identity" else None
     missing = len(seen.unserved) if seen else check.expected - needed(g, check.expected)
     if missing <= 0 or coeff == 0:
@@ -64,13 +63,13 @@ def too_high(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Ca
     factor = FACTOR
     if g.max() <= TOLERANCE:
         factor, symptom = LARGE_FACTOR, f"no subcomponent is needed by any feature (largest g {g.max():.2f})"
-    advice = f"the coefficient is too high: try {COEFF}={coeff / factor:g} (now {coeff:g})"
+    advice = f"the coefficient is too high: try {_sparsity(settings)}={coeff / factor:g} (now {coeff:g})"
     return _case(missing / check.expected, check, symptom, advice)
 
 
 def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features with several subcomponents each, an L0 far above the ideal one, a dense site with too many."""
-    g, coeff = _probe(evaluation, check), settings.importance_coeff
+    g, coeff = _probe(evaluation, check), settings.sparsity_coeff
     signs, factor = [], FACTOR
     if check.name == "identity":
         seen = identity_symptoms(g)
@@ -89,7 +88,7 @@ def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Cas
         signs += [] if is_told else [_dense_symptom(evaluation, check)]
     if not signs:
         return None
-    wanted = f"{COEFF}={factor * coeff if coeff else 1e-3:g} (now {coeff:g})"
+    wanted = f"{_sparsity(settings)}={factor * coeff if coeff else 1e-3:g} (now {coeff:g})"
     return _case(strength, check, "; ".join(signs), f"the coefficient is too low: try {wanted}")
 
 
@@ -140,6 +139,10 @@ def alone(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case 
     wanted = FACTOR * adversary or FIRST_ADVERSARY
     advice = f"an adversary takes such away: try {ADVERSARY}={wanted:g} (now {adversary:g})"
     return _case(len(found) / check.expected, check, symptom, advice)
+
+
+def _sparsity(settings: Settings) -> str:
+    return f"loss.{settings.sparsity_term}.coeff"
 
 
 def _dense_symptom(evaluation: Evaluation, check: SiteCheck) -> str:

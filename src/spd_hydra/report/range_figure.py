@@ -37,9 +37,7 @@ def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
         colour, shift = colour_of(index), (index - (len(lines) - 1) / 2) * ASIDE
         _draw_solved(axes[0], line, {value: _aside(value, everywhere, shift) for value in values}, colour)
         _draw_means(axes[1], [l0_of(line[value]) for value in values], values, colour)
-        ideals = [ideal for rows in line.values() for row in rows if (ideal := ideal_l0(row)) is not None]
-        if ideals:
-            axes[1].axhline(ideals[0], color=colour, linewidth=1.1, linestyle=KNOWN)
+        _draw_ideals(axes[1], line, values, colour)
         for key, marker in (("mmcs", "o"), ("ml2r", "^")):
             found = [[row.numbers[key] for row in line[value] if key in row.numbers] for value in values]
             _draw_means(axes[2], found, values, colour, marker)
@@ -84,6 +82,16 @@ def _aside(value: float, values: Sequence[float], shift: float) -> float:
     if _is_logarithmic(values):
         return float(value * (values[-1] / values[0]) ** shift)
     return value + shift * (values[-1] - values[0])
+
+
+def _draw_ideals(axes: "Axes", line: Line, values: Sequence[float], colour: str) -> None:
+    """The ideal L0: over the whole panel, or, where the number that is varied moves it, from value to value."""
+    ideals = [[ideal for row in line[value] if (ideal := ideal_l0(row)) is not None] for value in values]
+    known = [(value, own[0]) for value, own in zip(values, ideals, strict=True) if own]
+    if len({ideal for _, ideal in known}) == 1:
+        axes.axhline(known[0][1], color=colour, linewidth=1.1, linestyle=KNOWN)
+    elif known:
+        axes.plot(*zip(*known, strict=True), color=colour, linewidth=1.1, linestyle=KNOWN)
 
 
 def _draw_solved(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
