@@ -31,7 +31,8 @@ class Verdict:
     """Checks at both tolerances, recovery of the columns, and what follows from them.
 
     `recovery` is the mean over the sites with known directions (TMS: the embedding alone), None where none of
-    them is decomposed, `per_site` that of each. `order` lists subcomponents with the matched or heaviest ones first.
+    them is decomposed, `per_site` that of each. `order` lists subcomponents with the matched or heaviest ones
+    first.
     """
 
     checks: list[SiteCheck]
@@ -42,7 +43,7 @@ class Verdict:
     cosine_decides: bool
 
     def holds(self, tolerance: float) -> bool:
-        """Whether every check passes at this tolerance and, where they decide and are known, MMCS and ML2R too.
+        """Whether every check passes at this tolerance and, where known and asked for, MMCS and ML2R too.
 
         Never where no site with a known answer is decomposed.
         """

@@ -85,7 +85,7 @@ def _aside(value: float, values: Sequence[float], shift: float) -> float:
 
 
 def _draw_ideals(axes: "Axes", line: Line, values: Sequence[float], colour: str) -> None:
-    """The ideal L0: over the whole panel, or, where the number that is varied moves it, from value to value."""
+    """The ideal L0: across the panel, or, where the number that is varied moves it, from value to value."""
     ideals = [[ideal for row in line[value] if (ideal := ideal_l0(row)) is not None] for value in values]
     known = [(value, own[0]) for value, own in zip(values, ideals, strict=True) if own]
     if len({ideal for _, ideal in known}) == 1:
