@@ -177,7 +177,7 @@ def test_what_is_local_is_saved_with_its_whole_path(
     (tmp_path / "here" / "held_out.md").write_text("C\n\nD")
     monkeypatch.chdir(tmp_path / "here")
     names = ["model.name=gpt2", "data.name='*.txt'", "data.eval_name=held_out.md", "data.tokenizer=tokens"]
-    config = config_of(tmp_path, *names, "data.token_column=null")
+    config = config_of(tmp_path, *names, "data.token_column=null", "data.pack=false")
     begin_or_go_on(config, "../runs/0", None)
     monkeypatch.chdir(tmp_path)
     saved = load_config(tmp_path / "runs" / "0" / "config.yaml")
@@ -218,8 +218,9 @@ def cache_tokenizer(tmp_path: Path, hub: Path, commit: str, *, end: str) -> None
 
 
 def with_tokenizer(tmp_path: Path, *overrides: str) -> RunConfig:
-    """Of text that is already token ids; the tokenizer ends and shows it."""
-    return config_of(tmp_path, "model.revision=main", f"data.tokenizer={TOKENIZER}", *overrides)
+    """Of text that is already token ids, as the target has fewer than the tokenizer, which shows it."""
+    words = ["model.revision=main", f"data.tokenizer={TOKENIZER}", "data.pack=false"]
+    return config_of(tmp_path, *words, *overrides)
 
 
 def end_of(config: RunConfig) -> list[str] | None:
@@ -262,7 +263,7 @@ def test_a_tokenizer_in_a_directory_has_no_commit(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_a_commit_that_is_not_there_is_named_with_it(tmp_path: Path, hub: Path) -> None:
     cache_tokenizer(tmp_path, hub, COMMIT, end="<first>")
-    config = with_tokenizer(tmp_path, f"data.tokenizer_revision={LATER}")
+    config = with_tokenizer(tmp_path, f"data.tokenizer_revision={LATER}", "data.pack=true")
     with pytest.raises(ConfigError, match=rf"^data\.tokenizer: got {TOKENIZER} at {LATER}, which is not in"):
         config.data.bind(config.model)
 

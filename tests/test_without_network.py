@@ -50,7 +50,8 @@ def test_a_model_of_the_hub_that_is_in_the_cache_is_run_without_asking_the_hub(
     words = [
         *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
         *("model.name=owner/model", f"data.name={tmp_path / 'text.txt'}", "data.length=12"),
-        *(f"data.cache_dir={tmp_path}", *(() if own_tokenizer else ("data.tokenizer=owner/tokenizer",))),
+        *(f"data.cache_dir={tmp_path}", "data.pack=false"),  # the target has no token for an end
+        *(() if own_tokenizer else ("data.tokenizer=owner/tokenizer",)),
     ]
     with caplog.at_level(logging.INFO):
         path = run(compose(words)).run_dir

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.reader import ReaderSpec, save_byte_tokenizer
+from tests.data.reader import ReaderSpec
 from tests.data.test_tokens import TEXTS, WRITERS, all_documents, texts_of, tokens
 
 from spd_hydra.data.library import without_network
@@ -17,20 +17,6 @@ from spd_hydra.data.tokens import Tokens
 from spd_hydra.section import ConfigError
 
 NEW = [f"another text {number}" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> ReaderSpec:
-    """A target of 257 tokens with a tokenizer of bytes."""
-    return ReaderSpec(tokenizer=str(save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    return tmp_path / "hf"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spd_hydra.data.packing import Layout, fingerprint, is_held_out, write_rows
+from spd_hydra.data.packing import Layout, Tally, fingerprint, is_held_out, write_rows
 from spd_hydra.section import ConfigError
 
 
@@ -20,9 +20,27 @@ def rows(layout: Layout, texts: list[np.ndarray], at_once: int = 1 << 20) -> lis
 @pytest.mark.parametrize("at_once", [1, 4, 1000])
 def test_packed_rows_are_the_documents_with_an_end_behind_each_cut_where_they_are_full(at_once: int) -> None:
     layout = Layout(length=4, pack=True, end=9, vocab_size=10)
-    texts = documents([1, 2, 3], [], [4], [5, 6, 7, 8, 1, 2])
-    # 1 2 3 9 | 9 4 9 5 | 6 7 8 1 | 2 9, which is not full
-    assert rows(layout, texts, at_once) == [[1, 2, 3, 9], [9, 4, 9, 5], [6, 7, 8, 1]]
+    texts = documents([1, 2, 3], [4], [5, 6, 7, 8, 1, 2])
+    # 1 2 3 9 | 4 9 5 6 | 7 8 1 2 | 9, which is not full
+    assert rows(layout, texts, at_once) == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 1, 2]]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_documents_without_tokens_leave_no_trace(pack: bool) -> None:
+    layout = Layout(length=3, pack=pack, end=9 if pack else None, vocab_size=10)
+    texts = [[1, 2], [3, 4, 5], [6, 7]]
+    with_empty = documents([], texts[0], [], [], texts[1], texts[2], [])
+    assert rows(layout, with_empty) == rows(layout, documents(*texts))
+
+
+@pytest.mark.parametrize(("pack", "n_rows"), [(True, 3), (False, 2)])
+def test_a_tally_counts_documents_with_tokens_these_tokens_and_rows(pack: bool, n_rows: int) -> None:
+    layout = Layout(length=3, pack=pack, end=9 if pack else None, vocab_size=10)
+    tally = Tally()
+    for _ in layout.rows(documents([1, 2], [], [3], [4, 5, 6, 7]), tally, at_once=1):
+        pass
+    # Packed 1 2 9 | 3 9 4 | 5 6 7 | 9; else [3] has no next token.
+    assert tally == Tally(documents=3, tokens=7, rows=n_rows)
 
 
 def test_without_an_end_documents_follow_each_other() -> None:
@@ -44,7 +62,8 @@ def test_unpacked_rows_are_one_document_each_cut_or_padded_with_minus_one(at_onc
 def test_a_file_holds_every_id_and_padding(pack: bool, vocab_size: int, dtype: str, tmp_path: Path) -> None:
     layout = Layout(length=2, pack=pack, end=None, vocab_size=vocab_size)
     assert layout.dtype == np.dtype(dtype)
-    assert write_rows(tmp_path / "rows", documents([vocab_size - 1, 0, 1, 2]), layout) == (2 if pack else 1)
+    tally = write_rows(tmp_path / "rows", documents([vocab_size - 1, 0, 1, 2]), layout)
+    assert tally.rows == (2 if pack else 1)
     assert np.fromfile(tmp_path / "rows", dtype)[:2].tolist() == [vocab_size - 1, 0]
 
 

@@ -9,18 +9,17 @@ import torch
 from spd_hydra import rng
 from spd_hydra.data.packing import Layout
 from spd_hydra.data.token_batches import TokenBatches
-from spd_hydra.data.token_store import TRAIN, open_or_make, write_store
+from spd_hydra.data.token_store import HELD_OUT, TRAIN, open_or_make, write_store
 from spd_hydra.sampler import Sampler
 
 ROWS = 101
 
 
-@pytest.fixture
-def batches(tmp_path: Path) -> TokenBatches:
-    """Rows [n, n] for n = 0 … 100."""
+def batches_of(part: str, tmp_path: Path) -> TokenBatches:
+    """Rows [n, n], for n = 0 … 100 to train on and n = 500 … 504 held out."""
     layout = Layout(length=2, pack=True, end=None, vocab_size=1000)
     documents = [np.array([number, number]) for number in range(ROWS)]
-    held_out = [np.array([500, 500])]
+    held_out = [np.array([number, number]) for number in range(500, 505)]
 
     def open_store() -> object:
         return open_or_make(
@@ -29,12 +28,18 @@ def batches(tmp_path: Path) -> TokenBatches:
 
     return TokenBatches(
         digest="a",
-        part=TRAIN,
+        part=part,
         length=2,
         padded=False,
         open_store=open_store,
         load_tokenizer=lambda: None,
     )
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> TokenBatches:
+    """Rows [n, n] for n = 0 … 100."""
+    return batches_of(TRAIN, tmp_path)
 
 
 def sampled(batches: TokenBatches, steps: range, *, size: int, ranks: int = 1, seed: int = 0) -> list[int]:
@@ -78,6 +83,27 @@ def test_ranks_read_disjoint_shards_of_the_batch_that_one_process_reads(batches:
 def test_a_restart_in_the_middle_of_an_epoch_goes_on_where_it_was(batches: TokenBatches) -> None:
     whole = sampled(batches, range(20), size=8)
     assert whole[: 5 * 8] + sampled(batches, range(5, 20), size=8) == whole
+
+
+def test_held_out_rows_that_come_again_are_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = batches_of(HELD_OUT, tmp_path)
+    assert sorted(sampled(held_out, range(1), size=5)) == [500, 501, 502, 503, 504]
+    assert caplog.messages == []
+    sampled(held_out, range(4), size=4)
+    assert caplog.messages == [
+        "data: only 5 held-out rows of 2 tokens, and evaluations ask for more: rows are measured "
+        "several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
+        "or eval.batch_size"
+    ]
+
+
+def test_epochs_of_training_are_nothing_to_tell_of(
+    batches: TokenBatches, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampled(batches, range(3), size=ROWS)
+    assert caplog.messages == []
 
 
 def test_a_check_before_the_run_reads_nothing(batches: TokenBatches, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,25 +42,66 @@ def test_held_out_documents_that_are_trained_on_are_left_out_and_counted(
     assert "2 of 5 held-out documents are also among those to train on; they are left out" in caplog.text
 
 
+def test_an_empty_document_on_both_sides_is_no_overlap(tmp_path: Path) -> None:
+    empty = np.array([], dtype=np.int64)
+    store = write_store(
+        tmp_path, LAYOUT, lambda: [*texts(1)(), empty], lambda: [empty, *texts(2)(), empty], 0.5
+    )
+    assert store.facts["overlap"] == 0
+    assert store.facts["rows"] == {TRAIN: 1, HELD_OUT: 1}
+
+
 def test_where_all_held_out_documents_are_trained_on_nothing_can_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"data.eval_split or data.eval_name: not one held-out row after leaving out 2 documents",
+        match=r"^data\.eval_split or data\.eval_name: not one held-out row is left without the 2 documents "
+        r"that are also trained on; name other data$",
     ):
         write_store(tmp_path, LAYOUT, texts(1, 2, 3), texts(1, 2), 0.5)
 
 
-def test_a_text_in_one_piece_has_nothing_to_hold_out(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.eval_fraction: not one held-out row .* data.text_unit="):
-        write_store(tmp_path, LAYOUT, texts(1), None, 1e-9)
+LONG = Layout(length=50, pack=True, end=7, vocab_size=1000)
+PADDED = Layout(length=50, pack=False, end=None, vocab_size=1000)
+ALL, NOTHING = 1 - 1e-9, 1e-9  # shares
 
 
-def test_a_text_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
-    layout = Layout(length=50, pack=True, end=None, vocab_size=1000)
-    with pytest.raises(
-        ConfigError, match=r"data.length: got 50, but the whole text has fewer tokens; take a"
-    ):
-        write_store(tmp_path, layout, texts(1, 2), texts(3), 0.5)
+@pytest.mark.parametrize(
+    ("layout", "own", "held_out", "share", "message"),
+    [
+        (
+            *(LAYOUT, texts(1), None, ALL),
+            "data.eval_fraction: none of 1 documents is left to train on; take more text or another "
+            "data.eval_fraction, for a text in one piece data.text_unit=paragraph or line, or name",
+        ),
+        (
+            *(LAYOUT, texts(1), None, NOTHING),
+            "data.eval_fraction: none of 1 documents is held out; take more",
+        ),
+        (*(LAYOUT, texts(), None, 0.5), "data: no document is left to train on; take more text or"),
+        (*(LAYOUT, texts(), texts(1), 0.5), "data: no document is left to train on; take more text or"),
+        (*(LAYOUT, texts(1), texts(), 0.5), "data: no document is held out; take more text or"),
+        (
+            *(LONG, texts(1, 2), texts(3), 0.5),
+            "data.length: got 50, but all documents left to train on (number: 2) have 4 tokens together; "
+            "take a smaller length, more text, or",
+        ),
+        (
+            *(LONG, texts(*range(30)), texts(31), 0.5),  # 60 tokens and 30 ends
+            "data.length: got 50, but all documents held out (number: 1) have 2 tokens together; take",
+        ),
+        (
+            *(PADDED, lambda: [np.array([1]), np.array([2])], texts(3), 0.5),
+            "data.pack: got false, but none of the documents left to train on (number: 2) has the two tokens "
+            "that a row needs; take longer documents, see data.text_unit, or data.pack=true",
+        ),
+    ],
+)
+def test_where_no_row_is_left_the_message_says_why(
+    layout: Layout, own: Any, held_out: Any, share: float, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        write_store(tmp_path, layout, own, held_out, share)
+    assert str(caught.value).startswith(message)
 
 
 def test_it_is_made_once_and_then_read(tmp_path: Path) -> None:

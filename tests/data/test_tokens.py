@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.data.reader import END, ReaderSpec, save_byte_tokenizer
+from tests.data.reader import END, ReaderSpec
 from tests.model.tiny_hf import saved_model
 
 from spd_hydra import rng
@@ -18,20 +18,6 @@ from spd_hydra.section import ConfigError
 
 TEXTS = [f"text number {number}" for number in range(40)]
 KEY = rng.key(0, "train")
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A target of 257 tokens with a tokenizer of bytes."""
-    directory = save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return ReaderSpec(tokenizer=str(directory))
-
-
-@pytest.fixture(autouse=True)
-def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 def tokens(name: Path | str, tmp_path: Path, **more: Any) -> Tokens:
@@ -244,7 +230,7 @@ def test_a_target_without_tokens_or_without_a_tokenizer_is_refused(tmp_path: Pat
 
 def test_ids_above_what_the_target_knows_are_refused(spec: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl")
-    batches = tokens(tmp_path / "a.jsonl", tmp_path).bind(
+    batches = tokens(tmp_path / "a.jsonl", tmp_path, pack=False).bind(
         ReaderSpec(vocabulary=101, tokenizer=spec.tokenizer)
     )
     with pytest.raises(
@@ -327,23 +313,6 @@ def test_token_columns_of_every_kind_of_list_are_read(kind: str, spec: Any, tmp_
     )
     wanted = sorted("".join(map(chr, row)) for row in rows if row is not None)
     assert all_documents(source, spec) == wanted
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (1, "got ids, which holds no lists of token ids but Value"),
-        ([0.5, 2.0], "got ids, which holds no lists of token ids but List"),
-        ("a text", "got ids, which holds text and no token ids; name it as data.text_column"),
-    ],
-)
-def test_a_column_without_token_ids_is_refused(values: Any, message: str, spec: Any, tmp_path: Path) -> None:
-    import datasets
-
-    datasets.Dataset.from_dict({"ids": [values] * 9}).save_to_disk(tmp_path / "saved")
-    source = tokens(tmp_path / "saved", tmp_path, token_column="ids", text_column=None)
-    with pytest.raises(ConfigError, match=rf"^data\.token_column: {message}"):
-        source.bind(spec)(rng.key(0, "any"), torch.arange(1, dtype=torch.int32))
 
 
 def test_a_split_that_is_not_there_is_named_by_its_key(spec: Any, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from spd_hydra import distributed
 from spd_hydra.metric.evaluation import SiteEvaluation
-from spd_hydra.metric.text import AFTER, BEFORE, TokenResponses, TopContexts, look
+from spd_hydra.metric.text import AFTER, BEFORE, TokenResponses, TopContexts, _without_repeats, look
 
 NAMES = {token: f"t{token}" for token in range(100)}
 
@@ -67,7 +68,10 @@ def test_strongest_tokens_are_those_of_largest_mean_and_then_count() -> None:
     assert found == [("t3", 0.75, 3), ("t9", 0.75, 2), ("t7", 0.5, 2)]
 
 
-def looked(language: ModuleType, **changes: Any) -> Any:
+BATCHES = [torch.tensor([[0, 1, 2], [2, -1, -1]]), torch.tensor([[1, 1, -1], [0, 0, 2]])]
+
+
+def looked(language: ModuleType, batches: list[torch.Tensor] | None = None, **changes: Any) -> Any:
     objective = language.objective_of(language.hand_made())
     zeros = np.zeros((3, 3))
     sites = {
@@ -77,8 +81,7 @@ def looked(language: ModuleType, **changes: Any) -> Any:
         for site, mean in {"embed": np.ones(3), "unembed": np.array([1.0, 0.5, 0.0])}.items()
     }
     settings = {"decode": lambda ids: [f"<{i}>" for i in ids], "subcomponents": 2, "contexts": 4} | changes
-    batches = [torch.tensor([[0, 1, 2], [2, -1, -1]]), torch.tensor([[1, 1, -1], [0, 0, 2]])]
-    return look(objective, batches, sites, **settings)
+    return look(objective, BATCHES if batches is None else batches, sites, **settings)
 
 
 def test_the_heaviest_alive_subcomponents_are_described(language: ModuleType) -> None:
@@ -111,3 +114,23 @@ def test_ids_are_shown_where_nobody_can_decode_them(language: ModuleType) -> Non
 def test_text_that_no_file_could_hold_is_replaced(language: ModuleType) -> None:
     tokens = looked(language, decode=lambda ids: ["\ud800", "b", "c"]).examples[0].tokens
     assert tokens == ["?", "b", "c"]
+
+
+def test_rows_that_come_again_are_looked_at_once(language: ModuleType) -> None:
+    once = looked(language, contexts=100)
+    assert max(len(one.contexts) for own in once.sites.values() for one in own) == 9  # every position
+    again = [*BATCHES, BATCHES[0].flip(0), torch.cat([BATCHES[1], BATCHES[1]])]
+    assert looked(language, again, contexts=100) == once
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(0, [[1, 1], [2, 2], [-1, -1]]), (1, [[-1, -1], [3, 3]])])
+def test_rows_that_an_earlier_rank_has_are_left_to_it(
+    rank: int, kept: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = [torch.tensor([[1, 1], [2, 2], [1, 1]]), torch.tensor([[2, 2], [3, 3]])]
+    of_one_shape = torch.cat([*ranks, torch.tensor([[-1, -1]])])
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "largest", lambda numbers: [3])
+    monkeypatch.setattr(distributed, "side_by_side", lambda own: of_one_shape)
+    found = _without_repeats(torch.split(ranks[rank], 2))
+    assert torch.cat(found).tolist() == kept

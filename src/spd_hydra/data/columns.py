@@ -15,6 +15,7 @@ class Holds(Enum):
     text = "text"
     whole_numbers = "lists of whole numbers"
     other = "something else"
+    unknown = "something"
 
 
 Columns = Mapping[str, Holds]
@@ -26,26 +27,30 @@ def columns_of(features: Mapping[str, Any]) -> dict[str, Holds]:
 
 
 def _holds(feature: Any) -> Holds:
-    if getattr(feature, "dtype", None) in {"string", "large_string"}:
+    if getattr(feature, "dtype", None) in {"string", "large_string", "string_view"}:
         return Holds.text
     inner = str(getattr(getattr(feature, "feature", None), "dtype", ""))
     return Holds.whole_numbers if inner.startswith(("int", "uint")) else Holds.other
 
 
 def columns_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Holds]:
-    """By the first value of each column that tells."""
+    """By the first value of each column that is text or token ids, else by one that is neither."""
     found: dict[str, Holds] = {}
     for row in rows:
         for name, value in row.items():
-            if found.setdefault(name, Holds.other) is Holds.other:
-                found[name] = _kind_of_value(value)
+            known, own = found.setdefault(name, Holds.unknown), kind_of_value(value)
+            if known is Holds.unknown or (known is Holds.other and own is not Holds.unknown):
+                found[name] = own
     return found
 
 
-def _kind_of_value(value: Any) -> Holds:
+def kind_of_value(value: Any) -> Holds:
+    """What a column with this value holds; nulls and empty lists do not tell."""
     if isinstance(value, str):
         return Holds.text
-    are_ids = isinstance(value, list) and value and all(type(one) is int for one in value)
+    if value is None or value == []:
+        return Holds.unknown
+    are_ids = isinstance(value, list) and all(type(one) is int for one in value)
     return Holds.whole_numbers if are_ids else Holds.other
 
 

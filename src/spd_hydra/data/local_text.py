@@ -259,4 +259,9 @@ def _columns_of_table(file: Path) -> Columns:
     """Of a table of comma-separated values, which a stream that is given up would leave open."""
     import pandas
 
-    return columns_of_rows(pandas.read_csv(file, nrows=_ROWS_LOOKED_AT).to_dict("records"))
+    rows = pandas.read_csv(file, nrows=_ROWS_LOOKED_AT).to_dict("records")
+    found = columns_of_rows(rows)
+    if len(rows) < _ROWS_LOOKED_AT:
+        return found
+    # Where these rows are numbers or empty a later one may be text, and then all are.
+    return {name: Holds.unknown if own is Holds.other else own for name, own in found.items()}

@@ -17,9 +17,18 @@ Document = Int[np.ndarray, " tokens"]
 Rows = Int[np.ndarray, "rows length"]
 
 
+@dataclasses.dataclass
+class Tally:
+    """Documents that have tokens, these tokens without the ends of documents, and rows made of them."""
+
+    documents: int = 0
+    tokens: int = 0
+    rows: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How documents become rows.
+    """How documents become rows; those without tokens are left out.
 
     Attributes:
         length: tokens per row.
@@ -40,23 +49,65 @@ class Layout:
         small = self.pack and self.vocab_size <= 1 << 16
         return np.dtype(np.uint16 if small else np.int32)
 
-    def rows(self, documents: Iterable[Document], *, at_once: int = _CHUNK) -> Iterator[Rows]:
+    def rows(
+        self, documents: Iterable[Document], tally: Tally | None = None, *, at_once: int = _CHUNK
+    ) -> Iterator[Rows]:
         """The rows of these documents, as many at a time as hold about `at_once` tokens.
+
+        Args:
+            documents: each of token ids.
+            tally: counts what goes by.
+            at_once: tokens.
 
         Raises:
             ConfigError: a token id is none of the target's.
         """
-        checked = (self._checked(document) for document in documents)
-        return self._packed(checked, at_once) if self.pack else self._padded(checked, at_once)
+        tally = Tally() if tally is None else tally
+        counted = self._counted(documents, tally)
+        for rows in self._packed(counted, at_once) if self.pack else self._padded(counted, at_once):
+            tally.rows += len(rows)
+            yield rows
 
-    def _checked(self, document: Document) -> Document:
-        wrong = document[(document < 0) | (document >= self.vocab_size)]
-        if len(wrong):
-            raise ConfigError(
-                f"data: the text has the token id {wrong[0]}, but the target takes ids below "
-                f"{self.vocab_size}; choose the target's own tokenizer, data.tokenizer=<name or directory>"
+    def _counted(self, documents: Iterable[Document], tally: Tally) -> Iterator[Document]:
+        """Those that have tokens, all of which are the target's."""
+        for document in documents:
+            if not len(document):
+                continue
+            wrong = document[(document < 0) | (document >= self.vocab_size)]
+            if len(wrong):
+                raise ConfigError(
+                    f"data: the text has the token id {wrong[0]}, but the target takes ids below "
+                    f"{self.vocab_size}; choose the target's own tokenizer, "
+                    "data.tokenizer=<name or directory>"
+                )
+            tally.documents += 1
+            tally.tokens += len(document)
+            yield document
+
+    def why_no_row(self, tally: Tally, part: str, others: int = 0) -> str:
+        """Why documents gave no row, for the user.
+
+        Args:
+            tally: of these documents.
+            part: what became of them: `left to train on` or `held out`.
+            others: documents of the same text that are in the other part.
+        """
+        if not tally.documents:
+            none = f"data.eval_fraction: none of {others:,} documents" if others else "data: no document"
+            return (
+                f"{none} is {part}; take more text or another data.eval_fraction, for a text in one piece "
+                "data.text_unit=paragraph or line, or name data to evaluate on, see data.eval_split"
             )
-        return document
+        documents = f"documents {part} (number: {tally.documents:,})"
+        if not self.pack:
+            return (
+                f"data.pack: got false, but none of the {documents} has the two tokens that a row needs; "
+                "take longer documents, see data.text_unit, or data.pack=true"
+            )
+        return (
+            f"data.length: got {self.length}, but all {documents} have {tally.tokens:,} tokens together; "
+            "take a smaller length, more text, or another data.eval_fraction"
+        )
 
     def _packed(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
         end = np.array([] if self.end is None else [self.end], dtype=np.int64)
@@ -92,14 +143,22 @@ class Layout:
             yield np.stack(rows)
 
 
-def write_rows(path: Path, documents: Iterable[Document], layout: Layout) -> int:
+def write_rows(path: Path, documents: Iterable[Document], layout: Layout) -> Tally:
     """Write the rows of documents, one behind the other, and return how many there are."""
-    number = 0
+    tally = Tally()
     with path.open("wb") as file:
-        for rows in layout.rows(documents):
+        for rows in layout.rows(documents, tally):
             rows.astype(layout.dtype).tofile(file)
-            number += len(rows)
-    return number
+    return tally
+
+
+def repeats(rows: int, length: int) -> str:
+    """What to say when more held-out rows are asked for than there are."""
+    return (
+        f"data: only {rows:,} held-out rows of {length} tokens, and evaluations ask for more: rows are "
+        "measured several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
+        "or eval.batch_size"
+    )
 
 
 def fingerprint(document: Document) -> int:

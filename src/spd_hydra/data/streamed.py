@@ -1,6 +1,7 @@
 """Batches of token ids from a text that is read while training goes on, and kept nowhere."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from spd_hydra import rng
 from spd_hydra.data.base import Batches
-from spd_hydra.data.packing import Document, Layout
+from spd_hydra.data.packing import Document, Layout, Tally, repeats
 from spd_hydra.data.tokenizing import decoded
 from spd_hydra.section import ConfigError
 
@@ -61,19 +62,16 @@ class StreamedBatches(Batches):
 
     def _rows(self, key: list[int]) -> Iterator[np.ndarray]:
         """All rows, epoch after epoch."""
-        epoch = 0
-        while True:
-            is_empty = True
+        for epoch in itertools.count():
+            tally = Tally()
             documents = self._documents(rng.derived_seed(0, f"stream/{key}", epoch) % 2**32)
-            for rows in self._layout.rows(documents, at_once=_ROWS_AT_ONCE * self._layout.length):
-                is_empty = False
+            for rows in self._layout.rows(documents, tally, at_once=_ROWS_AT_ONCE * self._layout.length):
                 yield from rows
-            if is_empty:
-                raise ConfigError(
-                    f"data.length: got {self._layout.length}, but the whole text has fewer tokens, or "
-                    "nothing is held out; take a smaller length or more text"
-                )
-            epoch += 1
+            if not tally.rows:
+                part = "held out" if self._remember else "left to train on"
+                raise ConfigError(self._layout.why_no_row(tally, part))
+            if self._remember and epoch == 0:
+                logger.warning(repeats(tally.rows, self._layout.length))
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]

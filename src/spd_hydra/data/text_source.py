@@ -97,6 +97,12 @@ def parts_of(split: str) -> list[str]:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says first, or its name."""
+    from datasets.exceptions import DatasetGenerationError
+
+    if isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the other one says only that there is one
+    if isinstance(error, UnicodeError):
+        return f"{error}; save it as UTF-8"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from spd_hydra import rng
 from spd_hydra.data.base import Batches
-from spd_hydra.data.token_store import TokenStore
+from spd_hydra.data.packing import repeats
+from spd_hydra.data.token_store import HELD_OUT, TokenStore
 from spd_hydra.data.tokenizing import decoded
+
+logger = logging.getLogger(__name__)
 
 OpenStore = Callable[[], TokenStore]
 LoadTokenizer = Callable[[], Any]
@@ -45,6 +49,7 @@ class TokenBatches(Batches):
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
         self._open_store, self._load_tokenizer = open_store, functools.cache(load_tokenizer)
         self._rows: np.ndarray | None = None
+        self._repeats = False
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]
@@ -61,6 +66,9 @@ class TokenBatches(Batches):
             self._rows = self._open_store().rows(self.part)
         number = len(self._rows)
         places = rows.cpu().long()
+        if self.part == HELD_OUT and not self._repeats and int(places.max()) >= number:
+            self._repeats = True
+            logger.warning(repeats(number, self.length))
         found = rng.permuted(key.cpu(), places % number, number, places // number)
         tokens = np.asarray(self._rows[found.numpy()], dtype=np.int64)
         return torch.from_numpy(tokens).to(rows.device)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from spd_hydra import atomic
-from spd_hydra.data.packing import Document, Layout, fingerprint, is_held_out, write_rows
+from spd_hydra.data.packing import Document, Layout, Tally, fingerprint, is_held_out, write_rows
 from spd_hydra.section import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class TokenStore:
 
     Attributes:
         directory: holds `train.bin`, `eval.bin`, `facts.json`.
-        facts: `rows` by part, `length`, `dtype`, `documents`, `overlap`.
+        facts: `rows` by part, `length`, `dtype`, `overlap`.
     """
 
     directory: Path
@@ -94,7 +94,7 @@ def write_store(
         kept: Iterable[Document] = (one for one in documents() if not is_held_out(one, held_out_fraction))
         others: Iterable[Document] = (one for one in documents() if is_held_out(one, held_out_fraction))
     else:
-        wanted = {fingerprint(one) for one in held_out()}
+        wanted = {fingerprint(one) for one in held_out() if len(one)}
         shared = wanted.intersection(fingerprint(one) for one in documents())
         kept = iter(documents())
         others = (one for one in held_out() if fingerprint(one) not in shared)
@@ -106,29 +106,29 @@ def write_store(
                 overlap,
                 len(wanted),
             )
-    rows = {
+    tallies = {
         part: write_rows(directory / f"{part}.bin", own, layout)
         for part, own in ((TRAIN, kept), (HELD_OUT, others))
     }
-    _require_rows(rows, layout, overlap, held_out is not None)
+    _require_rows(tallies, layout, overlap, has_own=held_out is not None)
+    rows = {part: tally.rows for part, tally in tallies.items()}
     facts = {"rows": rows, "length": layout.length, "dtype": layout.dtype.name, "overlap": overlap}
     atomic.replace(directory / _FACTS, json.dumps(facts, indent=1))
     return TokenStore(directory, facts)
 
 
-def _require_rows(rows: dict[str, int], layout: Layout, overlap: int, has_own: bool) -> None:
-    if not rows[TRAIN]:
+def _require_rows(tallies: dict[str, Tally], layout: Layout, overlap: int, *, has_own: bool) -> None:
+    train, held_out = tallies[TRAIN], tallies[HELD_OUT]
+    if not train.rows:
+        others = 0 if has_own else held_out.documents
+        raise ConfigError(layout.why_no_row(train, "left to train on", others))
+    if not held_out.rows and overlap:
         raise ConfigError(
-            f"data.length: got {layout.length}, but the whole text has fewer tokens; take a smaller length "
-            "or more text"
+            f"data.eval_split or data.eval_name: not one held-out row is left without the {overlap} "
+            "documents that are also trained on; name other data"
         )
-    if not rows[HELD_OUT]:
-        own = "data.eval_split or data.eval_name" if has_own else "data.eval_fraction"
-        why = f"after leaving out {overlap} documents that are trained on" if overlap else "of that length"
-        raise ConfigError(
-            f"{own}: not one held-out row {why} is left; hold out more, take a smaller data.length, or for a "
-            "text in one piece data.text_unit=paragraph or line"
-        )
+    if not held_out.rows:
+        raise ConfigError(layout.why_no_row(held_out, "held out", 0 if has_own else train.documents))
 
 
 def open_or_make(directory: Path, make: Callable[[Path], TokenStore]) -> TokenStore:

@@ -4,13 +4,16 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from spd_hydra.data.columns import Columns, Holds, columns_of, kind_of_value
 from spd_hydra.data.packing import Document
+from spd_hydra.data.text_source import first_line
 from spd_hydra.model import hub
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
@@ -18,6 +21,7 @@ from spd_hydra.stop import kept_from_children
 _TOKENS = "tokens"
 _KEYS = hub.Keys("data.tokenizer", "data.tokenizer_revision")
 _AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
+_SET_BY_USE = ("truncation", "padding")  # of a tokenizer's state; here texts are whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,23 @@ class Reader:
         """The tokenizer, if there is one."""
         return None if self.name is None else _tokenizer(self.name, self.revision, self.trusts_code)
 
-    def end(self) -> int | None:
-        """The id behind every document: the end of the text, or the token that separates texts."""
+    def end(self, vocab_size: int) -> int | None:
+        """The id behind every document: the end of the text, or the token that separates texts.
+
+        Raises:
+            ConfigError: it is not below `vocab_size`, so none of the target's.
+        """
         tokenizer = self.tokenizer()
         if tokenizer is None:
             return None
         end = tokenizer.eos_token_id
         found: int | None = tokenizer.sep_token_id if end is None else end
+        if found is not None and found >= vocab_size:
+            raise ConfigError(
+                f"data.tokenizer: {self.name} ends documents with token id {found}, but the target takes ids "
+                f"below {vocab_size}; choose a tokenizer made for the target, or data.pack=false, which puts "
+                "no such token between documents"
+            )
         return found
 
     def identity(self) -> list[Any]:
@@ -66,18 +80,41 @@ class Reader:
             dataset: of the library `datasets`.
             cache_file: where its tokens may be kept meanwhile.
         """
+        self.require(columns_of(dataset.features))
         if not self.tokenised:
             dataset = self._tokenised(dataset, cache_file)
-        else:
-            _require_ids(self.column, dataset.features[self.column])
         return functools.partial(_documents, dataset, self.column if self.tokenised else _TOKENS)
 
-    def streamed(self, dataset: Any) -> Iterator[Document]:
-        """The documents of a dataset that is read on the way."""
-        for batch in dataset.select_columns([self.column]).iter(_FEW):
+    def streamed(self, dataset: Any, where: str) -> Iterator[Document]:
+        """The documents of a dataset that is read on the way from somewhere."""
+        for batch in _batches(dataset.select_columns([self.column]).with_format(None), where):
+            self._require_values(batch[self.column])
             ids = batch[self.column] if self.tokenised else self._tokenise()(batch)[_TOKENS]
             for tokens in ids:
-                yield np.array(tokens, dtype=np.int64)
+                yield np.array(tokens or [], dtype=np.int64)
+
+    def require(self, columns: Columns) -> None:
+        """Refuse a column that holds something else than it is read for.
+
+        Raises:
+            ConfigError: it does; names those that would do.
+        """
+        wanted = Holds.whole_numbers if self.tokenised else Holds.text
+        if columns[self.column] in {wanted, Holds.unknown}:
+            return
+        key, what, other = "text_column", "text", "data.token_column for lists of token ids"
+        if self.tokenised:
+            key, what, other = "token_column", "lists of token ids", "data.text_column for text"
+        fitting = [name for name, found in columns.items() if found is wanted]
+        instead = f"one of {', '.join(fitting)}" if fitting else "another column"
+        raise ConfigError(f"data.{key}: got {self.column}, which holds no {what}; name {instead}, or {other}")
+
+    def _require_values(self, values: Sequence[Any]) -> None:
+        """As `require`, for a stream, whose features may not be known; a null has no tokens."""
+        for value in values:
+            if self.tokenised and isinstance(value, list) and None in value:
+                raise _null_among(self.column)
+            self.require({self.column: kind_of_value(value)})
 
     def _tokenise(self) -> Callable[[dict[str, list[str]]], dict[str, list[list[int]]]]:
         return functools.partial(
@@ -159,20 +196,29 @@ def _require_column(key: str, name: str, columns: Mapping[str, bool]) -> None:
         )
 
 
-def _require_ids(column: str, feature: Any) -> None:
-    """Refuse a column whose rows are no lists of whole numbers."""
-    inner = getattr(getattr(feature, "feature", None), "dtype", "")
-    if not inner.startswith(("int", "uint")):
-        raise ConfigError(
-            f"data.token_column: got {column}, which holds no lists of token ids but {feature}; name another "
-            "column, or data.text_column for text"
-        )
+def _null_among(column: str) -> ConfigError:
+    return ConfigError(
+        f"data.token_column: got {column}, where a list of token ids holds a null; leave such rows out, or "
+        "name another column"
+    )
+
+
+def _batches(dataset: Any, where: str) -> Iterator[dict[str, list[Any]]]:
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield from dataset.iter(_FEW)
+    except (ValueError, DatasetGenerationError) as error:  # of several libraries, about what they read
+        raise ConfigError(f"data: {where} cannot be read: {first_line(error)}") from error
 
 
 def _documents(dataset: Any, column: str) -> Iterator[Document]:
     for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
         for chunk in table[column].chunks:
-            tokens = chunk.flatten().to_numpy(zero_copy_only=False)
+            flat = chunk.flatten()
+            if flat.null_count:
+                raise _null_among(column)
+            tokens = flat.to_numpy(zero_copy_only=False)
             lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
             for first, last in itertools.pairwise(np.concatenate([[0], lengths.cumsum()])):
                 yield np.asarray(tokens[first:last])
@@ -182,7 +228,8 @@ def _tokenise(
     batch: dict[str, list[str]], *, tokenizer: Any, column: str, special_tokens: bool
 ) -> dict[str, list[list[int]]]:
     texts = [text or "" for text in batch[column]]
-    return {_TOKENS: tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]}
+    ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    return {_TOKENS: [own if text else [] for text, own in zip(texts, ids, strict=True)]}
 
 
 def _tokenizer(name: str, revision: str | None, trusts_code: bool) -> Any:
@@ -219,7 +266,11 @@ def tokenizer_commit(name: str, revision: str | None) -> str | None:
 
 def _digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        state = repr(sorted(tokenizer.get_vocab().items()))
+    else:
+        parts = json.loads(backend.to_str())
+        state = json.dumps({name: part for name, part in parts.items() if name not in _SET_BY_USE})
     return hashlib.sha256(state.encode()).hexdigest()
 
 

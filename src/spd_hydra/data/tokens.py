@@ -27,7 +27,7 @@ from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 logger = logging.getLogger(__name__)
 
 _SHUFFLED = 1000  # documents of a stream among which the next one is chosen
-_FORMAT = 1  # part of the digest: raise it when the same text gives other rows
+_FORMAT = 2  # part of the digest: raise it when the same text gives other rows
 
 
 @register("data", "tokens")
@@ -210,11 +210,11 @@ class Tokens(DataSource):
             special_tokens=not self.pack,
             processes=self.processes,
         )
+        reader.require(columns)
         if held_out is not None:
             self._require_same(reader.column, columns, held_out.columns())
-        layout = Layout(
-            length=self.length, pack=self.pack, end=reader.end() if self.pack else None, vocab_size=vocab_size
-        )
+        end = reader.end(vocab_size) if self.pack else None
+        layout = Layout(length=self.length, pack=self.pack, end=end, vocab_size=vocab_size)
         identity = [
             *(_FORMAT, source.identity, held_out.identity if held_out else self.eval_fraction),
             *(reader.identity(), dataclasses.asdict(layout)),
@@ -225,7 +225,7 @@ class Tokens(DataSource):
 
     def _require_same(self, column: str, columns: Columns, others: Columns) -> None:
         """Refuse data to evaluate on that lack the column that is read, or have something else in it."""
-        if others.get(column) is not columns[column]:
+        if column not in others or len({columns[column], others[column]} - {Holds.unknown}) > 1:
             key = "eval_split" if self.eval_name is None else "eval_name"
             found = f"with {others[column].value} in" if column in others else "without"
             raise ConfigError(
@@ -257,7 +257,7 @@ class _Rows:
             stream = source.stream()
             if part == TRAIN:
                 stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLED)
-            for one in self.reader.streamed(stream):
+            for one in self.reader.streamed(stream, source.where):
                 own = TRAIN if not is_held_out(one, self.eval_fraction) else HELD_OUT
                 if self.held_out is not None or own == part:
                     yield one

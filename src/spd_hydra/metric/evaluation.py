@@ -98,7 +98,7 @@ class TextExample:
 class Text:
     """Examples and contexts from the evaluation data of a model that reads tokens.
 
-    Of several ranks, those of rank 0's rows: `positions` of them.
+    From `positions` of all ranks, each row counted once; the examples are from rank 0.
     """
 
     positions: int

@@ -152,8 +152,9 @@ def look(
 ) -> Text:
     """What the heaviest subcomponents of every site respond to, and a few sequences token by token.
 
-    Of several ranks each looks at its own rows, and all find what one would find; the sequences are the first
-    of a rank's own. A site that is not per token is left out.
+    Rows of the same tokens, as a short text gives them again and again, are looked at once. Of several ranks
+    each looks at its own rows, and all find what one would find; the sequences are the first of a rank's own.
+    A site that is not per token is left out.
 
     Args:
         objective: the model and the threshold above which a subcomponent is active.
@@ -163,7 +164,8 @@ def look(
         subcomponents: at most so many per site, those of largest mean g, as far as they are alive.
         contexts: at most so many for each.
     """
-    seen = torch.cat([batch.flatten() for batch in batches])
+    new = _without_repeats(batches)
+    seen = torch.cat([batch.flatten() for batch in new])
     seen = seen[seen >= 0]
     vocabulary, positions = _seen_by_all(seen)
     chosen = {site: _heaviest(own, subcomponents) for site, own in sites.items()}
@@ -172,17 +174,17 @@ def look(
     names = _names(vocabulary.tolist(), decode)
     examples: list[TextExample] = []
     per_token: dict[str, CausalImportance] = {}
-    for batch in batches:
+    for batch, shown in zip(batches, new, strict=True):
         importances = objective.inputs(batch).ci
         per_token = {site: ci for site, ci in importances.items() if ci.z.shape[:-1] == batch.shape}
         for site, ci in per_token.items():
             if own := chosen[site]:
                 lower = ci.lower[..., own].clamp(min=0)
-                best[site].add(ci.z[..., own], lower, batch)
-                responses[site].add(lower, batch)
+                best[site].add(ci.z[..., own], lower, shown)
+                responses[site].add(lower, shown)
         if not examples:
             lowers = {site: ci.lower for site, ci in per_token.items()}
-            examples = _examples(batch, lowers, objective.ci_threshold, names)
+            examples = _examples(shown, lowers, objective.ci_threshold, names)
     for site in per_token:
         best[site].over_ranks()
         responses[site].over_ranks()
@@ -204,6 +206,18 @@ def look(
             if site in per_token
         },
     )
+
+
+def _without_repeats(batches: Sequence[Int[Tensor, "batch length"]]) -> list[Int[Tensor, "batch length"]]:
+    """The batches, with padding in place of rows that an earlier one, or one of an earlier rank, equals."""
+    own = torch.cat(list(batches))
+    (most,) = distributed.largest([len(own)])
+    every = distributed.side_by_side(pad(own, (0, 0, 0, most - len(own)), value=_NOTHING)).cpu().numpy()
+    first = {row.tobytes(): place for place, row in reversed(list(enumerate(every)))}
+    start = distributed.rank() * most
+    is_new = [first[every[start + place].tobytes()] == start + place for place in range(len(own))]
+    kept = own.where(torch.tensor(is_new, device=own.device)[:, None], _NOTHING)
+    return list(torch.split(kept, [len(batch) for batch in batches]))
 
 
 def _seen_by_all(tokens: Int[Tensor, " own"]) -> tuple[Int[Tensor, " tokens"], int]:
