@@ -1,12 +1,18 @@
 """What does not fit together is found before anything is trained."""
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from tests.model.tiny_hf import LENGTH, VOCAB
 from torch import nn
 
+from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.preflight import preflight
@@ -84,3 +90,60 @@ def test_a_large_target_that_needs_values_is_refused_without_making_them(
     )
     assert "\n" not in message
     assert set(made) == {"meta"}
+
+
+def on_tokens(model: Any, directory: Path, *more: str) -> RunConfig:
+    """A run on a model of transformers and token ids that are made here."""
+    model.save_pretrained(directory / "model")
+    rows = [{"input_ids": [(7 * start + n) % VOCAB for n in range(40)]} for start in range(20)]
+    (directory / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"model.name={directory / 'model'}", f"data.name={directory / 'ids.jsonl'}"]
+    sizes = [f"data.length={LENGTH}", "data.eval_fraction=0.3", f"cache_dir={directory / 'cache'}"]
+    return compose(["experiment=lm_hf", *words, *sizes, "decomposition.C=4", "device=cpu", *more])
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def test_one_class_has_no_chances_to_compare(tmp_path: Path) -> None:
+    one: dict[str, Any] = {"num_labels": 1}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, **one))
+    words = ["model.auto_class=sequence_classification", "loss.divergence=kl"]
+    config = on_tokens(model, tmp_path, *words)
+    with pytest.raises(ConfigError) as caught:
+        preflight(config)
+    assert str(caught.value) == (
+        "loss.divergence: got kl, but the target's output, [8, 1], has a single class, whose chance is "
+        "always 1; use loss.divergence=mse"
+    )
+    preflight(on_tokens(model, tmp_path, words[0]))
+
+
+def test_a_model_of_transformers_that_needs_more_than_tokens_is_refused(tmp_path: Path) -> None:
+    vision = {name: SMALL[name] for name in SMALL if name not in {"vocab_size", "max_position_embeddings"}}
+    config = transformers.CLIPConfig(
+        text_config=SMALL | {"projection_dim": 16, "eos_token_id": 1},
+        vision_config=vision | {"image_size": 16, "patch_size": 8},
+    )
+    with pytest.raises(ConfigError) as caught:
+        preflight(on_tokens(transformers.CLIPModel(config), tmp_path, "model.auto_class=base"))
+    assert re.fullmatch(
+        rf"model\.name: got {tmp_path / 'model'}, which cannot be run on token ids alone: .*'shape'; give a "
+        "model that needs nothing else",
+        str(caught.value),
+    )
+
+
+def test_sites_that_run_twice_are_refused_on_the_meta_device(tmp_path: Path) -> None:
+    model = transformers.AlbertForMaskedLM(transformers.AlbertConfig(**SMALL, embedding_size=16))
+    with pytest.raises(
+        ConfigError, match=r"^decomposition\.sites: got .*which the target runs more than once"
+    ):
+        preflight(on_tokens(model, tmp_path, "model.auto_class=masked_lm"))

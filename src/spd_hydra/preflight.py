@@ -4,10 +4,14 @@ import dataclasses
 
 import torch
 
-from spd_hydra import distributed
+from spd_hydra import distributed, rng
 from spd_hydra.build import Parts, assemble, device_of, untrained_target
 from spd_hydra.config import RunConfig
+from spd_hydra.data.base import Batches
 from spd_hydra.launcher_config import Slurm
+from spd_hydra.loss.divergence import Divergence
+from spd_hydra.model.hf_config import first_line
+from spd_hydra.model.tokens_in import TokensIn
 from spd_hydra.section import ConfigError
 
 _DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
@@ -33,7 +37,12 @@ def preflight(config: RunConfig) -> Parts:
         raise
     except Exception as error:  # a target or a data source of a plug-in may need values
         _require_small(config, error)
-        parts = assemble(config, untrained_target(config), torch.device("cpu"))
+        target = untrained_target(config)
+        if isinstance(target, TokensIn):
+            _require_runs_on_tokens(config, target)
+        parts = assemble(config, target, torch.device("cpu"))
+    if config.loss.divergence is Divergence.kl:
+        _require_classes(parts)
     # Ranks that share a run were started from a configuration that was checked before they met.
     if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
         _require_metric(config)
@@ -55,13 +64,53 @@ def _require_small(config: RunConfig, error: Exception) -> None:
     except Exception:  # its size cannot be known
         return
     if size > _SMALL:
-        reason = (str(error).splitlines() or [""])[0]
         name = getattr(config.model, "name", config.name)
         raise ConfigError(
             f"model: {name} cannot be checked without the values of its weights ({type(error).__name__}: "
-            f"{reason}), which are {size / 2**30:.1f} GiB; up to {_SMALL / 2**30:g} GiB are made for a "
-            "check. Try a small model of the same kind"
+            f"{first_line(error)}), which are {size / 2**30:.1f} GiB; up to {_SMALL / 2**30:g} GiB are made "
+            "for a check. Try a small model of the same kind"
         ) from error
+
+
+def _require_runs_on_tokens(config: RunConfig, target: TokensIn) -> None:
+    """Fail where a model of transformers needs more than tokens, such as images.
+
+    Raises:
+        ConfigError: names the model and what it says.
+    """
+    batch = _few_rows(config.data.bind(config.model), config.seed, torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            target.eval()(batch)
+    except ConfigError:
+        raise
+    except Exception as error:
+        name = getattr(config.model, "name", config.name)
+        raise ConfigError(
+            f"model.name: got {name}, which cannot be run on token ids alone: {first_line(error)}; give "
+            "a model that needs nothing else"
+        ) from error
+
+
+@torch.no_grad()
+def _require_classes(parts: Parts) -> None:
+    """Fail where KL would compare the chances of a single class.
+
+    Raises:
+        ConfigError: the last axis of the target's output has length 1.
+    """
+    model = parts.model
+    shape = model(_few_rows(parts.batches, parts.config.seed, model.device)).shape
+    if shape[-1] == 1:
+        raise ConfigError(
+            f"loss.divergence: got kl, but the target's output, {list(shape)}, has a single class, whose "
+            "chance is always 1; use loss.divergence=mse"
+        )
+
+
+def _few_rows(batches: Batches, seed: int, device: torch.device) -> torch.Tensor:
+    rows = torch.arange(_FEW_ROWS, dtype=torch.int32, device=device)
+    return batches(rng.key(seed, "example").to(device), rows)
 
 
 def _require_metric(config: RunConfig) -> None:

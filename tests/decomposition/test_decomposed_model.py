@@ -620,16 +620,28 @@ class Idle(nn.Module):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Twice(), "site 'fc' runs more than once per forward pass; leave it out"),
-        (TwoNames(), "site 'one' runs more than once per forward pass; leave it out"),
-        (Idle(), r"sites that do not run in the target's forward pass: \['idle'\]; leave them out"),
+        (
+            Twice(),
+            "got fc, which the target runs more than once per forward pass; the target has no other matrices",
+        ),
+        (
+            TwoNames(),
+            "got one, which the target runs more than once per forward pass; "
+            "the target has no other matrices",
+        ),
+        (
+            Idle(),
+            "got idle, which the target never runs; decompose the others alone: "
+            "'decomposition.sites.used.pattern=used'",
+        ),
     ],
 )
 def test_a_site_that_does_not_run_exactly_once_is_named(target: nn.Module, message: str) -> None:
     config = Decomposition(sites={"all": SitePattern(pattern="*", C=3)})
     model = DecomposedModel(target, config, MLPCausalImportance(), seed=0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError) as caught:
         model.clean_pass(torch.randn(2, 4))
+    assert str(caught.value) == f"decomposition.sites: {message}"
     assert model(torch.randn(2, 4)).shape == (2, 4)
 
 

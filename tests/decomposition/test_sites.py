@@ -98,15 +98,7 @@ def test_a_pattern_with_a_star_is_met_with_one_of_the_same_shape(pattern: str, n
 
 def test_a_pattern_with_a_star_is_met_with_the_blocks_that_there_are() -> None:
     names = ["wte", *(f"h.{block}.{name}" for block in (0, 1) for name in ("attn.c_attn", "mlp.c_fc"))]
-    target = nn.Module()
-    for name in names:
-        parent = target
-        *heads, last = ["transformer", *name.split(".")]
-        for head in heads:
-            if head not in parent._modules:
-                parent.add_module(head, nn.Module())
-            parent = parent.get_submodule(head)
-        parent.add_module(last, nn.Linear(2, 2))
+    target = nested(*(f"transformer.{name}" for name in names))
     for pattern, near in {
         "transformer.layers.*": "transformer.h.*",
         "transformer.layers.*.mlp.*": "transformer.h.*.mlp.*",
@@ -129,6 +121,37 @@ def test_a_pattern_that_matches_only_modules_of_another_kind_is_named_with_that_
         "Embedding and Conv1D layers can be decomposed: "
         "wte, layers.0.fc, layers.0.proj, layers.1.fc, layers.1.proj, head"
     )
+
+
+class Scaling(nn.Module):
+    """A module that holds a layer with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled(7, 2)
+
+
+def test_a_pattern_that_matches_no_layer_but_one_with_a_forward_of_its_own_is_refused_for_that() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_sites(nn.ModuleDict({"block": Scaling(), "head": nn.Linear(2, 2)}), patterns(a=("block*", 2)))
+    assert str(caught.value) == (
+        "decomposition.sites.a.pattern: 'block*' matches 'block.inner', a Scaled, whose forward is its own "
+        "and not a product with its matrix; only Linear, Embedding and Conv1D layers can be decomposed: head"
+    )
+
+
+def nested(*names: str) -> nn.Module:
+    """A target with a layer at each of these paths."""
+    target = nn.Module()
+    for name in names:
+        parent = target
+        *heads, last = name.split(".")
+        for head in heads:
+            if head not in parent._modules:
+                parent.add_module(head, nn.Module())
+            parent = parent.get_submodule(head)
+        parent.add_module(last, nn.Linear(2, 2))
+    return target
 
 
 def test_a_module_matched_twice_is_named_with_both_patterns() -> None:

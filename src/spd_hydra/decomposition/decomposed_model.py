@@ -24,7 +24,7 @@ from spd_hydra.decomposition.masked_site import (
 )
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.decomposition.patched_target import PatchedTarget
-from spd_hydra.decomposition.sites import check_ties, find_sites
+from spd_hydra.decomposition.sites import check_ties, find_sites, unfit_sites
 from spd_hydra.decomposition.subcomponents import (
     Subcomponents,
     TiedSubcomponents,
@@ -258,17 +258,22 @@ class DecomposedModel(nn.Module):
         inputs: dict[str, Activation] = {}
         outputs: dict[str, Activation] = {}
         blocks = CleanBlocks()
+        again: dict[str, None] = {}
 
         def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
             if name in inputs:
-                raise ValueError(f"site {name!r} runs more than once per forward pass; leave it out")
+                again[name] = None
+                return cast(Activation, layer(x))
             blocks.site_begins(name)
             inputs[name], outputs[name] = x, layer(x)
             return outputs[name]
 
         output = self.patched.run(batch, at_site, blocks.record)
+        if again:
+            reason = "which the target runs more than once per forward pass"
+            raise unfit_sites(reason, again, self.target, self.matrix_names)
         if idle := [name for name in self.site_names if name not in inputs]:
-            raise ValueError(f"sites that do not run in the target's forward pass: {idle}; leave them out")
+            raise unfit_sites("which the target never runs", idle, self.target, self.matrix_names)
         return CleanPass(output, inputs, outputs, blocks)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:

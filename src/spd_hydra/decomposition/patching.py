@@ -5,13 +5,15 @@ Wrappers rather than hooks: a compiler ignores hooks that were added later, and 
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from spd_hydra.decomposition.blocks import BlockSwitch, wrap_blocks
 from spd_hydra.decomposition.identities import SUFFIX, insert
+from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, keep_factors
+from spd_hydra.section import ConfigError
 
 AtSite = Callable[[str, nn.Module, Activation], Activation]
 """Called in place of a site's layer with its name, the layer and the input; gives the output."""
@@ -26,14 +28,25 @@ class Switch(BlockSwitch):
 
 
 class _SiteWrapper(nn.Module):
-    def __init__(self, name: str, layer: nn.Module, switch: Switch) -> None:
+    def __init__(
+        self, name: str, layer: nn.Module, switch: Switch, refused: Callable[[str], ConfigError]
+    ) -> None:
         super().__init__()
-        self.name, self.layer, self.switch = name, layer, switch
+        self.name, self.layer, self.switch, self.refused = name, layer, switch, refused
 
     def forward(self, x: Activation) -> Activation:
         if self.switch.at_site is None:
             return cast(Activation, self.layer(x))
         return self.switch.at_site(self.name, self.layer, x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(super().__getattr__("layer"), name)
+        if isinstance(found, Tensor):  # what a target makes of a matrix by itself would not be masked
+            raise self.refused(self.name)
+        return found
 
 
 def patched_copy(
@@ -46,18 +59,28 @@ def patched_copy(
         sites: paths of layers.
         switch: says what the wrapped sites do.
         identities: by site, identity matrices to put in front of the modules that the sites are named by.
+
+    Raises:
+        ConfigError: in a pass of the copy, which reads the matrix of a site itself instead of calling it.
     """
+
+    def refused(site: str) -> ConfigError:
+        reason = "whose matrix the target reads itself instead of calling the layer"
+        return unfit_sites(reason, [site], target, sites)
+
     shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
     patched = copy.deepcopy(target, shared)
     layers = {name: patched.get_submodule(name) for name in sites}
-    wrappers = {id(layer): _SiteWrapper(name, layer, switch) for name, layer in layers.items()}
+    wrappers = {id(layer): _SiteWrapper(name, layer, switch, refused) for name, layer in layers.items()}
     # Also where the target holds the same layer under a second name.
     for path, layer in list(patched.named_modules(remove_duplicate=False)):
         if id(layer) in wrappers:
             parent, _, attribute = path.rpartition(".")
             setattr(patched.get_submodule(parent), attribute, wrappers[id(layer)])
     for name, layer in identities.items():  # after the wrappers: an identity also acts before a masked layer
-        insert(patched.get_submodule(name.removesuffix(f".{SUFFIX}")), _SiteWrapper(name, layer, switch))
+        insert(
+            patched.get_submodule(name.removesuffix(f".{SUFFIX}")), _SiteWrapper(name, layer, switch, refused)
+        )
     wrap_blocks(patched, switch)
     keep_factors(patched)
     return patched

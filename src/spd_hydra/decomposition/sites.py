@@ -1,7 +1,7 @@
 """From patterns to sites: which modules of the target are decomposed."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
@@ -49,12 +49,12 @@ def site_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> di
 def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: list[str]) -> str:
     wrong_kind = [name for name in modules if fnmatchcase(name, pattern)]
     if wrong_kind:
-        layer = modules[wrong_kind[0]]
+        own = next((name for name in wrong_kind if computes_otherwise(modules[name])), None)
+        name = own or wrong_kind[0]
         otherwise = ", whose forward is its own and not a product with its matrix"
         return (
-            f"{pattern!r} matches {wrong_kind[0]!r}, a {type(layer).__name__}"
-            f"{otherwise if computes_otherwise(layer) else ''}; only Linear, Embedding and Conv1D layers can "
-            f"be decomposed: {_shortened(candidates)}"
+            f"{pattern!r} matches {name!r}, a {type(modules[name]).__name__}{otherwise if own else ''}; only "
+            f"Linear, Embedding and Conv1D layers can be decomposed: {_shortened(candidates)}"
         )
     near = _nearest(pattern, candidates)
     hint = f" Did you mean {near!r}?" if near else ""
@@ -67,11 +67,21 @@ def _nearest(pattern: str, candidates: list[str]) -> str | None:
         return next(iter(difflib.get_close_matches(pattern, candidates, n=1)), None)
     options: dict[str, None] = {}
     for name in candidates:
-        parts = ["*" if part.isdigit() else part for part in name.split(".")]
-        heads = [".".join(parts[:end]) for end in range(1, len(parts))]
-        options |= dict.fromkeys([*(f"{head}.*".replace(".*.*", ".*") for head in heads), ".".join(parts)])
+        options |= dict.fromkeys(_patterns_of(name))
     best = max(options, key=lambda option: _alike(pattern, option), default=None)
     return best if best is not None and _alike(pattern, best) > 0.5 else None
+
+
+def _patterns_of(name: str, shortest: int = 1) -> Iterator[str]:
+    """Patterns that match a path, the widest first and without any number; they keep so many parts."""
+    parts = _in_every_block(name).split(".")
+    for end in range(shortest, len(parts)):
+        yield f"{'.'.join(parts[:end])}.*".replace(".*.*", ".*")
+    yield ".".join(parts)
+
+
+def _in_every_block(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _alike(one: str, other: str) -> float:
@@ -82,6 +92,58 @@ def _alike(one: str, other: str) -> float:
 
 def _shortened(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+def unfit_sites(reason: str, unfit: Iterable[str], target: nn.Module, sites: Iterable[str]) -> ConfigError:
+    """What a user is told of sites that no mask could stand for, with patterns for those that are left.
+
+    Args:
+        reason: what comes behind their names, such as "which the target never runs".
+        unfit: their paths; if all of them are identities that were put into the target, these are named.
+        target: the model.
+        sites: paths of all layers that are decomposed.
+    """
+    sites = list(sites)
+    found = [name for name in unfit if name in sites]
+    if not found:
+        return ConfigError(f"decomposition.identities: got {_shortened([*unfit], 3)}, {reason}; leave it out")
+    kinds = {_in_every_block(name) for name in found}
+    layers = [name for name, module in target.named_modules() if name and is_decomposable(module)]
+    left = [name for name in sites if _in_every_block(name) not in kinds]  # blocks are alike
+    left = left or [name for name in sites if name not in found]
+    others = [name for name in layers if name not in sites]
+    if left:
+        advice = f"decompose the others alone: {' '.join(_as_words(_patterns_for(left, layers)))}"
+    elif others:
+        advice = f"choose others with decomposition.sites.<name>.pattern, of {_shortened(others)}"
+    else:
+        advice = "the target has no other matrices"
+    return ConfigError(f"decomposition.sites: got {_shortened(found, 3)}, {reason}; {advice}")
+
+
+def _patterns_for(wanted: list[str], layers: list[str]) -> list[str]:
+    """Few patterns that match the wanted layers and none of the others."""
+    found: dict[str, set[str]] = {}
+    for name in wanted:
+        if any(name in matched for matched in found.values()):
+            continue
+        above = next((n for n, part in enumerate(name.split(".")) if part.isdigit()), 0)  # parts above blocks
+        for pattern in (*_patterns_of(name, max(1, above)), name):
+            matched = {layer for layer in layers if fnmatchcase(layer, pattern)}
+            if matched <= set(wanted):
+                found[pattern] = matched
+                break
+    return [one for one, own in found.items() if not any(own < other for other in found.values())]
+
+
+def _as_words(patterns: list[str]) -> list[str]:
+    """What to write on the command line for an entry of each pattern, named by the last part of its path."""
+    words: dict[str, str] = {}
+    for pattern in patterns:
+        last = [part for part in pattern.split(".") if part != "*"][-1:] or ["all"]
+        name = last[0] if last[0] not in words else f"{last[0]}_{len(words) + 1}"
+        words[name] = f"'decomposition.sites.{name}.pattern={pattern}'"
+    return list(words.values())
 
 
 def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, int]) -> None:

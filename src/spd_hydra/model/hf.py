@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from spd_hydra.model import hub
+from spd_hydra.model import hf_config, hub
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.tokens_in import TokensIn, adapt
 from spd_hydra.section import ConfigError, Problem, option, register
@@ -114,9 +112,7 @@ class HuggingFace(TargetSpec):
                 `build`, and weights that it could read are not there.
         """
         if architecture is not None and not self.trust_remote_code:
-            from transformers import AutoConfig
-
-            config = _without_kernels(AutoConfig.for_model(**json.loads(architecture)))
+            config = hf_config.restored(architecture)
         else:
             config = self._config()
         if architecture is None and (hub.is_local(self.name) or hub.is_offline()):
@@ -182,7 +178,9 @@ class HuggingFace(TargetSpec):
         """Longest text that the model takes, in tokens."""
         config = self._config().get_text_config()
         longest = cast("int | None", getattr(config, "max_position_embeddings", None))
-        if longest is None or config.pad_token_id is None or getattr(config, "rope_parameters", None):
+        if longest is None or longest <= 0:  # -1 where there is no limit
+            return None
+        if hf_config.padding_token(config) is None or getattr(config, "rope_parameters", None):
             return longest
         with torch.device("meta"):
             tables = self.skeleton().named_modules()
@@ -199,8 +197,15 @@ class HuggingFace(TargetSpec):
         return self.auto_class is AutoClass.causal_lm and self.gives_logits()
 
     def gives_logits(self) -> bool:
-        """Whether what is compared comes out of a head, and not out of a layer of the model."""
-        return self.auto_class is not AutoClass.base and self.output_path in {"logits", "0"}
+        """Whether what is compared are a head's logits of tokens or of classes of which one is right."""
+        if self.auto_class is AutoClass.base or self.output_path not in {"logits", "0"}:
+            return False
+        if self.auto_class not in {AutoClass.sequence_classification, AutoClass.token_classification}:
+            return True
+        try:
+            return hf_config.has_exclusive_classes(self._config())
+        except ConfigError:  # is told by what builds the model
+            return True
 
     @property
     def output_path(self) -> str:
@@ -224,28 +229,24 @@ class HuggingFace(TargetSpec):
         return hub.directory(self.name, self.revision, (*files, *code))
 
     def _config(self) -> Any:
-        from transformers import AutoConfig
-
         directory = self._directory(hub.CONFIG)
-        try:
-            if self.trust_remote_code:
-                hub.require_own_code(self.name, directory / "config.json", "model.trust_remote_code")
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"model.name: got {self.name}, whose config.json cannot be used: {_first_line(error)}"
-            ) from error
-        if config.is_encoder_decoder:
-            raise ConfigError(
-                f"model.name: got {self.name}, which takes two inputs, one for its encoder and one for its "
-                "decoder; only models with one input can be decomposed"
-            )
-        if self.auto_class is AutoClass.causal_lm and _sees_what_follows(config):
+        config = hf_config.read(self.name, directory, trusts_code=self.trust_remote_code)
+        if self.auto_class is AutoClass.causal_lm and hf_config.sees_what_follows(config):
             raise ConfigError(
                 f"model.auto_class: got causal_lm, but {self.name}, a {config.model_type}, sees the tokens "
                 "that it would have to predict; use model.auto_class=masked_lm or base"
             )
-        return _without_kernels(config)
+        is_sequence = self.auto_class is AutoClass.sequence_classification
+        if (
+            is_sequence
+            and hf_config.padding_token(config) is None
+            and hf_config.classifies_at_the_end(config)
+        ):
+            raise ConfigError(
+                f"model.auto_class: got sequence_classification, but {self.name} has no padding token, "
+                "by which it knows where a text ends; give a local copy with pad_token_id in its config.json"
+            )
+        return config
 
     def _made(self, method: str, source: Any) -> Any:
         """The model by `from_config`, or by `from_pretrained` with a report of what did not fit."""
@@ -257,24 +258,11 @@ class HuggingFace(TargetSpec):
         auto_class = getattr(transformers, _TRANSFORMERS_NAMES[self.auto_class])
         try:
             return getattr(auto_class, method)(source, **arguments)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except hf_config.unusable(self.trust_remote_code) as error:
+            reason = hf_config.first_line(error)
             raise ConfigError(
-                f"model: {self.name} cannot be loaded as {self.auto_class.name}: {_first_line(error)}"
+                f"model: {self.name} cannot be loaded as {self.auto_class.name}: {reason}"
             ) from error
-
-
-def _sees_what_follows(config: Any) -> bool:
-    """Whether attention goes both ways: so in a model for masked tokens that is no decoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
-
-
-def _without_kernels(config: Any) -> Any:
-    """A configuration that names no way of attention, here or below: a kernel on the hub would be code."""
-    config._attn_implementation = None
-    return config
 
 
 @contextlib.contextmanager
@@ -289,10 +277,6 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _shortened(names: list[str], most: int = 3) -> str:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from spd_hydra.model.hf_config import padding_token
 from spd_hydra.section import ConfigError
 
 _UNPADDED, _PADDED = "spd_hydra_unpadded", "spd_hydra_padded"
@@ -35,7 +36,7 @@ class TokensIn(nn.Module):
         """
         valid = tokens >= 0
         if self.padded:
-            padding = self.config.get_text_config().pad_token_id
+            padding = padding_token(self.config)
             tokens = torch.where(valid, tokens, 0 if padding is None else padding)
         # Always a mask: without one, transformers looks for packed texts in the values of the positions.
         output = super().forward(input_ids=tokens, attention_mask=valid.long())
@@ -62,6 +63,10 @@ def adapt(model: nn.Module, output: str) -> TokensIn:
     if getattr(model.config, "_experts_implementation", None) is not None:
         # The others read how many tokens an expert gets, or know the shapes of bfloat16 alone.
         cast(Any, model).set_experts_implementation("batched_mm")
+    config: Any = model.config
+    if getattr(config, "rescale_every", 0):
+        # For half precision alone, RWKV divides matrices in place: those that copies share, more than once.
+        config.rescale_every = 0
     kind = type(model)
     model.__class__ = type(kind.__name__, (TokensIn, kind), {"__module__": kind.__module__})
     adapted = cast(TokensIn, model)

@@ -1,0 +1,104 @@
+"""Configurations of transformers: what they say of a model, and which models are refused for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from spd_hydra.model import hub
+from spd_hydra.section import ConfigError
+
+
+def unusable(trusts_code: bool) -> tuple[type[Exception], ...]:
+    """What transformers raises of a model that cannot be made; code that came with it may raise anything."""
+    known = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+    return (Exception,) if trusts_code else known
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read(name: str, directory: Path, *, trusts_code: bool) -> Any:
+    """The configuration in a directory.
+
+    Args:
+        name: what the user calls the model.
+        directory: with its config.json.
+        trusts_code: run Python code that comes with it.
+
+    Raises:
+        ConfigError: it cannot be read, or is that of a model with two inputs or with quantised weights.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if trusts_code:
+            hub.require_own_code(name, directory / "config.json", "model.trust_remote_code")
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+    except unusable(trusts_code) as error:
+        raise ConfigError(
+            f"model.name: got {name}, whose config.json cannot be used: {first_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.name: got {name}, which takes two inputs, one for its encoder and one for its "
+            "decoder; only models with one input can be decomposed"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model.name: got {name}, which is quantised; give the checkpoint in full precision"
+        )
+    return without_kernels(config)
+
+
+def restored(architecture: str) -> Any:
+    """The configuration that was written as JSON, with numbers that JSON does not have, such as infinity."""
+    from transformers import AutoConfig
+
+    def number(found: dict[str, Any]) -> Any:  # transformers writes {"__float__": "Infinity"}
+        return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+    return without_kernels(AutoConfig.for_model(**json.loads(architecture, object_hook=number)))
+
+
+def without_kernels(config: Any) -> Any:
+    """A configuration that names no way of attention, here or below: a kernel on the hub would be code."""
+    config._attn_implementation = None
+    return config
+
+
+def sees_what_follows(config: Any) -> bool:
+    """Whether attention goes both ways: so in a model for masked tokens that is no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
+
+
+def classifies_at_the_end(config: Any) -> bool:
+    """Whether a classifier reads the last token that is no padding: so in a causal language model."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def padding_token(config: Any) -> int | None:
+    """The token that stands for padding; some configurations have no such key."""
+    found: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    return found
+
+
+def has_exclusive_classes(config: Any) -> bool:
+    """Whether a classifier's outputs are logits of classes of which one is right.
+
+    One output is a number, and several of `multi_label_classification` are a probability each.
+    """
+    problem = getattr(config, "problem_type", None)
+    return config.num_labels > 1 and problem in {None, "single_label_classification"}
