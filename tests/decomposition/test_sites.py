@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.layers import bias_vector, is_decomposable, is_embedding, weight_matrix
 from spd_hydra.decomposition.sites import check_ties, find_sites, site_groups
+from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.factored import WritingLinear
 from spd_hydra.model.tms import TMSModel
 from spd_hydra.model.transposed import TransposedLinear
@@ -187,13 +188,17 @@ def tms(n_hidden_layers: int = 0) -> TMSModel:
     return TMSModel(weight, torch.zeros(5), n_hidden_layers)
 
 
+def entries(**C: int) -> dict[str, SitePattern]:
+    return {name: SitePattern(pattern=name, C=own) for name, own in C.items()}
+
+
 def test_transposed_matrices_may_be_tied() -> None:
-    check_ties(tms(), {"unembed": "embed"}, {"embed": 4, "unembed": 4})
-    check_ties(Target(), {"head": "wte"}, {"wte": 4, "head": 4})
+    check_ties(tms(), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}))
+    check_ties(Target(), {"head": "wte"}, entries(**{"wte": 4, "head": 4}))
 
 
 def test_ties_need_no_values_on_the_meta_device() -> None:
-    check_ties(tms().to("meta"), {"unembed": "embed"}, {"embed": 4, "unembed": 4})
+    check_ties(tms().to("meta"), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}))
 
 
 @pytest.mark.parametrize(
@@ -228,14 +233,26 @@ def test_ties_need_no_values_on_the_meta_device() -> None:
 )
 def test_an_impossible_tie_is_refused(tied: dict[str, str], sites: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_ties(tms(1), tied, sites)
+        check_ties(tms(1), tied, entries(**sites))
     assert str(caught.value) == message
+
+
+def test_a_tied_site_has_no_start_of_its_own() -> None:
+    tied, same = {"unembed": "embed"}, entries(embed=4, unembed=4)
+    same["unembed"].init = Init.inputs
+    with pytest.raises(ConfigError) as caught:
+        check_ties(tms(), tied, same)
+    assert str(caught.value) == (
+        "decomposition.tied.unembed: init is inputs here, but a tied site begins as 'embed'; set it there"
+    )
+    same["embed"].init = Init.inputs
+    check_ties(tms(), tied, same)
 
 
 def test_equal_shapes_are_not_enough_for_a_tie() -> None:
     target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
     with pytest.raises(ConfigError, match="the weight is not the transpose of that of '0'"):
-        check_ties(target, {"1": "0"}, {"0": 2, "1": 2})
+        check_ties(target, {"1": "0"}, entries(**{"0": 2, "1": 2}))
 
 
 def test_weight_and_bias_of_every_kind_give_what_the_layer_computes() -> None:

@@ -72,7 +72,7 @@ class DecomposedModel(nn.Module):
     ) -> None:
         super().__init__()
         sites = find_sites(target, config.sites)
-        check_ties(target, config.tied, {name: entry.subcomponents for name, entry in sites.items()})
+        check_ties(target, config.tied, sites)
         identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()

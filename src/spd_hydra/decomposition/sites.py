@@ -146,8 +146,8 @@ def _as_words(patterns: list[str]) -> list[str]:
     return list(words.values())
 
 
-def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, int]) -> None:
-    """Check that every tied site and its source are sites, transposes of each other, with equal C.
+def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, SitePattern]) -> None:
+    """Check that tied sites and their sources are sites, transposes of each other, with equal C and start.
 
     Raises:
         ConfigError: naming the tie and what is wrong with it.
@@ -161,12 +161,18 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, i
             raise ConfigError(
                 f"{where}: {source!r} is itself tied; name the site that owns the subcomponents"
             )
-        if sites[name] != sites[source]:
+        own, other = sites[name], sites[source]
+        if own.subcomponents != other.subcomponents:
             raise ConfigError(
-                f"{where}: C is {sites[name]} here and {sites[source]} at {source!r}; make them equal"
+                f"{where}: C is {own.subcomponents} here and {other.subcomponents} at {source!r}; make them "
+                "equal"
             )
-        own, other = (weight_matrix(target.get_submodule(site)) for site in (name, source))
-        if own.shape != other.T.shape or not bool(
-            (own == other.T).all() if own.device.type != "meta" else True
+        if own.init not in {None, other.init}:
+            raise ConfigError(
+                f"{where}: init is {own.init.name} here, but a tied site begins as {source!r}; set it there"
+            )
+        weight, of_source = (weight_matrix(target.get_submodule(site)) for site in (name, source))
+        if weight.shape != of_source.T.shape or not bool(
+            (weight == of_source.T).all() if weight.device.type != "meta" else True
         ):
             raise ConfigError(f"{where}: the weight is not the transpose of that of {source!r}")
