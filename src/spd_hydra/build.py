@@ -14,7 +14,7 @@ from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
-from spd_hydra.decomposition.roots import find_roots
+from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.objective import Objective
@@ -199,6 +199,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     has_values = device.type != "meta"
     require_vectors(model)
+    require_outputs_that_stay(model, example)
     if has_values:
         model.roots = find_roots(model, example)
     with torch.no_grad():

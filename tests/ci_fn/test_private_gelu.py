@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import gelu
 
 from spd_hydra.ci_fn.private_gelu import private_gelu_mlp
+from spd_hydra.compiling import Kernel
 
 BATCH, C, HIDDEN = 37, 5, 7
 
@@ -103,6 +105,26 @@ def test_a_half_precision_input_gives_float32_values_and_a_half_precision_gradie
     torch.testing.assert_close(z, plain(h.detach().float(), *weights), atol=1e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(z.sum(), h)
     assert gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_a_half_precision_input_gives_the_same_values_in_a_compiled_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(8, 6, generator=generator).bfloat16()
+    weights = [torch.randn(6, 16, generator=generator) for _ in range(3)]
+
+    def twice(h: Tensor, *weights: Tensor) -> Tensor:
+        return 2 * private_gelu_mlp(h, *weights)
+
+    torch.testing.assert_close(Kernel(twice)(h, *weights), twice(h, *weights), atol=1e-2, rtol=1e-3)
+
+
+def test_the_compiler_is_told_the_precision_of_the_values() -> None:
+    _, *weights = arguments(BATCH, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        h = torch.empty(BATCH, C, dtype=torch.bfloat16)
+        found = torch.ops.spd_hydra.private_gelu_values(h, *weights)
+    assert [own.dtype for own in found] == [torch.float32, torch.float32]
 
 
 def test_a_replica_axis_can_be_mapped_over() -> None:

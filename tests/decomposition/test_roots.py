@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.roots import find_roots, roots_without_values
+from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay, roots_without_values
+from spd_hydra.section import ConfigError
 
 FIND: list[Callable[[DecomposedModel, Tensor], frozenset[str]]] = [find_roots, roots_without_values]
 
@@ -52,3 +53,31 @@ def test_a_site_fed_by_layers_that_are_not_decomposed_is_a_root(
 ) -> None:
     assert roots(find, "last") == {"last"}
     assert roots(find, "left") == {"left"}
+
+
+class Clipping(nn.Module):
+    """Changes a view of one layer's output in place, and a copy of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clipped, self.kept = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.clipped(x)
+        y.view(-1).clamp_(-0.1, 0.1)
+        z: Tensor = self.kept(y).clone().clamp_(-0.1, 0.1)
+        return z
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_site_whose_output_is_changed_in_place_is_refused_with_the_others_as_advice(device: str) -> None:
+    sites = {name: SitePattern(pattern=name, C=3) for name in ("clipped", "kept")}
+    ci_fn = MLPCausalImportance(hidden=4)
+    model = DecomposedModel(Clipping(), Decomposition(sites=sites), ci_fn, seed=0).to(device)
+    with pytest.raises(ConfigError) as caught:
+        require_outputs_that_stay(model, torch.ones(2, 4, device=device))
+    message = str(caught.value)
+    assert message.startswith("decomposition.sites: got clipped, whose output the target changes in place; ")
+    assert "pattern=kept" in message
+    alone = Decomposition(sites={"kept": sites["kept"]})
+    require_outputs_that_stay(DecomposedModel(Clipping(), alone, ci_fn, seed=0), torch.ones(2, 4))

@@ -9,6 +9,7 @@ import torch
 
 from spd_hydra.build import Parts, assemble, untrained_target
 from spd_hydra.config import RunConfig
+from spd_hydra.loss.base import LossInputs
 from spd_hydra.metric import evaluate as module
 from spd_hydra.metric.evaluate import evaluate
 from spd_hydra.metric.evaluation import Evaluation
@@ -59,6 +60,21 @@ def test_batches_are_accumulated_before_anything_is_finalised(parts: Parts) -> N
         assert in_parts.sites[site].mean_ci == pytest.approx(own.mean_ci, rel=1e-5)
         assert in_parts.sites[site].density == pytest.approx(own.density)
         assert (in_parts.sites[site].histogram == own.histogram).all()
+
+
+def test_the_frequency_factor_counts_real_positions_as_in_training(parts: Parts) -> None:
+    """Half of the rows are padding, so a training batch of 64 has 32 real ones."""
+    inputs_of, seen = parts.objective.inputs, []
+
+    def half_padded(batch: torch.Tensor) -> LossInputs:
+        inputs = dataclasses.replace(inputs_of(batch), valid=torch.arange(ROWS) < ROWS // 2)
+        seen.append({site: ci.upper[: ROWS // 2] for site, ci in inputs.ci.items()})
+        return inputs
+
+    parts.objective.inputs = half_padded  # type: ignore[method-assign]
+    found = measured(parts).metrics["loss/importance_minimality"]
+    f = torch.cat([torch.cat([own[site] for own in seen]).mean(0) for site in seen[0]])
+    assert found == pytest.approx(float((f * (1 + 0.5 * torch.log2(1 + 32 * f))).sum()), rel=1e-5)
 
 
 def test_every_term_that_is_cheap_is_measured_whether_trained_on_or_not(parts: Parts) -> None:

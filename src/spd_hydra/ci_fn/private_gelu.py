@@ -116,7 +116,8 @@ def _values_kernel(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tupl
 
 @_values_kernel.register_fake
 def _(h: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape)
+    kind = torch.promote_types(h.dtype, w_in.dtype)  # under autocast h alone is bfloat16
+    return h.new_empty(h.shape, dtype=kind), h.new_empty(h.shape, dtype=kind)
 
 
 @torch.library.custom_op("spd_hydra::private_gelu_weight_gradients", mutates_args=())

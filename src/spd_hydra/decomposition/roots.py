@@ -1,11 +1,40 @@
-"""Roots: sites whose input no other site influences, so that quantities of the clean pass can be reused."""
+"""What of a clean pass can be used again: outputs that stay, and quantities of roots.
+
+Roots are sites whose input no other site influences.
+"""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from spd_hydra import rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, dense
+
+
+@torch.no_grad()
+def require_outputs_that_stay(model: DecomposedModel, batch: Tensor) -> None:
+    """Check that the target leaves its sites' outputs as they are, which needs no values.
+
+    Masked passes read those of the clean pass, after the target has gone on with them.
+
+    Raises:
+        ConfigError: it changes some in place.
+    """
+    found: dict[str, tuple[Tensor, int]] = {}
+
+    def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
+        y = layer(x)
+        if isinstance(y, Tensor):
+            found[name] = y, y._version  # views count with it
+        return cast(Activation, y)
+
+    model.patched.run(batch, at_site)
+    if changed := [name for name, (y, version) in found.items() if y._version != version]:
+        reason = "whose output the target changes in place"
+        raise unfit_sites(reason, changed, model.target, model.matrix_names)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ class Loss(Section):
         """Additive statistics of the term on one batch."""
         raise NotImplementedError
 
-    def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
+    def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
         """The term, from accumulated statistics.
 
         Args:

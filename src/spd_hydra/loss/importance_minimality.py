@@ -55,7 +55,7 @@ class ImportanceMinimality(AnnealedLoss):
             return power(g + self.eps, inputs.schedule["p"])
         return g + self.eps if self.p_start == 1 else power(g + self.eps, self.p_start)
 
-    def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
+    def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
         count = statistics["count"]
         f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
         if self.beta == 0:

@@ -51,7 +51,7 @@ class SmoothL0(AnnealedLoss):
             sums[f"sum/{site}"] = sum_over_positions(g**2 / (g**2 + squared), inputs.valid)
         return sums | {"count": inputs.n_positions}
 
-    def value(self, statistics: Statistics, reference_positions: Tensor | int) -> Float[Tensor, ""]:
+    def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
         count = statistics["count"]
         f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
         return (f * (1 + self.frequency_coeff * torch.log2(1 + self.frequency_scale * f))).sum()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spd_hydra import distributed
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.base import Statistics
 from spd_hydra.loss.objective import Objective, over_ranks
@@ -45,7 +46,7 @@ def evaluate(
         step: training step, for the record.
         progress: fraction of training done, for scheduled parameters.
         batches: how many batches.
-        reference_positions: positions of a global training batch.
+        reference_positions: positions of a global training batch, padding with them.
         known: the known answer, or None.
         certified: whether the target is fit to be decomposed; an uncertified one is never solved.
         ideal_l0: expected L0 of a perfect decomposition, by site, where known.
@@ -57,10 +58,12 @@ def evaluate(
     activity = Activity(objective.ci_threshold)
     ablated = None if ablations is None else Ablations(objective, ablations)
     totals: dict[str, Statistics] = {}
+    with_padding = 0
     with model.uncompiled():  # batches of another size would be compiled once more
         for number in range(batches):
             batch, draws = sampler(number)
             inputs = objective.inputs(batch)
+            with_padding += next(iter(inputs.ci.values())).lower[..., 0].numel()
             activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
             for name, found in objective.statistics(inputs, terms, draws, schedule).items():
                 totals[name] = (
@@ -71,7 +74,9 @@ def evaluate(
             if ablated is not None:
                 ablated.add(inputs, partial(sampler.numbers, number))
     activity, totals = activity.over_ranks(), over_ranks(totals)
-    losses = {name: float(term.value(totals[name], reference_positions)) for name, term in terms.items()}
+    (seen,) = distributed.exact_sum([torch.tensor(float(with_padding), dtype=torch.float64)])
+    real = reference_positions * activity.positions / float(seen)  # as in a training batch padded as much
+    losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
     verdict = compare(model, known) if known is not None else None
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
