@@ -19,6 +19,7 @@ from spd_hydra.config import RunConfig, from_dict, to_dict, to_yaml
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.logger.wandb import Wandb
 from spd_hydra.model.training import TrainableTarget
+from spd_hydra.plan import make_plan
 from spd_hydra.preflight import preflight
 from spd_hydra.schedule import ScheduleKind
 from spd_hydra.section import ConfigError
@@ -243,6 +244,18 @@ def test_folders_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert config.out_dir == str(tmp_path / "out")
     assert config.cache_dir == "~/.cache/spd_hydra"
     assert compose(["out_dir=here"]).out_dir == "here"
+
+
+def test_the_project_of_the_environment_is_the_default_and_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    saved = compose([])
+    assert to_dict(compose(["logger=wandb"]))["logger"]["project"] == "spd_hydra"
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert to_dict(compose(["logger=wandb"]))["logger"]["project"] == "theirs"
+    assert to_dict(compose(["logger=wandb", "logger.project=mine"]))["logger"]["project"] == "mine"
+    changed = from_dict(to_dict(apply_overrides(saved, ["logger=wandb"])))
+    monkeypatch.setenv("WANDB_PROJECT", "others")
+    assert to_dict(changed)["logger"]["project"] == "theirs"
 
 
 def test_entries_of_a_mapping_can_be_added_and_dropped(composer: Composer) -> None:
@@ -512,6 +525,52 @@ def test_overrides_go_on_top_of_a_saved_configuration(composer: Composer) -> Non
     assert isinstance(changed.logger, Wandb)
     assert changed.model == saved.model
     assert to_yaml(apply_overrides(saved, [])) == to_yaml(saved)
+
+
+@pytest.mark.parametrize("number", ["0", "2026_11", "1e3", "true", "nan"])
+@pytest.mark.parametrize("words", [["resume={}"], ["task=analyse", "run={}"]])
+def test_a_run_directory_may_be_called_as_a_number_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], number: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(number).mkdir()
+    Path(number, "config.yaml").write_text(to_yaml(compose(["experiment=resid_mlp1", "seed=3"])))
+    config = compose([word.format(number) for word in words])
+    assert (config.name, config.seed) == ("resid_mlp1", 3)
+    assert number in (config.resume, config.run)
+
+
+def test_a_sweep_goes_on_with_the_jobs_of_another(
+    composer: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for job in ("0", "1"):
+        Path(job).mkdir()
+        Path(job, "config.yaml").write_text(to_yaml(compose([f"seed={job}"])))
+    plan = make_plan(composer, ["resume=0,1", "train.steps=30000"], multirun=True)
+    assert [(job.config.resume, job.config.seed) for job in plan.jobs] == [("0", 0), ("1", 1)]
+    assert all(job.saved is not None for job in plan.jobs)
+
+
+@pytest.mark.parametrize(("key", "words"), [("resume", []), ("run", ["task=analyse"])])
+def test_a_run_directory_is_looked_for_in_the_home_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, words: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.yaml").write_text(to_yaml(compose(["seed=3"])))
+    config = compose([*words, f'{key}="~/x"'])
+    assert (getattr(config, key), config.seed) == (str(tmp_path / "x"), 3)
+    assert (
+        "~nobody-of-that-name/x is no run directory" in errors([*words, f'{key}="~nobody-of-that-name/x"'])[0]
+    )
+
+
+def test_a_sweep_to_look_at_is_no_word_of_a_training(composer: Composer) -> None:
+    assert composer.run_config(["task=sweep_status", "sweep=there"]).sweep == "there"
+    assert errors(["sweep=there"]) == [
+        "sweep: got there, which only task=sweep_status reads; add that, or leave it out"
+    ]
 
 
 def test_overrides_of_a_saved_configuration_are_checked_alike(composer: Composer) -> None:

@@ -192,10 +192,10 @@ def test_a_folder_without_a_configuration_is_no_run_directory(tmp_path: Path) ->
         load_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
-def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"", b"name: caf\xe9\n", b"a: 2026-99-99\n"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
         load_config(path)
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from spd_hydra import atomic
+from spd_hydra.command_word import command_word
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.section import ConfigError
 
@@ -107,6 +108,15 @@ def test_a_directory_that_holds_something_is_not_taken(tmp_path: Path, name: str
     with pytest.raises(RunDirectoryError, match=rf"already holds {name}.*resume="):
         RunDirectory.at(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_word_to_go_on_in_a_directory_can_be_pasted_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "ü (1), it's = #2"
+    path.mkdir()
+    (path / "config.yaml").touch()
+    with pytest.raises(RunDirectoryError) as caught:
+        RunDirectory.at(path)
+    assert str(caught.value).endswith(f" use {command_word('resume', path)}")
 
 
 @pytest.mark.parametrize("how", [RunDirectory.open, RunDirectory.view])

@@ -10,7 +10,9 @@ from hydra_plugins.spd_hydra import NAME, BackgroundLauncher
 from spd_hydra import report
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.cli_task import Task
+from spd_hydra.command_word import quoted
 from spd_hydra.composer import Composer
+from spd_hydra.composition import Job
 from spd_hydra.config import RunConfig
 from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
@@ -18,7 +20,7 @@ from spd_hydra.launcher import slurm, start, watch
 from spd_hydra.launcher.record import FILE, SweepRecord, hide_secrets, new_sweep_directory
 from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Background, LocalParallel, Slurm
-from spd_hydra.overrides import is_for_hydra, quoted, read
+from spd_hydra.overrides import is_for_hydra, read
 from spd_hydra.plan import Plan, make_plan
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
@@ -73,16 +75,27 @@ def _single(plan: Plan, flags: list[str], config_dir: str | None) -> int:
 
 
 def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
-    directory = _sweep_directory(plan)
-    task = Task(sys.argv, plan, config_dir)
-    record = start.new_record(plan.jobs[0].config.launcher, dict(enumerate(plan.jobs)), sys.argv)
-    directory.mkdir(parents=True, exist_ok=True)
-    record.write(directory)
+    directory, launcher = _sweep_directory(plan), plan.jobs[0].config.launcher
+    leaves_runs = plan.jobs[0].config.task not in _IN_THIS_PROCESS
+    record = start.new_record(launcher, dict(enumerate(plan.jobs)), sys.argv)
+
+    def on_start(number: int, job: Job) -> None:
+        """A sweeper may take the jobs in another order than they were planned in, or choose as it goes."""
+        nonlocal record
+        record = record.with_jobs(start.new_record(launcher, {number: job}, sys.argv).jobs)
+        if leaves_runs:
+            record.write(directory)
+
+    task = Task(sys.argv, plan, config_dir, on_start)
+    if leaves_runs:
+        _make(directory)
+        record.write(directory)
     try:
         code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
     finally:
         hide_secrets(directory)  # also where no job ran in this process
-        _show(directory, watch.look(directory, record, None))
+        if leaves_runs:
+            _show(directory, watch.look(directory, record, None))
     if code == ExitCode.ok and any(task.codes.values()):
         return ExitCode.jobs_failed
     return code
@@ -129,8 +142,31 @@ def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
 
 
 def _sweep_directory(plan: Plan) -> Path:
-    """Where the jobs go: what `hydra.sweep.dir=` says, else a new folder; known before any job starts."""
+    """Where the jobs go: what `hydra.sweep.dir=` says, else a new folder; known before any job starts.
+
+    Raises:
+        ConfigError: it is not known yet, or holds another sweep, whose results would be taken for these.
+    """
     for override in map(read, reversed(plan.overrides)):
         if override is not None and override.key_or_group == "hydra.sweep.dir":
-            return Path(str(override.value())).absolute()
+            given = str(override.value())
+            if "${" in given:
+                raise ConfigError(
+                    f"hydra.sweep.dir: got {given}, which has a value only when the sweep has begun; write "
+                    "the directory out, or leave it out for a new one below out_dir"
+                )
+            directory = Path(given).absolute()
+            if (directory / FILE).exists() or any(directory.glob("*/config.yaml")):
+                raise ConfigError(
+                    f"hydra.sweep.dir: got {given}, which holds a sweep already; choose another, or "
+                    f"go on with one of its runs: resume={given}/<number>"
+                )
+            return directory
     return new_sweep_directory(plan.jobs[0].config.out_dir)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: the sweep cannot be written there: {error.strerror}") from error

@@ -27,6 +27,7 @@ from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Task:
         command: the command line as it was typed, for the record.
         plan: the jobs as they were composed and checked.
         config_dir: as `--config-dir`.
+        on_start: told the number and the job, as it is run, of each job of a sweep in this process.
 
     Attributes:
         codes: exit codes by job, of jobs in this process.
@@ -48,16 +50,23 @@ class Task:
         failure: why they could not be started.
     """
 
-    def __init__(self, command: Sequence[str], plan: Plan | None, config_dir: str | None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        plan: Plan | None,
+        config_dir: str | None,
+        on_start: Callable[[int, Job], None] | None = None,
+    ) -> None:
         self.command = list(command)
         self.codes: dict[int, ExitCode] = {}
         self.ended: list[SweepRow] = []
         self.failure: ConfigError | None = None
         self._plan = plan
         self._config_dir = config_dir
+        self._on_start = on_start
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plan": None}  # a node plans nothing
+        return self.__dict__ | {"_plan": None, "_on_start": None}  # a node plans nothing
 
     def __call__(self, cfg: DictConfig) -> float:
         """Run one job; its objective, for those who optimise over runs, NaN where there is none."""
@@ -72,9 +81,27 @@ class Task:
         directory = Path(hydra.runtime.output_dir)
         if not hydra.launcher._target_.endswith(".BasicLauncher"):
             return _objective(self._as_job(self._swept(cfg, overrides), directory).outcome())
-        self.codes[int(hydra.job.num)], value = guarded(
-            lambda: self._run(self._swept(cfg, overrides), directory)
-        )
+        return self._next(int(hydra.job.num), overrides, directory)
+
+    def _next(self, number: int, overrides: list[str], directory: Path) -> float:
+        """Run one job of a sweep in this process.
+
+        Raises:
+            Stopped: the run is whole, but a signal that came too late for it asked for no more.
+        """
+        late: list[Stopped] = []
+
+        def work() -> Outcome:
+            job = self.planned(overrides)
+            if self._on_start is not None:
+                self._on_start(number, job)
+            outcome = self._run(job, directory)
+            late.extend([outcome.late_stop] if outcome.late_stop is not None else [])
+            return outcome
+
+        self.codes[number], value = guarded(work)
+        for stopped in late:
+            raise stopped
         return value
 
     def planned(self, overrides: list[str]) -> Job:

@@ -7,7 +7,7 @@ from pathlib import Path
 from spd_hydra.composer import Composer, apply_overrides
 from spd_hydra.config import Device, RunConfig, Task, load_config
 from spd_hydra.launcher_config import Background
-from spd_hydra.overrides import read, without_hydra
+from spd_hydra.overrides import read, typed_path, without_hydra
 from spd_hydra.saved_run import require_trust
 from spd_hydra.section import ConfigError
 
@@ -68,7 +68,7 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     Raises:
         ConfigError: lists everything that is wrong.
     """
-    directory = _resumed(overrides)
+    directory = typed_path(overrides, "resume")
     if directory is None:
         config = composer.run_config(overrides)
         if config.task is Task.analyse:
@@ -78,7 +78,8 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
         saved = load_config(Path(directory) / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
-    config = apply_overrides(saved, overrides, config_dir=config_dir)
+    changed = apply_overrides(saved, overrides, config_dir=config_dir)
+    config = dataclasses.replace(changed, resume=directory)
     require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
     return Job(overrides=list(overrides), config=config, saved=saved)
 
@@ -91,17 +92,18 @@ def _of_analysis(composed: RunConfig, overrides: Sequence[str], config_dir: Path
             f"launcher: got {composed.launcher.kind}, but task=analyse is done in this process; use "
             "launcher=local, on a cluster within an allocation: srun spd-run task=analyse ..."
         )
+    directory = Path(typed_path(overrides, "run") or str(composed.run))
     try:
-        saved = load_config(Path(str(composed.run)) / "config.yaml")
+        saved = load_config(directory / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"run: {error}") from error
-    require_trust(
-        Path(str(composed.run)), saved, trusted=composed.trust_remote_code, yes="add trust_remote_code=true"
-    )
+    require_trust(directory, saved, trusted=composed.trust_remote_code, yes="add trust_remote_code=true")
     config = apply_overrides(saved, overrides, config_dir=config_dir)
     # The machine that measures may have no GPU where the run had one.
     device = config.device if composed.device is Device.auto else composed.device
-    return dataclasses.replace(config, device=device, threads=composed.threads, launcher=composed.launcher)
+    return dataclasses.replace(
+        config, run=str(directory), device=device, threads=composed.threads, launcher=composed.launcher
+    )
 
 
 def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
@@ -117,14 +119,3 @@ def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
             f"task=analyse measures a run as it was trained, so it takes {', '.join(keys)} only; "
             f"leave out {' '.join(others)}"
         )
-
-
-def _resumed(overrides: Sequence[str]) -> str | None:
-    """The run directory that `resume=` names, if it is among the overrides."""
-    found = None
-    for text in overrides:
-        override = read(text)
-        if override is not None and override.key_or_group == "resume":
-            value = override.value()
-            found = value if isinstance(value, str) and value else None
-    return found

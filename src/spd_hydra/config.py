@@ -137,6 +137,10 @@ class RunConfig(Section):
             yield Problem(
                 "run", f"got {self.run}, which only task=analyse reads; to go on with a run use resume="
             )
+        if self.task is not Task.sweep_status and self.sweep is not None:
+            yield Problem(
+                "sweep", f"got {self.sweep}, which only task=sweep_status reads; add that, or leave it out"
+            )
         if self.trust_remote_code and self.task is not Task.analyse and self.resume is None:
             yield Problem(
                 "trust_remote_code",
@@ -268,7 +272,7 @@ def load_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path.parent} is no run directory: {reason}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that there is not
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")

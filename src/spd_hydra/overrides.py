@@ -1,5 +1,6 @@
 """The words of a command line, one by one: read, applied to a composed configuration, or said to be wrong."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -9,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from spd_hydra import config_errors
+from spd_hydra.command_word import quoted
 from spd_hydra.redaction import redact_command
 from spd_hydra.section import Problem
 
@@ -25,6 +27,23 @@ def read(text: str) -> Override | None:
         return OverridesParser.create().parse_override(text)
     except HydraException:
         return None
+
+
+def typed_path(overrides: Sequence[str], key: str) -> str | None:
+    """The path that the last override of a key gives it, or None if that is no text.
+
+    Jobs of a sweep are directories called 0, 1, …: what Hydra reads as a number is taken as it was typed.
+    """
+    found = None
+    for text in overrides:
+        override = read(text)
+        if override is not None and override.key_or_group == key:
+            value = override.value()
+            if isinstance(value, int | float):
+                value = text.partition("=")[2].strip()
+            # Path.expanduser would raise for an unknown ~user; so it is a directory that is missing.
+            found = os.path.expanduser(value) if isinstance(value, str) and value else None  # noqa: PTH111
+    return found
 
 
 def without_hydra(overrides: Sequence[str]) -> list[str]:
@@ -139,11 +158,6 @@ def needs_multirun(override: Override) -> Problem:
     key, _, value = str(override.input_line).partition("=")
     advice = f"to run once with each add -m, for a list write {key}=[{value}]"
     return Problem(override.key_or_group, f"got several values ({value}); {advice}")
-
-
-def quoted(text: str) -> str:
-    """Text as a value in Hydra's grammar, whatever characters it has."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def assignment(key: str, value: object) -> str:

@@ -19,6 +19,7 @@ from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import target_facts
+from spd_hydra.stop import Stopped
 from spd_hydra.summary import summarise
 
 log = logging.getLogger(__name__)
@@ -26,10 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to: its directory (None for a check) and its summary."""
+    """What a run came to: its directory (None for a check) and its summary.
+
+    `late_stop`: a signal asked for a stop when there was nothing left to stop.
+    """
 
     run_dir: Path | None
     summary: dict[str, Any]
+    late_stop: Stopped | None = None
 
 
 def steps_per_second(times: Mapping[str, Any]) -> float | None:

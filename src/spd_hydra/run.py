@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import shlex
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
 from spd_hydra.checkpoint import CheckpointError, load_newest, require_whole
+from spd_hydra.command_word import command_word
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
@@ -82,7 +82,10 @@ def run(
     on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
     try:
         with signals.listening(), distributed.process_group(torch.device("cuda" if on_gpu else "cpu")):
-            return _together(lambda: _lead(config, run_dir, saved, signals), lambda: _follow(config, signals))
+            outcome = _together(
+                lambda: _lead(config, run_dir, saved, signals), lambda: _follow(config, signals)
+            )
+            return dataclasses.replace(outcome, late_stop=signals.late())
     except Stopped as stopped:
         if stopped.hands_over:
             signals.hand_over()
@@ -275,7 +278,7 @@ def _record_end(directory: RunDirectory, error: BaseException) -> None:
     text = str(error) if isinstance(error, Stopped) else "interrupted by the user"
     saved = error.step if isinstance(error, Stopped) else None
     directory.write_status(Status.stopped, step=_last_step(directory) if saved is None else saved, error=text)
-    hint = f"spd-run {shlex.quote(f'resume={directory.path}')}"
+    hint = f"spd-run {command_word('resume', directory.path)}"
     if saved is not None:
         say(f"saved at step {saved}; go on with: {hint}")
     elif any(directory.path.glob("**/checkpoints/step_*")):

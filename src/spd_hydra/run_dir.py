@@ -19,6 +19,7 @@ from typing import Any, Self
 import yaml
 
 from spd_hydra import atomic, metrics_log
+from spd_hydra.command_word import command_word
 from spd_hydra.lock import FileLock, LockedError, TakenOverError, is_owner
 from spd_hydra.metrics_log import to_json
 from spd_hydra.redaction import redact, redact_text
@@ -326,5 +327,5 @@ def _require_unused(path: Path) -> None:
         if not entry.name.startswith(".") and entry.suffix not in {".log", ".out", ".err"}:
             raise RunDirectoryError(
                 f"{path} already holds {entry.name}: a new run needs a directory of its own. "
-                f"To go on with a run use resume={path}"
+                f"To go on with a run use {command_word('resume', path)}"
             )

@@ -111,6 +111,10 @@ class StopSignals:
             return None
         return Stopped(number, hands_over=bool(hands_over) and number == signal.SIGUSR2)
 
+    def late(self) -> Stopped | None:
+        """What was asked for when the last step had begun: its run is whole, but nothing should follow it."""
+        return None if self._asked is None else Stopped(self._asked)
+
     def hand_over(self) -> None:
         """Let whoever listened to SIGUSR2 before do what it wants; the other ranks end.
 

@@ -1,6 +1,8 @@
 """Exit codes, messages, and what is passed on to the run."""
 
 import csv
+import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from spd_hydra.result import Outcome
 from spd_hydra.run import RunError
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped
 
 Call = Callable[..., Any]
 END = "Nothing was started. spd-run --help lists every key.\n"
@@ -185,6 +188,91 @@ def test_a_sweep_that_is_interrupted_still_shows_its_table(spd_run: Call, fake_r
 def test_a_sweep_goes_where_it_is_told(spd_run: Call, fake_run: FakeRun, tmp_path: Path) -> None:
     assert spd_run("-m", "seed=0,1", f"hydra.sweep.dir='{tmp_path}/my sweep'").code == 0
     assert [call["run_dir"] for call in fake_run.calls] == [tmp_path / "my sweep" / job for job in ("0", "1")]
+
+
+def rows_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_names_what_each_job_ran_also_where_the_sweeper_chose_the_order(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path
+) -> None:
+    orders = set()
+    for attempt in range(3):  # each shuffled twice, by the plan and by Hydra: one in twenty-four is the same
+        fake_run.calls.clear()
+        where = tmp_path / str(attempt)
+        assert spd_run("-m", "train.lr=shuffle(1e-3,2e-3,3e-3,4e-3)", f"hydra.sweep.dir={where}").code == 0
+        ran = [call["config"].train.lr for call in fake_run.calls]
+        assert [float(row["train.lr"]) for row in rows_of(where)] == ran
+        assert sorted(ran) == [1e-3, 2e-3, 3e-3, 4e-3]
+        orders.add(tuple(ran))
+    assert len(orders) > 1
+
+
+def test_every_job_runs_the_configuration_that_was_checked(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = tmp_path / "my_conf" / "loss" / "gentle.yaml"
+    preset.parent.mkdir(parents=True)
+    text = "defaults: [delta, _self_]\nimportance_minimality: {coeff: %s}\n"
+    preset.write_text(text % 1e-3)
+
+    def edited(config: RunConfig, **others: Any) -> Outcome:
+        preset.write_text(text % 7e-3)
+        return fake_run(config, **others)
+
+    monkeypatch.setattr(cli_task, "run", edited)
+    assert spd_run("-m", "--config-dir", str(tmp_path / "my_conf"), "loss=gentle", "seed=0,1").code == 0
+    assert [call["config"].loss.importance_minimality.coeff for call in fake_run.calls] == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "used",
+            "hydra.sweep.dir: got used, which holds a sweep already; choose another, or go on with one of its"
+            " runs: resume=used/<number>",
+        ),
+        (
+            "'new/${now:%Y}'",
+            "hydra.sweep.dir: got new/${now:%Y}, which has a value only when the sweep has begun; write the "
+            "directory out, or leave it out for a new one below out_dir",
+        ),
+        ("/proc/nope", "/proc/nope: the sweep cannot be written there: No such file or directory"),
+    ],
+)
+def test_a_directory_that_no_sweep_can_have_is_refused(
+    spd_run: Call, fake_run: FakeRun, tmp_path: Path, given: str, message: str
+) -> None:
+    assert spd_run("-m", "seed=0,1", "hydra.sweep.dir=used").code == 0
+    kept = (tmp_path / "used" / "sweep.csv").read_bytes()
+    ended = spd_run("-m", "seed=2,3", f"hydra.sweep.dir={given}")
+    assert (ended.code, ended.err) == (2, f"The configuration is not valid:\n  {message}\n{END}")
+    assert len(fake_run.calls) == 2
+    assert (tmp_path / "used" / "sweep.csv").read_bytes() == kept
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_signal_during_the_end_of_a_run_lets_no_further_job_begin(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped_late(config: RunConfig, **others: Any) -> Outcome:
+        return dataclasses.replace(fake_run(config, **others), late_stop=Stopped(signal.SIGTERM))
+
+    monkeypatch.setattr(cli_task, "run", stopped_late)
+    ended = spd_run("-m", "seed=0,1")
+    assert ended.code == 143
+    assert [call["config"].seed for call in fake_run.calls] == [0]
+    assert "sweep.html" in ended.out
+
+
+def test_a_sweep_of_checks_leaves_no_table_of_runs(spd_run: Call, tmp_path: Path) -> None:
+    ended = spd_run("-m", "task=check", "debug=smoke", "seed=0,1")
+    assert ended.code == 0
+    assert "missing" not in ended.out
+    assert not list(tmp_path.glob("outputs/sweeps/*/sweep.*"))
 
 
 def test_all_mistakes_of_all_jobs_are_told_before_the_first_one_starts(

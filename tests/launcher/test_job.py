@@ -88,9 +88,12 @@ def test_a_job_that_finds_another_run_in_its_place_is_refused_and_changes_nothin
     assert {path: path.read_bytes() for path in (tmp_path / "0").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("is_made", [False, True])  # Hydra's own launcher makes a folder for each job
 def test_a_job_that_goes_on_with_a_run_leaves_a_link_to_it_and_does_so_again_after_a_requeue(
-    toy: Toy, tmp_path: Path, calls: list[dict[str, Any]]
+    toy: Toy, tmp_path: Path, calls: list[dict[str, Any]], is_made: bool
 ) -> None:
+    if is_made:
+        (tmp_path / "sweep" / "0").mkdir(parents=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     saved = toy("seed=3")

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from spd_hydra.command_word import command_word
 from spd_hydra.launcher import watch
 from spd_hydra.launcher.record import SweepJob, SweepRecord
 from spd_hydra.launcher.slurm import SchedulerState
+from spd_hydra.launcher.start import follow_up_lines
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory
 
@@ -107,6 +109,14 @@ def said(text: str | None) -> watch.States:
         return None
     name, _, code = text.partition(" ")
     return {} if text == "forgotten" else {0: SchedulerState(name=name, exit_code=code)}
+
+
+def test_the_commands_of_a_sweep_can_be_pasted_whatever_its_directory_is_called(tmp_path: Path) -> None:
+    sweep_dir = tmp_path / "ü (1), it's = #2"
+    leave(sweep_dir, 0, "stopped")
+    (row,) = watch.look(sweep_dir, record("17"), said("FAILED 1"))
+    assert f"go on with spd-run {command_word('resume', sweep_dir / '0')} (FAILED 1)" in row.reason
+    assert follow_up_lines(record("17"), sweep_dir)[0].endswith(f" {command_word('sweep', sweep_dir)}")
 
 
 @pytest.mark.parametrize(("left", "scheduler", "state", "reason"), TABLE)

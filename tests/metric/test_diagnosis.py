@@ -178,7 +178,7 @@ def test_a_dense_site_with_too_many_or_too_few_says_so(columns: int, words: str)
     assert words in finding.advice
 
 
-@pytest.mark.parametrize(("now", "wanted"), [(0.0, "0.3"), (0.3, "0.6")])
+@pytest.mark.parametrize(("now", "wanted"), [(0.0, "0.4"), (0.3, "0.6")])
 def test_what_serves_one_feature_alone_at_a_dense_site_asks_for_an_adversary(now: float, wanted: str) -> None:
     dense = np.zeros((N, C))
     dense[:, :2] = 1.0

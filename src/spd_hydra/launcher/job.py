@@ -122,6 +122,9 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
 
 def _link(place: Path, run_dir: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_symlink():
+        with contextlib.suppress(OSError):  # of Hydra, and empty, if it is there
+            place.rmdir()
     with contextlib.suppress(FileExistsError):  # of an earlier start of this job
         place.symlink_to(run_dir.absolute(), target_is_directory=True)
 

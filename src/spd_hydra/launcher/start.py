@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from spd_hydra import atomic
+from spd_hydra.command_word import command_word
 from spd_hydra.composition import Job
 from spd_hydra.config import to_dict
 from spd_hydra.distributed import say
@@ -216,7 +217,7 @@ def submission_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
 def follow_up_lines(record: SweepRecord, sweep_dir: Path) -> list[str]:
     """How to look at a sweep later, and how to cancel it."""
     cancel = slurm.cancel_command([job.id for job in record.jobs if job.id is not None])
-    return [f"  look:   spd-run task=sweep_status {shlex.quote(f'sweep={sweep_dir}')}", f"  cancel: {cancel}"]
+    return [f"  look:   spd-run task=sweep_status {command_word('sweep', sweep_dir)}", f"  cancel: {cancel}"]
 
 
 def name_of(jobs: Mapping[int, Job]) -> str:

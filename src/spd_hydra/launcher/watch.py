@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from spd_hydra import metrics_log, report
+from spd_hydra.command_word import command_word
 from spd_hydra.launcher import slurm
 from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
@@ -127,7 +127,7 @@ def _ended(sweep_dir: Path, row: SweepRow, state: SchedulerState) -> SweepRow:
     if row.error is not None and row.state == "failed":
         return dataclasses.replace(row, exit=how)
     if row.state == "stopped":
-        hint = f"go on with spd-run {shlex.quote(f'resume={sweep_dir / str(row.job)}')}"
+        hint = f"go on with spd-run {command_word('resume', sweep_dir / str(row.job))}"
         return dataclasses.replace(row, state="failed", exit=how, error=f"{row.error}; {hint}")
     what = "ended before it began" if row.state == "missing" else "ended without a word"
     log = "" if row.id is None else f"; log: {log_paths(sweep_dir / SUBMITIT, row.id)[1]}"

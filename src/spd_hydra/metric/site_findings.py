@@ -16,9 +16,9 @@ SEVERAL = 2.0
 FAR_ABOVE_IDEAL = 2.0
 FACTOR, LARGE_FACTOR = 2, 10  # of a change; the large one where a factor of two would change little
 ADVERSARY = "loss.pgd_recon_subset.coeff"
-# Of resid_mlp2's preset. With 0.5 and more a site that should have a subcomponent for each feature kept one,
+# Of resid_mlp2's preset. With more, a site that should have a subcomponent for each feature kept one,
 # for long or for good, that nearly all of them need.
-FIRST_ADVERSARY = 0.3
+FIRST_ADVERSARY = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
