@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.model.tiny_hf import LENGTH, VOCAB
+from tests.model.tiny_hf import LENGTH, SMALL, VOCAB
 from torch import nn
 
 from spd_hydra.composition import compose
@@ -102,16 +102,6 @@ def on_tokens(model: Any, directory: Path, *more: str) -> RunConfig:
     return compose(["experiment=lm_hf", *words, *sizes, "decomposition.C=4", "device=cpu", *more])
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
-
-
 def test_one_class_has_no_chances_to_compare(tmp_path: Path) -> None:
     one: dict[str, Any] = {"num_labels": 1}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, **one))
@@ -127,7 +117,8 @@ def test_one_class_has_no_chances_to_compare(tmp_path: Path) -> None:
 
 
 def test_a_model_of_transformers_that_needs_more_than_tokens_is_refused(tmp_path: Path) -> None:
-    vision = {name: SMALL[name] for name in SMALL if name not in {"vocab_size", "max_position_embeddings"}}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {name: SMALL[name] for name in sizes}
     config = transformers.CLIPConfig(
         text_config=SMALL | {"projection_dim": 16, "eos_token_id": 1},
         vision_config=vision | {"image_size": 16, "patch_size": 8},

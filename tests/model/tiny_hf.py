@@ -10,7 +10,7 @@ from torch import nn
 
 VOCAB, LENGTH = 50, 12
 
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -33,21 +33,21 @@ _GPT2: dict[str, Any] = {
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "gpt2": ("causal_lm", lambda: transformers.GPT2Config(**_GPT2)),
-    "llama": ("causal_lm", lambda: transformers.LlamaConfig(**_SMALL, num_key_value_heads=2)),
-    "gpt_neox": ("causal_lm", lambda: transformers.GPTNeoXConfig(**_SMALL)),
-    "qwen2": ("causal_lm", lambda: transformers.Qwen2Config(**_SMALL, num_key_value_heads=2)),
-    "qwen3": ("causal_lm", lambda: transformers.Qwen3Config(**_SMALL, num_key_value_heads=2, head_dim=8)),
+    "llama": ("causal_lm", lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "gpt_neox": ("causal_lm", lambda: transformers.GPTNeoXConfig(**SMALL)),
+    "qwen2": ("causal_lm", lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "qwen3": ("causal_lm", lambda: transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
     "mixtral": (
         "causal_lm",
         lambda: transformers.MixtralConfig(
-            **_SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+            **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
         ),
     ),
-    "roberta": ("masked_lm", lambda: transformers.RobertaConfig(**_SMALL)),
-    "bert": ("masked_lm", lambda: transformers.BertConfig(**_SMALL)),
+    "roberta": ("masked_lm", lambda: transformers.RobertaConfig(**SMALL)),
+    "bert": ("masked_lm", lambda: transformers.BertConfig(**SMALL)),
     "bert_classifier": (
         "sequence_classification",
-        lambda: transformers.BertConfig(**(_SMALL | {"num_labels": 3})),
+        lambda: transformers.BertConfig(**(SMALL | {"num_labels": 3})),
     ),
     "gpt2_classifier": (
         "sequence_classification",

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from spd_hydra.data.columns import Columns
+from spd_hydra.model import hf_config
 from spd_hydra.section import ConfigError
 
 
@@ -103,7 +104,7 @@ def first_line(error: Exception) -> str:
         error = error.__cause__  # the other one says only that there is one
     if isinstance(error, UnicodeError):
         return f"{error}; save it as UTF-8"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return hf_config.first_line(error)
 
 
 def shortened(names: list[str]) -> str:
