@@ -11,7 +11,7 @@ from spd_hydra import distributed, rng
 from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay
@@ -200,11 +200,13 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
     has_values = device.type != "meta"
     require_vectors(model)
     require_outputs_that_stay(model, example)
-    if has_values:
-        model.roots = find_roots(model, example)
     with torch.no_grad():
-        positions = _positions(model.activations(model.clean_pass(example)), example, padded=batches.padded)
-        model.causal_importances(example)
+        clean = model.clean_pass(example)
+        if has_values:
+            model.roots = find_roots(model, example, clean)
+        activations = model.activations(clean)
+        positions = _positions(activations, example, padded=batches.padded)
+        model.importances(activations, valid=real_positions(example, torch.Size((len(example), *positions))))
     if has_values and untrained:
         _start(model, batches, config, config.seed)
     return Parts(

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import logging
 import sys
+from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
 
@@ -14,7 +15,7 @@ from spd_hydra.composer import Composer
 from spd_hydra.config_errors import invalid
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.exit_code import ExitCode
-from spd_hydra.overrides import with_entries
+from spd_hydra.overrides import read, with_entries
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 
@@ -59,6 +60,7 @@ def _main(arguments: argparse.Namespace) -> int:
             return ExitCode.ok
         if arguments.cfg or arguments.info:
             suite.require_none(composer, arguments.overrides)
+            _require_no_saved_run(arguments.overrides)
             composer.composed(arguments.overrides)
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
         return call_hydra(with_entries(sys.argv[1:]), lambda cfg: None)
@@ -66,6 +68,20 @@ def _main(arguments: argparse.Namespace) -> int:
     from spd_hydra.cli_run import begin  # noqa: PLC0415
 
     return begin(arguments.overrides, multirun=arguments.multirun, config_dir=arguments.config_dir)
+
+
+def _require_no_saved_run(overrides: Sequence[str]) -> None:
+    """Refuse to show a configuration that is not composed.
+
+    Raises:
+        ConfigError: a run is to go on, whose configuration is the saved one.
+    """
+    for word in map(read, overrides):
+        if word is not None and word.key_or_group in {"resume", "run"}:
+            raise ConfigError(
+                f"--cfg, --info: got {word.input_line}, a run whose configuration is in its config.yaml; "
+                "look there, or leave it out"
+            )
 
 
 if __name__ == "__main__":

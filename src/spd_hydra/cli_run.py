@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.plugins import Plugins
 
 from hydra_plugins.spd_hydra import NAME, BackgroundLauncher
-from spd_hydra import report
+from spd_hydra import distributed, report
 from spd_hydra.cli_hydra import call_hydra
 from spd_hydra.cli_task import Task
 from spd_hydra.command_word import quoted
@@ -41,6 +41,8 @@ def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -
     flags = ["--config-dir", config_dir] if config_dir else []
     if config.task is WhatToDo.sweep_status:
         return sweep_status(config)
+    if config.task not in _IN_THIS_PROCESS:
+        _require_one_process(plan)
     if config.task not in _IN_THIS_PROCESS and isinstance(config.launcher, Background):
         return _in_background(plan, config.launcher, flags, config_dir)
     return _sweep(plan, flags, config_dir) if plan.is_sweep else _single(plan, flags, config_dir)
@@ -62,6 +64,27 @@ def sweep_status(config: RunConfig) -> int:
     if any(row.state in watch.OPEN for row in rows):
         print("\n".join(["", *watch.live_table(rows)]))
     return _show(directory, rows)
+
+
+def _require_one_process(plan: Plan) -> None:
+    """Refuse what several processes that were started to train one decomposition cannot do together.
+
+    Raises:
+        ConfigError: jobs would be started, by each of them.
+    """
+    ranks, launcher = distributed.started_with(), plan.jobs[0].config.launcher
+    if ranks == 1:
+        return
+    if plan.is_sweep:
+        raise ConfigError(
+            f"-m: got a sweep in each of {ranks} processes, which train one decomposition together; start it "
+            f"with spd-run alone: launcher.ranks_per_node={ranks} gives every job as many processes"
+        )
+    if isinstance(launcher, Background) or launcher.local_ranks > 1:
+        raise ConfigError(
+            f"launcher: got {launcher.kind}, which would start processes, in each of {ranks} that train one "
+            "decomposition together; leave it out, or start spd-run alone"
+        )
 
 
 def _single(plan: Plan, flags: list[str], config_dir: str | None) -> int:
@@ -134,10 +157,13 @@ def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
     """Write sweep.csv and sweep.html, print the table, and say with the exit code whether a job failed."""
     has_failed = any(row.state == "failed" for row in rows)
     rows = report.with_replicas(directory, rows)
-    _, page = report.write_sweep(directory, rows)
-    print(
-        "\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows), f"  {page}"])
-    )
+    try:
+        _, page = report.write_sweep(directory, rows)
+        written = str(page)
+    except OSError as error:  # somebody else's sweep, or a full disk: the rows are worth more than the page
+        written = f"sweep.csv and sweep.html could not be written: {error.strerror}: {error.filename}"
+    print("\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows)]))
+    print(f"  {written}")
     return ExitCode.jobs_failed if has_failed else ExitCode.ok
 
 

@@ -268,6 +268,51 @@ def test_a_signal_during_the_end_of_a_run_lets_no_further_job_begin(
     assert "sweep.html" in ended.out
 
 
+def test_the_table_of_a_sweep_is_shown_also_where_it_cannot_be_written(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_allowed(directory: Path, rows: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(directory / "sweep.csv"))
+
+    assert spd_run("-m", "seed=0,1", "hydra.sweep.dir=theirs").code == 0
+    monkeypatch.setattr("spd_hydra.report.write_sweep", not_allowed)
+    ended = spd_run("task=sweep_status", "sweep=theirs")
+    assert (ended.code, ended.err) == (0, "")
+    place = Path("theirs", "sweep.csv").absolute()
+    assert f"  sweep.csv and sweep.html could not be written: Permission denied: {place}\n" in ended.out
+    assert "tms_5-2" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["-m", "seed=0,1"],
+            "-m: got a sweep in each of 2 processes, which train one decomposition together; start it with "
+            "spd-run alone: launcher.ranks_per_node=2 gives every job as many processes",
+        ),
+        (
+            ["launcher.ranks_per_node=3"],
+            "launcher: got local, which would start processes, in each of 2 that train one decomposition "
+            "together; leave it out, or start spd-run alone",
+        ),
+        (
+            ["launcher=local_parallel"],
+            "launcher: got local_parallel, which would start processes, in each of 2 that train one "
+            "decomposition together; leave it out, or start spd-run alone",
+        ),
+    ],
+)
+def test_processes_that_train_together_start_no_jobs(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = spd_run(*words)
+    assert (ended.code, ended.err) == (2, f"The configuration is not valid:\n  {message}\n{END}")
+    assert fake_run.calls == []
+    assert not Path("outputs").exists()
+
+
 def test_a_sweep_of_checks_leaves_no_table_of_runs(spd_run: Call, tmp_path: Path) -> None:
     ended = spd_run("-m", "task=check", "debug=smoke", "seed=0,1")
     assert ended.code == 0
@@ -340,6 +385,16 @@ def test_the_configuration_can_be_looked_at_without_running(spd_run: Call, fake_
     assert tree.code == 0
     assert "loss: resid_mlp1" in tree.out
     assert fake_run.calls == []
+
+
+@pytest.mark.parametrize("look", [["--cfg", "job"], ["--info", "defaults-tree"]])
+def test_a_configuration_that_is_not_composed_is_not_shown(spd_run: Call, look: list[str]) -> None:
+    ended = spd_run(*look, "resume=outputs/tms_5-2/1")
+    message = (
+        "--cfg, --info: got resume=outputs/tms_5-2/1, a run whose configuration is in its config.yaml; look "
+        "there, or leave it out"
+    )
+    assert (ended.code, ended.err) == (2, f"The configuration is not valid:\n  {message}\n{END}")
 
 
 def test_the_versions_are_shown(spd_run: Call) -> None:

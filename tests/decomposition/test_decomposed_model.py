@@ -282,7 +282,7 @@ def test_a_layer_that_is_not_routed_acts_on_the_current_input() -> None:
     expected = (perturbed + middle) @ target.last.weight.T + target.last.bias
     torch.testing.assert_close(model(batch, masks), expected)
     reuse = Reuse(clean := model.clean_pass(batch), model.activations(clean), products={})
-    model.roots = find_roots(model, batch)
+    model.roots = find_roots(model, batch, model.clean_pass(batch))
     torch.testing.assert_close(model(batch, masks, reuse=reuse), expected)
 
 
@@ -347,7 +347,7 @@ def test_the_target_keeps_its_modules_hooks_and_weights(case: str) -> None:
     modules = dict(target.named_modules())
     model = DecomposedModel(target, make(case).config, MLPCausalImportance(hidden=4), seed=0)
     batch = batch_of(case)
-    model.roots = find_roots(model, batch)
+    model.roots = find_roots(model, batch, model.clean_pass(batch))
     model(batch, random_masks(model, (BATCH,))).sum().backward()
     model.causal_importances(batch)
     assert model.target is target
@@ -480,7 +480,7 @@ def test_reusing_the_clean_pass_changes_neither_values_nor_gradients(
 ) -> None:
     model, batch = make(case), batch_of(case)
     if roots:
-        model.roots = find_roots(model, batch)
+        model.roots = find_roots(model, batch, model.clean_pass(batch))
     every = random_masks(model, (BATCH,), delta=delta)
     routed = random_masks(model, (BATCH,), delta=delta, route=True)
     choices = [

@@ -12,7 +12,12 @@ from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay, roots_without_values
 from spd_hydra.section import ConfigError
 
-FIND: list[Callable[[DecomposedModel, Tensor], frozenset[str]]] = [find_roots, roots_without_values]
+
+def roots_seen(model: DecomposedModel, batch: Tensor) -> frozenset[str]:
+    return find_roots(model, batch, model.clean_pass(batch))
+
+
+FIND: list[Callable[[DecomposedModel, Tensor], frozenset[str]]] = [roots_seen, roots_without_values]
 
 
 class Net(nn.Module):

@@ -209,7 +209,7 @@ def test_l0_is_a_mean_over_positions(chain: MakeModel) -> None:
 def test_knowing_the_roots_changes_no_term_and_no_gradient(chain: MakeModel, roots: bool) -> None:
     plain, known = chain(), chain()
     if roots:
-        known.roots = find_roots(known, batch())
+        known.roots = find_roots(known, batch(), known.clean_pass(batch()))
         assert known.roots == {"first"}
     results = []
     for model in (plain, known):
@@ -310,7 +310,7 @@ def test_the_compiled_step_equals_the_eager_one(
 ) -> None:
     terms = everything().terms()
     model, losses = chain(), LossSet(divergence=divergence, **{name: terms[name] for name in names})
-    model.roots = find_roots(model, batch())
+    model.roots = find_roots(model, batch(), model.clean_pass(batch()))
     own = objective(model, losses)
     steps = [Step(own, compile=compile) for compile in (False, True)]
     for step in (0, 1):  # another p does not need another graph

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra import rng
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.decomposed_model import CleanPass, DecomposedModel
 from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, dense
 
@@ -38,12 +38,11 @@ def require_outputs_that_stay(model: DecomposedModel, batch: Tensor) -> None:
 
 
 @torch.no_grad()
-def find_roots(model: DecomposedModel, batch: Tensor) -> frozenset[str]:
-    """The roots of a model, seen on a batch.
+def find_roots(model: DecomposedModel, batch: Tensor, clean: CleanPass) -> frozenset[str]:
+    """The roots of a model, seen on a batch and its clean pass.
 
     Every site's output is disturbed at once; a site whose input is still bit-identical is a root.
     """
-    clean = model.clean_pass(batch)
     seen: dict[str, bool] = {}
 
     def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
