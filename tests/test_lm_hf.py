@@ -1,5 +1,6 @@
 """A model of transformers on tokenised text: killed and resumed, shared by two ranks, fed by a stream."""
 
+import html
 import json
 import signal
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_a_stream_is_said_to_be_not_exactly_resumable_wherever_a_run_is_describe
     assert f"{NOTE}\n" in capsys.readouterr().out
     assert outcome.summary["notes"] == [NOTE]
     assert f"<b>Warning:</b> {NOTE}" in (outcome.run_dir / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_measured_held_out_rows_several_times_says_so_in_its_results(tmp_path: Path) -> None:
+    words = words_for(tmp_path, "eval.batch_size=300", "train.steps=2", f"out_dir={tmp_path / 'outputs'}")
+    outcome = run(compose(words))
+    (note,) = outcome.summary["notes"]
+    assert note.startswith("data: only ")
+    assert "rows are measured several times" in note
+    assert outcome.run_dir is not None
+    assert note in html.unescape((outcome.run_dir / "report.html").read_text())
 
 
 def test_a_stream_is_not_exactly_resumable_and_not_compared_with_data_to_evaluate_on(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def conclude(
         steps_per_second=steps_per_second,
         restarts=restarts,
         replicas=replicas,
+        notes=parts.eval_batches.notes(),
     )
     drawn = (
         draw_all(evaluation, history, directory.figures, directory.require_ownership)

@@ -21,11 +21,12 @@ def summarise(
     steps_per_second: float | None,
     restarts: Mapping[str, Any] | None,
     replicas: int = 1,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The summary of a run: verdict with its checks, diagnosis, sparsity, losses, target, notes, times.
 
     `diagnosis` is empty where the known answer was found. `replicas` is the number of runs that shared their
-    steps: the times are those of all together.
+    steps: the times are those of all together. `notes` are added to those about the data.
     """
 
     def by_site(group: str) -> dict[str, float]:
@@ -73,7 +74,7 @@ def summarise(
         "losses": by_site("loss"),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),
-        "notes": config.data.notes(),
+        "notes": [*config.data.notes(), *notes],
         "seconds": dict(seconds),
         "steps_per_second": steps_per_second,
         "restarts": None if restarts is None else dict(restarts),

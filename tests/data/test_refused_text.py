@@ -247,14 +247,18 @@ def test_held_out_rows_of_a_stream_that_come_again_are_told_of_once(
     )
     batches = source.bind_eval(spec)
     batches(KEY, torch.arange(5))
-    assert caplog.messages == []
+    assert caplog.messages == batches.notes() == []
     for _ in range(3):
         batches(KEY, torch.arange(16))
-    assert caplog.messages == [
-        "data: only 5 held-out rows of 16 tokens, and evaluations ask for more: rows are measured "
-        "several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
-        "or eval.batch_size"
-    ]
+    assert (
+        caplog.messages
+        == batches.notes()
+        == [
+            "data: only 5 held-out rows of 16 tokens, and evaluations ask for more: rows are measured "
+            "several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
+            "or eval.batch_size"
+        ]
+    )
 
 
 def change_tokenizer(directory: Path, **changes: Any) -> None:

@@ -90,13 +90,17 @@ def test_held_out_rows_that_come_again_are_told_of_once(
 ) -> None:
     held_out = batches_of(HELD_OUT, tmp_path)
     assert sorted(sampled(held_out, range(1), size=5)) == [500, 501, 502, 503, 504]
-    assert caplog.messages == []
+    assert caplog.messages == held_out.notes() == []
     sampled(held_out, range(4), size=4)
-    assert caplog.messages == [
-        "data: only 5 held-out rows of 2 tokens, and evaluations ask for more: rows are measured "
-        "several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
-        "or eval.batch_size"
-    ]
+    assert (
+        caplog.messages
+        == held_out.notes()
+        == [
+            "data: only 5 held-out rows of 2 tokens, and evaluations ask for more: rows are measured "
+            "several times; hold out more (data.eval_fraction, data.eval_split), or lower eval.batches "
+            "or eval.batch_size"
+        ]
+    )
 
 
 def test_epochs_of_training_are_nothing_to_tell_of(

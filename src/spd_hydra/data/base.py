@@ -39,6 +39,10 @@ class Batches:
         """The text of each token by itself; None: ids are shown as they are."""
         return None
 
+    def notes(self) -> list[str]:
+        """What one has to know of what was measured on the batches so far, a sentence each."""
+        return []
+
 
 @dataclasses.dataclass(kw_only=True)
 class DataSource(Section):

@@ -51,6 +51,7 @@ class StreamedBatches(Batches):
         self.padded = not layout.pack
         self._layout, self._documents, self._remember = layout, documents, remember
         self._load_tokenizer = functools.cache(load_tokenizer)
+        self._notes: dict[str, None] = {}
         self._key: list[int] | None = None
         self._begin([])
 
@@ -71,7 +72,9 @@ class StreamedBatches(Batches):
                 part = "held out" if self._remember else "left to train on"
                 raise ConfigError(self._layout.why_no_row(tally, part))
             if self._remember and epoch == 0:
-                logger.warning(repeats(tally.rows, self._layout.length))
+                note = repeats(tally.rows, self._layout.length)
+                self._notes[note] = None
+                logger.warning(note)
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]
@@ -96,6 +99,9 @@ class StreamedBatches(Batches):
         if not self._remember:  # the next places are later ones
             self._seen, self._first = self._seen[max(places) + 1 - self._first :], max(places) + 1
         return torch.from_numpy(tokens).to(rows.device)
+
+    def notes(self) -> list[str]:
+        return list(self._notes)
 
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         return decoded(self._load_tokenizer(), ids)

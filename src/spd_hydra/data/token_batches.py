@@ -73,5 +73,8 @@ class TokenBatches(Batches):
         tokens = np.asarray(self._rows[found.numpy()], dtype=np.int64)
         return torch.from_numpy(tokens).to(rows.device)
 
+    def notes(self) -> list[str]:
+        return [repeats(len(self._rows), self.length)] if self._repeats and self._rows is not None else []
+
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         return decoded(self._load_tokenizer(), ids)
