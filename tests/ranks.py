@@ -156,6 +156,7 @@ def counting_step(self):
     count("steps")
     return take_step(self)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests were started by nohup
 sys.addaudithook(heard)
 Trainer.train_step = counting_step
 

@@ -552,6 +552,25 @@ def test_a_sweep_goes_on_with_the_jobs_of_another(
     assert all(job.saved is not None for job in plan.jobs)
 
 
+def test_words_that_a_saved_run_cannot_follow_are_refused_for_that_and_not_by_the_default_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", "config.yaml").write_text(to_yaml(compose(["experiment=resid_mlp1"])))
+    assert errors(["task=analyse", "run=mine", "decomposition.C=4"]) == [
+        "task=analyse measures a run as it was trained, so it takes task, run, eval, device, threads, "
+        "launcher, trust_remote_code only; leave out decomposition.C=4"
+    ]
+    assert errors(["resume=mine", "decomposition.C=4", "train.steps=9"]) == [
+        "decomposition.C: got 4, but every entry has a C of its own; set decomposition.sites.mlp_in.C, "
+        "decomposition.sites.mlp_out.C",
+        "A run that goes on takes train.steps and keys of logging, evaluation and checkpoints only; leave "
+        "out decomposition.C=4",
+    ]
+    assert errors(["resume=mine", "train.steps=-9"]) == ["train.steps: got -9, must be ≥ 1"]
+
+
 @pytest.mark.parametrize(("key", "words"), [("resume", []), ("run", ["task=analyse"])])
 def test_a_run_directory_is_looked_for_in_the_home_that_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, words: list[str]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spd_hydra.finite import TrainingError
 from spd_hydra.graph import REHEARSALS, CudaRecorder, GraphedStep, StepInputs, graphed_step, obstacle
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replicas import Alone, Replicas
 from spd_hydra.restarts import begin_with_best
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 Make = Callable[..., Trainer]
 T = TypeVar("T")

@@ -208,22 +208,31 @@ def test_an_output_that_there_is_not_is_found_before_launch(tiny: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "pattern", "others"),
+    ("model", "pattern", "others", "shape"),
     [
-        ("gpt2", "transformer.w*", "transformer.wpe [1, 12]"),
-        ("bert_classifier", "*.[dq]*", "bert.pooler.dense [8]"),
-        ("bert_classifier", "classifier", "classifier [8]"),
+        ("gpt2", "transformer.w*", "transformer.wpe", [1, 12]),
+        ("bert_classifier", "*.[dq]*", "bert.pooler.dense", [8]),
+        ("bert_classifier", "classifier", "classifier", [8]),
     ],
 )
-def test_sites_without_a_vector_per_row_and_position_are_named(
-    tiny: Make, model: str, pattern: str, others: str
+def test_sites_without_a_vector_per_row_and_position_are_named_with_patterns_for_the_others(
+    tiny: Make, model: str, pattern: str, others: str, shape: list[int]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         preflight(tiny(model, f"decomposition.default_pattern='{pattern}'"))
-    assert str(caught.value) == (
-        f"decomposition.sites: positions are [8, 12] for 8 rows, but not at {others}; leave these out: all "
-        "sites must see one vector per row and position"
+    reason, advice = str(caught.value).split("; ")
+    assert reason == (
+        f"decomposition.sites: got {others}, which see no vector per row and position ({shape} for 8 rows in "
+        "place of [8, 12])"
     )
+    if pattern == "classifier":
+        assert advice.startswith("choose others with decomposition.sites.<name>.pattern, of bert.embeddings.")
+        return
+    assert advice.startswith("decompose the others alone: ")
+    words = [word.strip("'") for word in advice.partition(": ")[2].split()]
+    parts = preflight(tiny(model, *words))
+    assert others not in parts.model.site_names
+    assert parts.model.site_names
 
 
 def test_what_enters_the_modules_of_a_model_can_be_decomposed(tiny: Make) -> None:

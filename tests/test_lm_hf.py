@@ -1,5 +1,6 @@
 """A model of transformers on tokenised text: killed and resumed, shared by two ranks, fed by a stream."""
 
+import dataclasses
 import html
 import json
 import signal
@@ -10,7 +11,9 @@ from tests.model.tiny_hf import LENGTH, VOCAB, saved_model
 from tests.ranks import begin, ends, play, result_in
 
 from spd_hydra.composition import compose
+from spd_hydra.config import load_config
 from spd_hydra.run import run
+from spd_hydra.section import ConfigError
 
 STEPS = 8
 NOTE = (
@@ -95,6 +98,35 @@ def test_a_stream_is_said_to_be_not_exactly_resumable_wherever_a_run_is_describe
     assert f"{NOTE}\n" in capsys.readouterr().out
     assert outcome.summary["notes"] == [NOTE]
     assert f"<b>Warning:</b> {NOTE}" in (outcome.run_dir / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "evaluate"])
+def test_a_run_does_not_go_on_with_other_text_and_a_touched_file_is_no_other(
+    tmp_path: Path, part: str
+) -> None:
+    words = words_for(tmp_path)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"input_ids": [' + ", ".join("3" for _ in range(40)) + "]}\n")
+    words += [f"data.eval_name={held_out}", f"out_dir={tmp_path / 'outputs'}"]
+    config = compose([*words, "eval.batch_size=1"])
+    done = run(config).run_dir
+    assert done is not None
+    saved = load_config(done / "config.yaml")
+    file = {"train": tmp_path / "ids.jsonl", "evaluate": held_out}[part]
+    text = file.read_text()
+    file.write_text(text.replace("3", "4", 1))
+    longer = dataclasses.replace(
+        saved, resume=str(done), train=dataclasses.replace(saved.train, steps=STEPS + 1)
+    )
+    with pytest.raises(ConfigError) as caught:
+        run(longer, saved=saved)
+    assert str(caught.value) == (
+        f"data: the rows to {part} on are not those of step_{STEPS}: the text was changed since; "
+        "put it back to go on, or start a new run"
+    )
+    file.write_text(text)
+    assert run(longer, saved=saved).summary["steps"] == STEPS + 1
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.preflight import preflight
+from spd_hydra.run import run
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]
@@ -130,6 +131,25 @@ def test_a_model_of_transformers_that_needs_more_than_tokens_is_refused(tmp_path
         "model that needs nothing else",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_text_to_evaluate_on_is_looked_at_though_nothing_has_values(tmp_path: Path, streaming: str) -> None:
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"input_ids": [1, 2, 3]}\n')
+    words = [f"data.eval_name={held_out}", f"data.streaming={streaming}"]
+    assert preflight(on_tokens(llama, tmp_path, *words)).reads_tokens
+
+
+def test_a_check_refuses_text_that_a_run_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    config = on_tokens(llama, tmp_path, "task=check", "data.eval_fraction=1e-9")
+    with pytest.raises(ConfigError, match=r"^data\.eval_fraction: none of 20 documents is held out; "):
+        run(config)
+    assert "sound" not in capsys.readouterr().out
 
 
 def test_sites_that_run_twice_are_refused_on_the_meta_device(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_signal_saves_within_a_step_and_the_run_goes_on_to_the_same_bits(
         "undisturbed": [],
         "SIGINT": [moment | {"signal": signal.SIGINT}],
         "SIGTERM": [moment | {"signal": signal.SIGTERM}],
+        "SIGHUP": [moment | {"signal": signal.SIGHUP}],
         "SIGUSR2": [moment | {"signal": signal.SIGUSR2}],
         "requeued": [moment | {"signal": signal.SIGUSR2, "requeues": True}],
     }
@@ -114,6 +115,7 @@ def test_a_signal_saves_within_a_step_and_the_run_goes_on_to_the_same_bits(
         "undisturbed": [0] * size,
         "SIGINT": [130] * size,
         "SIGTERM": [143] * size,
+        "SIGHUP": [143] * size,
         "SIGUSR2": [143] * size,
         "requeued": [75] + [0] * (size - 1),  # whoever listened before is called on rank 0, the others end
     }

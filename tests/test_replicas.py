@@ -15,6 +15,7 @@ from spd_hydra.api import decompose, load_run
 from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, Task, load_config
+from spd_hydra.finite import TrainingError
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replica_runs import _common_checkpoints
@@ -24,7 +25,7 @@ from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.sampler import StackedSampler
 from spd_hydra.section import ConfigError
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 Toy = Callable[..., RunConfig]
 Make = Callable[..., Trainer]
@@ -155,6 +156,31 @@ def test_one_that_breaks_drops_out_and_the_others_never_know(make: Make) -> None
         assert all(
             torch.equal(value, weights(whole[number])[n]) for n, value in weights(trainers[number]).items()
         )
+
+
+def test_one_whose_weights_overflow_before_it_is_measured_drops_out_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, replicas = together(make, "eval.every=4")
+    expected = replicas.fit()
+    trainers, replicas = together(make, "eval.every=4")
+    take = replicas._update
+
+    def overflowing() -> None:
+        take()
+        if replicas.step == 3:
+            break_at(trainers[1])
+
+    monkeypatch.setattr(replicas, "_update", overflowing)
+    results = replicas.fit()
+    assert "the weights are not finite after step 4" in str(results[1])
+    for number in (0, 2):
+        result, wanted = results[number], expected[number]
+        assert isinstance(result, Evaluation)
+        assert isinstance(wanted, Evaluation)
+        assert result.metrics == wanted.metrics
+    assert load_newest(trainers[1].run.checkpoints) is None
+    assert losses(trainers[0]) == losses(whole[0])
 
 
 def test_initialisations_that_break_change_nothing_for_the_others(make: Make) -> None:
@@ -336,6 +362,20 @@ def test_after_one_dropped_out_the_others_are_resumed(
     opened = load_run(broken / "0")
     assert (opened.status["status"], opened.summary["steps"]) == ("done", 20)
     assert_close(opened.model.trainable_state(), load_run(alone).model.trainable_state())
+
+
+def test_a_replica_that_has_gone_on_alone_is_never_set_back(toy: Toy) -> None:
+    group = run(toy("train.replicas=2")).run_dir
+    assert group is not None
+    own = load_config(group / "0" / "config.yaml")
+    longer = dataclasses.replace(own.train, steps=30)
+    run(dataclasses.replace(own, resume=str(group / "0"), train=longer), saved=own)
+    saved = load_config(group / "config.yaml")
+    between = dataclasses.replace(saved, resume=str(group), train=dataclasses.replace(saved.train, steps=25))
+    with pytest.raises(ConfigError, match=r"^train.steps: got 25, but the run has done 30; "):
+        run(between, saved=saved)
+    assert load_run(group / "0").steps[-1] == 30
+    assert load_run(group / "0").summary["steps"] == 30
 
 
 def test_checkpoints_that_only_some_have_are_removed_before_they_go_on(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from spd_hydra.checkpoint import load_newest
+from spd_hydra.finite import TrainingError
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best, rounds
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 Make = Callable[..., Trainer]
 State = dict[str, Tensor]
@@ -186,6 +187,14 @@ def test_one_that_breaks_drops_out(make: Make, caplog: pytest.LogCaptureFixture,
     assert trainer.facts["restarts"]["chosen"] == 1 - bad
     assert f"initialisation {bad + 1} drops out: the loss is nan at step 0" in caplog.text
     assert trainer.fit().step == STEPS
+
+
+def test_one_whose_held_out_loss_overflows_drops_out(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make("train.restarts.number=2", *HALF)
+    measured(trainer, [math.nan, 5.0])
+    choose(trainer, states_of(trainer))
+    assert trainer.facts["restarts"]["chosen"] == 1
+    assert "initialisation 1 drops out: the loss on held-out data is nan after step 3" in caplog.text
 
 
 def test_if_all_break_the_run_fails(make: Make) -> None:

@@ -417,6 +417,43 @@ def another(value: Any) -> Any:
     return [*value, 1] if isinstance(value, list) else f"{value or ''}x"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("seed: 0", "seed: 1", "seed: 0 → 1"),
+        ("coeff: 0.006", "coeff: 0.009", "loss.importance_minimality.coeff: 0.006 → 0.009"),
+        ("C: 20", "C: 24", "decomposition.sites.embed.C: 20 → 24"),
+        ("    batch_size: 64", "", "model.training.batch_size: 64 → "),
+    ],
+)
+def test_a_configuration_that_was_changed_since_the_last_checkpoint_is_refused_and_nothing_is_written(
+    finished: Path, old: str, new: str, told: str
+) -> None:
+    unfinished(finished)
+    file = finished / "config.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    before = digests(finished)
+    with pytest.raises(ConfigError) as caught:
+        run(resumed(finished))
+    first, *keys, last = str(caught.value).splitlines()
+    assert first == f"{file} was changed or cut since step_{STEPS - SAVED_EVERY} was saved:"
+    assert any(line.strip().startswith(told) for line in keys)
+    assert last == "Put these back to go on, or start a new run"
+    assert digests(finished) == before
+
+
+@pytest.mark.parametrize("name", ["status.json", "summary.json", "environment.json"])
+@pytest.mark.parametrize("damaged", ["", "null", "[1]", '{"steps": null', '{"steps": null}'])
+def test_a_damaged_file_that_is_written_anew_keeps_no_run_from_going_on(
+    finished: Path, name: str, damaged: str
+) -> None:
+    unfinished(finished)
+    (finished / name).write_text(damaged)
+    assert run(resumed(finished)).summary["steps"] == STEPS
+
+
 def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
     keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
     never_saved = ("launcher.", "suite.", "check.", "trust_remote_code")

@@ -338,6 +338,20 @@ def test_a_stopped_run_can_be_analysed(toy: Toy) -> None:
     assert (directory / "summary.json").exists()
 
 
+def test_an_analysis_never_replaces_results_by_those_of_an_earlier_step(toy: Toy) -> None:
+    config = toy("train.checkpoint_every=10")
+    directory = directory_of(run(config))
+    (directory / "checkpoints" / "step_20" / "model.safetensors").write_bytes(b"")
+    before = files(directory)
+    with pytest.raises(ConfigError) as caught:
+        run(dataclasses.replace(config, task=Task.analyse, run=str(directory)))
+    assert str(caught.value) == (
+        f"run: the newest whole checkpoint of {directory} is of step 10; its summary, which would be lost, "
+        f"is of step 20. Go on from the checkpoint instead: spd-run resume={directory}"
+    )
+    assert files(directory) == before
+
+
 def test_analysing_with_other_words_for_eval_measures_anew_and_is_saved(toy: Toy) -> None:
     first = run(toy())
     directory = directory_of(first)
@@ -393,9 +407,10 @@ def test_analysing_needs_a_run_with_a_checkpoint(toy: Toy, tmp_path: Path) -> No
 # ---- what can go wrong ---------------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_says_why_and_keeps_its_directory(toy: Toy, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"not finite|the loss is") as raised:
-        run(toy("train.lr=1e30"))
+@pytest.mark.parametrize("often", [1, 1000])
+def test_a_run_that_diverges_says_why_and_keeps_its_directory(toy: Toy, tmp_path: Path, often: int) -> None:
+    with pytest.raises(RunError, match=r"not finite|the loss ") as raised:
+        run(toy("train.lr=1e30", f"eval.every={often}"))
     assert "train.lr (now 1e+30)" in str(raised.value)
     (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
     status = read_json(directory / "status.json")

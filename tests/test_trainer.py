@@ -16,9 +16,11 @@ from torch import Tensor
 
 from spd_hydra.checkpoint import load_newest
 from spd_hydra.config import RunConfig
+from spd_hydra.finite import TrainingError
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.stop import Stopped
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 Toy = Callable[..., RunConfig]
 Make = Callable[..., Trainer]
@@ -267,6 +269,40 @@ def test_a_gradient_that_breaks_between_records_never_reaches_a_checkpoint(make:
     broken = Breaks(coeff=1.0, gradient_at=0.5)
     trainer = make("train.log_every=10", "eval.every=10", "train.checkpoint_every=5", extra={"b": broken})
     with pytest.raises(TrainingError):
+        trainer.fit()
+    assert saved_steps(trainer) == []
+
+
+@pytest.mark.parametrize("due", ["eval.every", "train.checkpoint_every"])
+def test_weights_that_an_update_breaks_are_neither_measured_nor_saved(
+    make: Make, monkeypatch: pytest.MonkeyPatch, due: str
+) -> None:
+    often = {"eval.every": 100, "train.checkpoint_every": 100, due: 3}
+    trainer = make(*(f"{key}={steps}" for key, steps in often.items()))
+    take = trainer.optimizer.step
+
+    def overflowing() -> None:
+        take()
+        if trainer.step == 2:
+            next(iter(trainer.components)).data[0] = math.inf
+
+    monkeypatch.setattr(trainer.optimizer, "step", overflowing)
+    with pytest.raises(TrainingError, match=r"^the weights are not finite after step 3\. Checkpoints in"):
+        trainer.fit()
+    assert saved_steps(trainer) == []
+    assert rows(trainer, "eval") == []
+
+
+def test_a_loss_that_overflows_on_held_out_data_stops_the_run(make: Make) -> None:
+    trainer = make("eval.every=3", "train.checkpoint_every=3")
+    measure = trainer.evaluate
+
+    def overflowing(step: int) -> Evaluation:
+        found = measure(step)
+        return dataclasses.replace(found, metrics=found.metrics | {"loss/total": math.inf})
+
+    trainer.evaluate = overflowing
+    with pytest.raises(TrainingError, match=r"^the loss on held-out data is inf after step 3\. "):
         trainer.fit()
     assert saved_steps(trainer) == []
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from spd_hydra.build import assemble, device_of
 from spd_hydra.checkpoint import Checkpoint, load_newest
+from spd_hydra.command_word import command_word
 from spd_hydra.config import RunConfig, differences, load_config, to_yaml
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import read_target, require_trust
+from spd_hydra.saved_run import read_target, require_own_config, require_trust
 from spd_hydra.section import ConfigError
 
 _MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
@@ -39,12 +40,14 @@ def analyse(config: RunConfig) -> Outcome:
         checkpoint = load_newest(directory.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"run: {path} holds no checkpoint yet, so there is nothing to analyse")
+        before = directory.read_summary() or {}
+        require_own_config(path, saved, checkpoint.state, checkpoint.path.name)
+        _require_newest(path, checkpoint, before)
         device = device_of(config)
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
-        before = directory.read_summary() or {}
         seconds, speed = _times(checkpoint, before)
         measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
         if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
@@ -61,6 +64,17 @@ def analyse(config: RunConfig) -> Outcome:
             replicas=before.get("replicas", 1),
         )
         return Outcome(path, summary)
+
+
+def _require_newest(path: Path, checkpoint: Checkpoint, summary: dict[str, Any]) -> None:
+    """Keep results from being replaced by those of an earlier step."""
+    steps = summary.get("steps")
+    if isinstance(steps, int) and checkpoint.step < steps:
+        raise ConfigError(
+            f"run: the newest whole checkpoint of {path} is of step {checkpoint.step}; its summary, which "
+            f"would be lost, is of step {steps}. Go on from the checkpoint instead: spd-run "
+            f"{command_word('resume', path)}"
+        )
 
 
 def _require_same(path: Path, saved: RunConfig, config: RunConfig) -> None:

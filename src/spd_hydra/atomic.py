@@ -28,18 +28,27 @@ def write_new(path: Path, data: bytes) -> None:
 def replace(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader finds the old content or the new one, never a part.
 
+    Args:
+        path: in a directory that exists.
+        data: text becomes UTF-8. What has none, a byte of a path that Python holds as a lone surrogate, is
+            written as JSON escapes it, so that it is read back from there as it was.
+
     Raises:
         OSError: the disk is full or the directory cannot be written; the old content is then still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        write_new(temporary, data.encode() if isinstance(data, str) else data)
+        write_new(temporary, _encoded(data) if isinstance(data, str) else data)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
 
 
 def sync_directory(path: Path) -> None:

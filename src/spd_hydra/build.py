@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_posit
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay
-from spd_hydra.decomposition.sites import site_groups
+from spd_hydra.decomposition.sites import site_groups, unfit_sites
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.pgd_recon import PGDRecon
@@ -171,7 +170,7 @@ def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | N
         config.data.bind(config.model),
         seed=config.seed,
         device=device,
-        cache_dir=Path(config.cache_dir).expanduser(),
+        cache_dir=config.cache_dir,
         held_out=config.data.bind_eval(config.model),
         progress=progress,
     )
@@ -205,7 +204,7 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
         if has_values:
             model.roots = find_roots(model, example, clean)
         activations = model.activations(clean)
-        positions = _positions(activations, example, padded=batches.padded)
+        positions = _positions(model, activations, example, padded=batches.padded)
         model.importances(activations, valid=real_positions(example, torch.Size((len(example), *positions))))
     if has_values and untrained:
         _start(model, batches, config, config.seed)
@@ -230,7 +229,11 @@ def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untr
 
 
 def _positions(
-    activations: Mapping[str, SiteActivation], example: torch.Tensor, *, padded: bool
+    model: DecomposedModel,
+    activations: Mapping[str, SiteActivation],
+    example: torch.Tensor,
+    *,
+    padded: bool,
 ) -> tuple[int, ...]:
     """The shape of a row's positions, which is the same at all sites.
 
@@ -240,11 +243,12 @@ def _positions(
     shapes = {site: tuple(own.inner.shape[:-1]) for site, own in activations.items()}
     of_rows = [shape for shape in shapes.values() if shape[:1] == example.shape[:1]]
     common = tuple(example.shape) if padded else max(of_rows, key=of_rows.count, default=example.shape[:1])
-    if others := [f"{site} {list(shape)}" for site, shape in shapes.items() if shape != common]:
-        raise ConfigError(
-            f"decomposition.sites: positions are {list(common)} for {len(example)} rows, but not at "
-            f"{', '.join(others)}; leave these out: all sites must see one vector per row and position"
+    if others := [site for site, shape in shapes.items() if shape != common]:
+        reason = (
+            f"which see no vector per row and position ({list(shapes[others[0]])} for {len(example)} rows in "
+            f"place of {list(common)})"
         )
+        raise unfit_sites(reason, others, model.target, model.matrix_names)
     return common[1:]
 
 

@@ -132,8 +132,8 @@ def load_newest(directory: Path, warn: Callable[[str], None] = logger.warning) -
     return None
 
 
-def require_whole(directory: Path) -> None:
-    """Make sure that `load_newest` would find a whole checkpoint, or that none was ever written.
+def require_whole(directory: Path) -> Path | None:
+    """The checkpoint that `load_newest` would load; None: none was ever written.
 
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
@@ -141,10 +141,17 @@ def require_whole(directory: Path) -> None:
     damages = []
     for path in _candidates(directory):
         if not (problems := verify(path)):
-            return
+            return path
         damages.append(_damaged(path, problems))
     if damages:
         raise _none_whole(directory, damages)
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says beside its tensors."""
+    state: dict[str, Any] = json.loads((path / _STATE).read_text())
+    return state
 
 
 def steps_of(directory: Path) -> list[int]:

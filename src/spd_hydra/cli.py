@@ -18,34 +18,37 @@ from spd_hydra.exit_code import ExitCode
 from spd_hydra.overrides import read, with_entries
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
+from spd_hydra.terminal import output_may_be_lost, show
 
 
 def main() -> int:
     """Do what the command line says, and return the exit code."""
+    with output_may_be_lost():
+        return _said_and_done()
+
+
+def _said_and_done() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     load_dotenv()
     if not distributed.leads():  # what every rank would say, rank 0 says
         logging.disable(logging.CRITICAL)
     if "--version" in sys.argv[1:]:
-        print(
-            *(f"{name} {importlib.metadata.version(name)}" for name in ("spd_hydra", "hydra-core", "torch"))
-        )
+        names = ("spd_hydra", "hydra-core", "torch")
+        show(" ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
         return ExitCode.ok
     arguments = get_args_parser().parse_intermixed_args()
     try:
         return _main(arguments)
     except ConfigError as error:
         if distributed.leads():
-            print(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", file=sys.stderr)
+            show(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", sys.stderr)
         return ExitCode.bad_config
     except Stopped as stopped:
         if distributed.leads():
-            print(
-                "Interrupted." if stopped.exit_code == ExitCode.interrupted else "Stopped.", file=sys.stderr
-            )
+            show("Interrupted." if stopped.exit_code == ExitCode.interrupted else "Stopped.", sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        show("Interrupted.", sys.stderr)
         return ExitCode.interrupted
 
 
@@ -56,7 +59,7 @@ def _main(arguments: argparse.Namespace) -> int:
         raise ConfigError("--config-name, --config-path: not supported; add YAML files with --config-dir")
     with Composer.open(arguments.config_dir) as composer:
         if arguments.help:
-            print(help_text(composer))
+            show(help_text(composer))
             return ExitCode.ok
         if arguments.cfg or arguments.info:
             suite.require_none(composer, arguments.overrides)

@@ -43,7 +43,7 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
 Later beats earlier: defaults, experiment, conf/local/default.yaml if you wrote one, debug, command line.
 Choose a group with loss=delta, set a key with loss.stochastic_recon.coeff=0.5. Lists are written [64,32].
 Exit codes: 0 all well, 1 the run failed, 2 bad configuration, 3 jobs of a sweep failed, 130 interrupted,
-143 stopped by SIGTERM or SIGUSR2."""
+143 stopped by SIGTERM, SIGHUP or SIGUSR2."""
 
 
 def help_text(composer: Composer) -> str:

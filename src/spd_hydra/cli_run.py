@@ -24,6 +24,7 @@ from spd_hydra.overrides import is_for_hydra, read
 from spd_hydra.plan import Plan, make_plan
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
+from spd_hydra.terminal import show
 
 _IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.prefetch, WhatToDo.sweep_status}
 
@@ -62,7 +63,7 @@ def sweep_status(config: RunConfig) -> int:
     record = SweepRecord.read(directory)
     rows = watch.look(directory, record, watch.scheduler_states(record))
     if any(row.state in watch.OPEN for row in rows):
-        print("\n".join(["", *watch.live_table(rows)]))
+        show("\n".join(["", *watch.live_table(rows)]))
     return _show(directory, rows)
 
 
@@ -130,7 +131,7 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
     jobs = dict(enumerate(plan.jobs))
     if isinstance(launcher, Slurm) and launcher.dry_run:
         text, is_refused = start.dry_run(jobs, launcher, directory)
-        print(text)
+        show(text)
         return ExitCode.bad_config if is_refused else ExitCode.ok
     for job in plan.jobs:
         require_no_secrets(job.config)
@@ -162,8 +163,8 @@ def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
         written = str(page)
     except OSError as error:  # somebody else's sweep, or a full disk: the rows are worth more than the page
         written = f"sweep.csv and sweep.html could not be written: {error.strerror}: {error.filename}"
-    print("\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows)]))
-    print(f"  {written}")
+    show("\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows)]))
+    show(f"  {written}")
     return ExitCode.jobs_failed if has_failed else ExitCode.ok
 
 

@@ -8,7 +8,7 @@ from spd_hydra.composer import Composer, apply_overrides
 from spd_hydra.config import Device, RunConfig, Task, load_config
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
-from spd_hydra.saved_run import require_trust
+from spd_hydra.saved_run import MAY_CHANGE, require_trust
 from spd_hydra.section import ConfigError
 
 _OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
@@ -70,6 +70,8 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     """
     directory = typed_path(overrides, "resume")
     if directory is None:
+        if _asks_for_analysis(overrides):
+            _require_only(_OF_ANALYSE, overrides)  # before words meant for that run are taken for the default
         config = composer.run_config(overrides)
         if config.task is Task.analyse:
             config = _of_analysis(config, overrides, config_dir)
@@ -78,7 +80,10 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
         saved = load_config(Path(directory) / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
-    changed = apply_overrides(saved, overrides, config_dir=config_dir)
+    try:
+        changed = apply_overrides(saved, overrides, config_dir=config_dir)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_left_out_hint(overrides)}") from error
     config = dataclasses.replace(changed, resume=directory)
     require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
     return Job(overrides=list(overrides), config=config, saved=saved)
@@ -103,6 +108,28 @@ def _of_analysis(composed: RunConfig, overrides: Sequence[str], config_dir: Path
     device = config.device if composed.device is Device.auto else composed.device
     return dataclasses.replace(
         config, run=str(directory), device=device, threads=composed.threads, launcher=composed.launcher
+    )
+
+
+def _asks_for_analysis(overrides: Sequence[str]) -> bool:
+    words = [read(text) for text in overrides]
+    asked = [word.value() for word in words if word is not None and word.key_or_group == "task"]
+    return asked[-1:] == [Task.analyse.name]
+
+
+def _left_out_hint(overrides: Sequence[str]) -> str:
+    """What to add to a complaint about words of a resume of which some could never be followed."""
+    read_words = [(text, read(text)) for text in without_hydra(overrides)]
+    others = [
+        text
+        for text, word in read_words
+        if word is not None and not f"{word.key_or_group}.".startswith(MAY_CHANGE)
+    ]
+    if not others:
+        return ""
+    return (
+        "\nA run that goes on takes train.steps and keys of logging, evaluation and checkpoints only; "
+        f"leave out {' '.join(others)}"
     )
 
 

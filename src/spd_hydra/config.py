@@ -287,18 +287,19 @@ def problems(config: RunConfig) -> list[Problem]:
 def differences(old: Section, new: Section) -> list[tuple[str, Any, Any]]:
     """Full keys whose values differ, with both values; a section of another kind is one difference."""
     found = []
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     for key in before | after:
         if before.get(key) != after.get(key):
             found.append((key, before.get(key), after.get(key)))
     return found
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by full key, as `train.lr`."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

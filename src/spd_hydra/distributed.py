@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from spd_hydra import terminal
+
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 _STEP_TIMEOUT = timedelta(minutes=30)  # rank 0 saves and evaluates while the others wait in their next step
@@ -62,7 +64,7 @@ def leads() -> bool:
 def say(text: str) -> None:
     """Print something once, however many ranks there are."""
     if leads():
-        print(text, flush=True)
+        terminal.show(text)
 
 
 def device_index() -> int:

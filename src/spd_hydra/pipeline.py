@@ -12,8 +12,9 @@ from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
 from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
-from spd_hydra.estimate import estimate
+from spd_hydra.estimate import Estimate, estimate
 from spd_hydra.figure.base import draw_all
+from spd_hydra.finite import TrainingError
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
@@ -25,24 +26,29 @@ from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import TARGET_FILE, read_target, target_facts, write_target
+from spd_hydra.saved_run import TARGET_FILE, fixed, read_target, require_same_data, target_facts, write_target
+from spd_hydra.section import ConfigError
 from spd_hydra.stop import StopSignals
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 
 def check(config: RunConfig) -> dict[str, Any]:
     """Build everything without training and say how large it is and what a step takes."""
     parts = preflight(config)
+    try:
+        found: Estimate | str = estimate(config, parts)
+    except ConfigError:  # of data that were not read before
+        raise
+    except Exception as error:  # of a target that cannot be run without values
+        found = str(error).partition(chr(10))[0]
     say(f"{config.name}: the configuration is sound")
     for site, shape in parts.model.site_shapes().items():
         say(f"  {site}: {parts.model.weight(site).shape[0]} x {shape.d_in}, C = {shape.C}")
     for line in (*remarks(parts), *config.data.notes()):
         say(f"  {line}")
     say(f"  loss terms: {', '.join(config.loss.active_terms())}")
-    try:
-        found = estimate(config, parts)
-    except Exception as error:  # of a target that cannot be run without values
-        say(f"  what a step takes is not known: {str(error).partition(chr(10))[0]}")
+    if isinstance(found, str):
+        say(f"  what a step takes is not known: {found}")
         return {"experiment": config.name}
     for line in found.lines():
         say(f"  {line}")
@@ -157,6 +163,9 @@ def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, st
         tracker=tracker,
         signals=signals,
     )
+    contents = {"train": parts.batches.content(), "evaluate": parts.eval_batches.content()}
+    trainer.facts["config"] = fixed(config)
+    trainer.facts["data"] = {what: digest for what, digest in contents.items() if digest is not None}
     watch = trainer.stopwatch
     watch.started, watch.seconds = started, {"target": target.seconds} | watch.seconds
     return Work(parts, target, directory, tracker, trainer)
@@ -173,6 +182,7 @@ def _restore(trainer: Trainer, directory: RunDirectory) -> None:
     if checkpoint is None:
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
         return
+    require_same_data(trainer.facts["data"], checkpoint.state, checkpoint.path.name)
     trainer.restore(checkpoint)
     say(f"going on from step {trainer.step}")
 

@@ -9,6 +9,8 @@ from typing import Never, Self, TextIO
 
 from tqdm import tqdm
 
+from spd_hydra.terminal import is_terminal
+
 logger = logging.getLogger(__name__)
 
 Numbers = Callable[[], Mapping[str, float]]
@@ -44,14 +46,15 @@ class Progress:
         self._total, self._what, self._disable, self._clock = total, what, disable, clock
         self._stream = sys.stderr if stream is None else stream
         self._bar: tqdm[Never] | None = None
-        self._seconds = bar_seconds if self._stream.isatty() else line_seconds
+        self._is_seen = is_terminal(self._stream)
+        self._seconds = bar_seconds if self._is_seen else line_seconds
         self._shown_step, self._shown_at = start, clock()
         self._step = start
         self._is_first = True
 
     def __enter__(self) -> Self:
         self._shown_at = self._clock()
-        if not self._disable and self._stream.isatty():
+        if not self._disable and self._is_seen:
             self._bar = tqdm(
                 total=self._total,
                 initial=self._step,

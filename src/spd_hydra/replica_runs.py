@@ -23,6 +23,7 @@ from spd_hydra.checkpoint import (
 from spd_hydra.config import RunConfig, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
+from spd_hydra.finite import TrainingError
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.pipeline import Work, prepare
 from spd_hydra.rank_errors import RunError
@@ -30,8 +31,8 @@ from spd_hydra.replicas import DROPPED, Replicas
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
+from spd_hydra.saved_run import require_same_data
 from spd_hydra.stop import Stopped, StopSignals
-from spd_hydra.trainer import TrainingError
 
 
 def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
@@ -50,7 +51,7 @@ def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: Stop
                 directories.append(stack.enter_context(_open(config, directory, number)))
             broken = _dropped_before(directories)
             for number, own in enumerate(directories):
-                all_work.append(prepare(_single(config, number), own, signals, started))
+                all_work.append(prepare(of_replica(config, number), own, signals, started))
             results = _train(all_work, broken)
             summaries = [
                 _conclude(work, result, config.train.replicas)
@@ -64,7 +65,7 @@ def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: Stop
     return _outcome(config, directory, summaries, results)
 
 
-def _single(config: RunConfig, number: int) -> RunConfig:
+def of_replica(config: RunConfig, number: int) -> RunConfig:
     """The configuration of one replica: a run that could be alone."""
     train = dataclasses.replace(config.train, replicas=1)
     return dataclasses.replace(config, seed=config.seed + number, train=train)
@@ -75,7 +76,7 @@ def _open(config: RunConfig, directory: RunDirectory, number: int) -> RunDirecto
     if path.is_symlink():
         raise RunDirectoryError(f"{path} is a link, which may lead out of the run directory")
     own = RunDirectory.open(path) if (path / "config.yaml").is_file() else RunDirectory.at(path)
-    own.write_config(to_yaml(_single(config, number)))
+    own.write_config(to_yaml(of_replica(config, number)))
     own.write_environment(describe_environment(device_of(config).type))
     return own
 
@@ -94,6 +95,7 @@ def _train(all_work: Sequence[Work], broken: dict[int, TrainingError]) -> list[E
         if checkpoint is None:
             work.directory.truncate_metrics(0)
         else:
+            require_same_data(work.trainer.facts["data"], checkpoint.state, checkpoint.path.name)
             work.trainer.restore(checkpoint)
         work.directory.write_status(Status.running, work.trainer.step)
     group = Replicas([work.trainer for work in all_work])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra.compiling import can_compile
+from spd_hydra.finite import TrainingError
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
@@ -22,7 +23,7 @@ from spd_hydra.run_dir import Status
 from spd_hydra.sampler import StackedSampler
 from spd_hydra.step import StackedStep
 from spd_hydra.stop import kept_from_children
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +130,21 @@ class Replicas:
                 progress.update(self.step, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
                 for number, (trainer, loss) in enumerate(zip(self.trainers, losses, strict=True)):
                     if isinstance(loss, StepLoss):
-                        results[number] = trainer.record(loss)
+                        results[number] = self._record(number, trainer, loss)
                 if self.step < self.training.steps:
                     self._stop_if_asked()
         return [
             self.failed.get(number) or result or trainer.evaluate(self.step)
             for number, (trainer, result) in enumerate(zip(self.trainers, results, strict=True))
         ]
+
+    def _record(self, number: int, trainer: Trainer, loss: StepLoss) -> Evaluation | None:
+        try:
+            return trainer.record(loss)
+        except TrainingError as error:
+            self._drop(number, error)
+            self._tell_failed([number])
+            return None
 
     def leave_out(self, errors: Mapping[int, TrainingError]) -> None:
         """Go on without these trainers, by number."""
@@ -239,8 +248,11 @@ class Replicas:
         try:
             trainer.require_finite(loss)
         except TrainingError as error:
-            self.failed[number] = error
-            logger.warning("replica %d drops out: %s", number, error)
+            self._drop(number, error)
+
+    def _drop(self, number: int, error: TrainingError) -> None:
+        self.failed[number] = error
+        logger.warning("replica %d drops out: %s", number, error)
 
     def _stop_if_asked(self) -> None:
         stopped = self.trainers[0].signals.agreed()

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from spd_hydra import distributed
+from spd_hydra.finite import TrainingError
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.progress import Progress, format_number
 from spd_hydra.replicas import Group, mean_summary
-from spd_hydra.trainer import Trainer, TrainingError
+from spd_hydra.trainer import Trainer
 from spd_hydra.trainer_config import Training
 
 logger = logging.getLogger(__name__)
@@ -188,8 +189,12 @@ def _take_steps(
     ]
 
 
-def _beginning(trainer: Trainer, rows: list[tuple[int, dict[str, float]]]) -> Beginning:
+def _beginning(trainer: Trainer, rows: list[tuple[int, dict[str, float]]]) -> "Beginning | TrainingError":
     measured = distributed.of_rank_0(trainer.measure().metrics)  # what decides is the same on every rank
+    try:
+        trainer.require_finite_evaluation(measured)
+    except TrainingError as error:
+        return error
     parameters, optimizer = trainer.state()
     return Beginning(_cloned(parameters), _cloned(optimizer), rows, measured)
 

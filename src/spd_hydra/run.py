@@ -13,7 +13,7 @@ import torch
 from spd_hydra import distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
-from spd_hydra.checkpoint import CheckpointError, load_newest, require_whole
+from spd_hydra.checkpoint import CheckpointError, load_newest, read_state, require_whole
 from spd_hydra.command_word import command_word
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
@@ -22,34 +22,12 @@ from spd_hydra.pipeline import check, decompose, remarks
 from spd_hydra.prefetch import prefetch
 from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError as RunError
-from spd_hydra.replica_runs import decompose_replicas
+from spd_hydra.replica_runs import decompose_replicas, of_replica
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
-from spd_hydra.saved_run import from_sources, pinned, sources
+from spd_hydra.saved_run import MAY_CHANGE, from_sources, pinned, require_own_config, sources
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals, unheard
-
-_MAY_CHANGE_ON_RESUME = (
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.compile",
-    "train.compile_blocks",
-    "train.cuda_graphs",
-    "train.shard",
-    "eval.",
-    "logger",
-    "out_dir",
-    "cache_dir",
-    "data.cache_dir",
-    "task",
-    "run",
-    "resume",
-    "sweep",
-    "objective",
-    "allow_extra",
-)
 
 
 def run(
@@ -176,9 +154,7 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
     path = Path(config.resume)
     saved = saved if saved is not None else load_config(path / "config.yaml")
     changed = [
-        (key, old, new)
-        for key, old, new in differences(saved, config)
-        if not key.startswith(_MAY_CHANGE_ON_RESUME)
+        (key, old, new) for key, old, new in differences(saved, config) if not key.startswith(MAY_CHANGE)
     ]
     if changed:
         lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
@@ -192,8 +168,13 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         if config.train.steps < saved.train.steps:
             _require_no_more_done(directory, config)
         if _finished(config, directory) is None:
-            for folder in _checkpoint_folders(directory, config):
-                require_whole(folder)  # before anything is written
+            if _has_replicas(config):  # one of which may have gone on alone
+                _require_no_more_done(directory, config)
+            for number, folder in enumerate(_checkpoint_folders(directory, config)):
+                whole = require_whole(folder)  # before anything is written
+                if whole is not None:
+                    own = of_replica(saved, number) if _has_replicas(saved) else saved
+                    require_own_config(path, own, read_state(whole), whole.name)
         on_error.pop_all()
     return config, directory
 
@@ -206,7 +187,8 @@ def _for_its_run(config: RunConfig, task: Task) -> RunConfig:
 def _finished(config: RunConfig, directory: RunDirectory) -> Outcome | None:
     """The result of a run that has nothing left to do."""
     summary, status = directory.read_summary() or {}, directory.read_status() or {}
-    if summary.get("steps", 0) < config.train.steps or status.get("status") != Status.done.value:
+    steps = summary.get("steps")
+    if not isinstance(steps, int) or steps < config.train.steps or status.get("status") != Status.done.value:
         return None
     return Outcome(directory.path, summary)
 

@@ -149,7 +149,8 @@ class RunDirectory(RunFiles):
             raise cannot("write to the run directory", path, error) from error
         try:
             for leftover in path.glob(".*.tmp"):  # of a writer that was killed; nobody else holds the lock
-                leftover.unlink()
+                if not leftover.is_dir():
+                    leftover.unlink()
             atomic.replace(path / ".probe", b"")
             (path / ".probe").unlink()
         except OSError as error:

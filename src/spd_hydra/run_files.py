@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spd_hydra import metrics_log
 from spd_hydra.lock import FileLock
+
+logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 STATUS, SUMMARY, LOCK = "status.json", "summary.json", ".lock"
@@ -81,9 +84,16 @@ class RunFiles:
             if not path.exists():
                 return None
             try:
-                return dict(json.loads(path.read_text()))
+                found = json.loads(path.read_text())
             except ValueError as error:
-                raise RunDirectoryError(f"{path} is not JSON: {error}") from error
+                found, why = None, f": {error}"
+            else:
+                why = ""
+            if isinstance(found, dict):
+                return found
+            # None of them is needed to go on, and all are written anew.
+            logger.warning("%s is damaged and counts as missing%s", path, why)
+            return None
 
 
 def require_run(path: Path) -> None:

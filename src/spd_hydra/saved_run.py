@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spd_hydra import rng
-from spd_hydra.config import RunConfig
+from spd_hydra.config import RunConfig, flat, to_dict
 from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.weights import (
@@ -21,6 +22,29 @@ from spd_hydra.model.weights import (
 from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
+
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.compile",
+    "train.compile_blocks",
+    "train.cuda_graphs",
+    "train.shard",
+    "eval.",
+    "logger",
+    "out_dir",
+    "cache_dir",
+    "data.cache_dir",
+    "task",
+    "run",
+    "resume",
+    "sweep",
+    "objective",
+    "allow_extra",
+)
+"""Keys, or how they begin, that may change when a run goes on: they do not touch what is trained."""
 
 Sources = dict[str, dict[str, str]]
 """Where parts of a configuration, `model` and `data`, are from, by field: paths, ids and commits of a hub."""
@@ -43,6 +67,53 @@ def require_trust(path: Path, config: RunConfig, *, trusted: bool, yes: str) -> 
         raise ConfigError(
             f"trust_remote_code: the target of {path} comes with Python code, which is not run unasked: "
             f"that of {code}; if you have read it and trust it, {yes}"
+        )
+
+
+def fixed(config: RunConfig) -> dict[str, Any]:
+    """What of a configuration cannot change once a run has begun, by full key."""
+    return {key: value for key, value in flat(to_dict(config)).items() if not key.startswith(MAY_CHANGE)}
+
+
+def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse to go on, or to measure, with another configuration than that of the steps that were done.
+
+    Args:
+        path: the run directory.
+        config: what its config.yaml says.
+        state: what a checkpoint says beside its tensors.
+        checkpoint: its name.
+
+    Raises:
+        ConfigError: config.yaml was changed or cut after the run began; names the keys.
+    """
+    now, trained = fixed(config), state["facts"].get("config", {})
+    changed = [f"  {key}: {old} → {now.get(key)}" for key, old in trained.items() if now.get(key) != old]
+    if changed:
+        raise ConfigError(
+            f"{path / 'config.yaml'} was changed or cut since {checkpoint} was saved:\n"
+            + "\n".join(changed)
+            + "\nPut these back to go on, or start a new run"
+        )
+
+
+def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse to go on with other text than that of the steps that were done.
+
+    Args:
+        now: digests of the rows by what they are for, as far as they are known.
+        state: what a checkpoint says beside its tensors.
+        checkpoint: its name.
+
+    Raises:
+        ConfigError: names what is different.
+    """
+    then = state["facts"].get("data", {})
+    changed = [what for what, digest in now.items() if then.get(what) not in {digest, None}]
+    if changed:
+        raise ConfigError(
+            f"data: the rows to {' and to '.join(changed)} on are not those of {checkpoint}: the text was "
+            "changed since; put it back to go on, or start a new run"
         )
 
 

@@ -2,6 +2,7 @@
 
     SIGINT   Ctrl-C: save and stop; exit code 130
     SIGTERM  the machine is wanted back: save and stop; exit code 143
+    SIGHUP   the terminal was closed: as SIGTERM; where it is ignored (nohup), it stays so
     SIGUSR2  time is nearly up: save and hand over to whoever listened to this signal before, such as
              submitit, which queues the job again; where nobody did, as SIGTERM
 
@@ -24,8 +25,17 @@ from spd_hydra import distributed
 
 logger = logging.getLogger(__name__)
 
-_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _SECONDS_BETWEEN_TALKS = 0.5
+
+
+def heard(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those signals that are to be heard: not SIGHUP if it is ignored, as below nohup.
+
+    A shell lets what it starts in the background ignore SIGINT, which still has to stop a run.
+    """
+    without = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    return [number for number in numbers if number not in without]
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,7 +53,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended; SIGUSR2 with nobody to hand over is SIGTERM."""
+        """As a shell reports a process that SIGINT or SIGTERM ended; the others count as SIGTERM."""
         return 128 + (signal.SIGINT if self.number is signal.SIGINT else signal.SIGTERM)
 
     def __str__(self) -> str:
@@ -71,8 +81,8 @@ class StopSignals:
         if self._before or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._before = {number: signal.signal(number, self._hear) for number in _HEARD}
-        before = self._before[signal.SIGUSR2]
+        self._before = {number: signal.signal(number, self._hear) for number in heard(*_HEARD)}
+        before = self._before.get(signal.SIGUSR2)
         self._successor = before if callable(before) else None
         try:
             yield
@@ -169,7 +179,7 @@ def unheard() -> Iterator[None]:
         yield
         return
     # Not by a mask: another thread, of which gloo has some, would take the signal.
-    held = (signal.SIGTERM, signal.SIGUSR2)
+    held = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
     before = {number: signal.signal(number, lambda number, frame: None) for number in held}
     try:
         yield
@@ -180,7 +190,7 @@ def unheard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes that are started within the block never get SIGINT or SIGUSR2, forked or spawned.
+    """Processes that are started within the block never get SIGINT, SIGHUP or SIGUSR2, forked or spawned.
 
     A scheduler and a terminal send these to every process of a run, and a worker that dies of one takes the
     run with it. For data sources that load in the background:
@@ -190,7 +200,7 @@ def kept_from_children() -> Iterator[None]:
 
     The workers inherit the mask of signals; this process gets what came meanwhile at the end of the block.
     """
-    held = {signal.SIGINT, signal.SIGUSR2}
+    held = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         # Python starts this process beside the first one that is spawned, and then lets SIGINT pass again.

@@ -1,8 +1,7 @@
 """The training loop: what happens in a run, top to bottom."""
 
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,11 @@ from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.finite import advice, require_finite, require_finite_evaluation, require_finite_weights
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
-from spd_hydra.loss.objective import Objective, Precision, StepLoss
+from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
 from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_BLOCK_RUNS = 32  # in a step that is compiled as a whole, which takes seconds for each of them
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what to try."""
 
 
 class Trainer:
@@ -123,10 +119,16 @@ class Trainer:
         return result if result is not None else self.evaluate(self.step)
 
     def record(self, loss: StepLoss) -> EvaluationResult | None:
-        """After a step: log, measure and save where that is due; what was measured, if it was."""
+        """After a step: log, measure and save where that is due; what was measured, if it was.
+
+        Raises:
+            TrainingError: what would be measured or saved, or was measured, is not finite.
+        """
         result = None
         if self.is_due(self.training.log_every):
             self.log("train", self.numbers_of(loss))
+        if self.is_due(self.evaluation.every) or self.is_due(self.training.checkpoint_every):
+            self._require_finite_weights()  # the loss was looked at before they were changed
         if self.is_due(self.evaluation.every):
             result = self._evaluate()
         if self.is_due(self.training.checkpoint_every):
@@ -185,9 +187,7 @@ class Trainer:
         Raises:
             TrainingError: what would be saved is not finite.
         """
-        # On a GPU the loss of this step was perhaps not looked at.
-        if not all(bool(p.isfinite().all()) for p in self.components + self.ci_fn):
-            raise TrainingError(f"the weights are not finite after step {self.step}: they were not saved")
+        self._require_finite_weights()
         self.save()
 
     def train_step(self) -> StepLoss:
@@ -294,7 +294,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimiser, step, times; metrics logged after it are dropped."""
         self.set_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"], step=checkpoint.step)
-        self.facts = dict(checkpoint.state["facts"])
+        self.facts = checkpoint.state["facts"] | self.facts
         self.stopwatch.add(checkpoint.state.get("times", {}))
         self.run.truncate_metrics(self.step)
 
@@ -329,21 +329,12 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, limit)
 
     def require_finite(self, loss: StepLoss) -> None:
-        """Raise TrainingError, with advice, if the loss or a gradient norm that was taken is not finite."""
-        total = loss.total.item()
-        if not math.isfinite(total):
-            bad = [name for name, value in loss.terms.items() if not math.isfinite(value.item())]
-            what = f"the loss is {total} at step {self.step}, in: {', '.join(bad) or 'their sum'}"
-        else:
-            bad = [part for part, norm in self.gradient_norms.items() if not math.isfinite(norm.item())]
-            if not bad:
-                return
-            what = f"the gradient is not finite at step {self.step}, in: {', '.join(bad)}"
-        precision = "" if self.training.precision is Precision.fp32 else ", or train.precision=fp32"
-        raise TrainingError(
-            f"{what}. Checkpoints in {self.run.checkpoints}, if there are any, are from before. Try a lower "
-            f"train.lr (now {self.training.lr:g}) or train.clip_components=0.1{precision}"
-        )
+        """Raise TrainingError if the loss or a gradient norm that was taken is not finite."""
+        require_finite(loss, self.gradient_norms, step=self.step, advice=self._advice)
+
+    @property
+    def _advice(self) -> str:
+        return advice(self.training, self.run.checkpoints)
 
     def numbers_of(self, loss: StepLoss) -> dict[str, float]:
         """What the metrics log holds of the step just taken."""
@@ -355,8 +346,16 @@ class Trainer:
         with self.stopwatch.counting("eval"):
             return self.evaluate(self.step)
 
+    def require_finite_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Raise TrainingError if the loss that was measured is not finite."""
+        require_finite_evaluation(metrics, step=self.step, advice=self._advice)
+
+    def _require_finite_weights(self) -> None:
+        require_finite_weights(self.components + self.ci_fn, step=self.step, advice=self._advice)
+
     def _evaluate(self) -> EvaluationResult:
         result = self.measure()
+        self.require_finite_evaluation(result.metrics)
         self.log("eval", result.metrics)
         every = self.evaluation.figures_every
         if self.evaluation.figures and every and self.step % every == 0 and self.step < self.training.steps:

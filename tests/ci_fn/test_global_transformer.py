@@ -217,7 +217,7 @@ def test_a_replica_axis_can_be_mapped_over() -> None:
             torch.testing.assert_close(own[number], expected, atol=1e-5, rtol=1e-3)
 
 
-def test_weights_start_kaiming_normal_and_biases_at_zero() -> None:
+def test_weights_start_kaiming_normal_and_all_biases_but_the_first_at_zero() -> None:
     spec = GlobalTransformerCausalImportance(d_model=64, n_heads=2, n_layers=1, d_mlp=128)
     sites = {"a": SiteShape(d_in=100, C=150), "b": SiteShape(d_in=60, C=50)}
     p = dict(spec.build(sites, rng.generator(0, "ci_fn")).named_parameters())
@@ -234,9 +234,21 @@ def test_weights_start_kaiming_normal_and_biases_at_zero() -> None:
         n, scaled = p[name].numel(), p[name].detach() / variance**0.5
         assert abs(scaled.mean()) < 4.5 / n**0.5, name
         assert abs(scaled.square().mean() - 1) < 4.5 * (2 / n) ** 0.5, name
-    biases = {"first.bias", "blocks.0.mlp.0.bias", "blocks.0.mlp.2.bias", "last.bias"}
-    assert p.keys() == variances.keys() | biases
+    biases = {"blocks.0.mlp.0.bias", "blocks.0.mlp.2.bias", "last.bias"}
+    assert p.keys() == variances.keys() | biases | {"first.bias"}
     assert all(torch.count_nonzero(p[name]) == 0 for name in biases)
+
+
+def test_gradients_of_inputs_that_are_all_zero_are_as_large_as_those_of_others() -> None:
+    spec, sites = GlobalTransformerCausalImportance(), {"a": SiteShape(d_in=5, C=20)}
+    module = spec.build(sites, rng.generator(0, "ci_fn"))
+
+    def gradient_norm(x: Tensor) -> Tensor:
+        (z,) = module({"a": SiteActivation(x, torch.empty(len(x), 20))}).values()
+        return torch.nn.utils.get_total_norm(torch.autograd.grad(z.square().mean(), [*module.parameters()]))
+
+    zeros, others = gradient_norm(torch.zeros(8, 5)), gradient_norm(torch.randn(8, 5))
+    assert 0.2 < zeros / others < 5
 
 
 def test_a_width_that_the_heads_cannot_share_is_refused() -> None:

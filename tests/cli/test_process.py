@@ -83,6 +83,21 @@ def test_a_sweep_with_a_diverging_job_finishes_the_others_and_ends_with_3(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("launcher", ["local", "local_parallel"])
+def test_a_full_disk_of_the_log_fails_no_job(tmp_path: Path, launcher: str) -> None:
+    words = ["-m", "debug=smoke", f"launcher={launcher}", "seed=0,1", "train.compile=false"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [SPD_RUN, *words], cwd=tmp_path, env=environment(tmp_path), stdout=full, stderr=full, timeout=300
+        )
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    states = [json.loads((sweep / str(job) / "status.json").read_text())["status"] for job in range(2)]
+    assert (done.returncode, states) == (0, ["done", "done"])
+    assert (sweep / "sweep.html").is_file()
+
+
+@pytest.mark.slow
 def test_a_run_is_interrupted_with_130_and_can_go_on(tmp_path: Path) -> None:
     words = ["debug=smoke", "train.steps=100000", "train.checkpoint_every=100000", "train.log_every=20"]
     process = subprocess.Popen(

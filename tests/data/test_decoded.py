@@ -95,10 +95,10 @@ def test_the_tokens_of_a_text_read_as_the_text(family: str) -> None:
         ("unigram", "</s>", "</s>"),
         ("byte fallback", "▁", " "),
         ("byte fallback", "▁the", " the"),
-        ("byte fallback", "<0xC3>", "\ufffd"),
+        ("byte fallback", "<0xC3>", "⟨C3⟩"),
         ("bytes", "the", "the"),
         ("bytes", "Ġcat", " cat"),
-        ("bytes", "©", "\ufffd"),
+        ("bytes", "©", "⟨A9⟩"),
         ("bytes", "<end>", "<end>"),
     ],
 )

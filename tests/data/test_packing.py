@@ -1,5 +1,8 @@
 """Documents as rows: what is in them, and what is refused."""
 
+import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +65,51 @@ def test_unpacked_rows_are_one_document_each_cut_or_padded_with_minus_one(at_onc
 def test_a_file_holds_every_id_and_padding(pack: bool, vocab_size: int, dtype: str, tmp_path: Path) -> None:
     layout = Layout(length=2, pack=pack, end=None, vocab_size=vocab_size)
     assert layout.dtype == np.dtype(dtype)
-    tally = write_rows(tmp_path / "rows", documents([vocab_size - 1, 0, 1, 2]), layout)
+    tally, _ = write_rows(tmp_path / "rows", documents([vocab_size - 1, 0, 1, 2]), layout)
     assert tally.rows == (2 if pack else 1)
     assert np.fromfile(tmp_path / "rows", dtype)[:2].tolist() == [vocab_size - 1, 0]
+
+
+def test_rows_are_on_the_disk_with_the_digest_of_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    layout = Layout(length=2, pack=True, end=None, vocab_size=1 << 20)
+    many = [np.arange(600_000), np.arange(600_000)]  # more than is written at once
+    tally, digest = write_rows(tmp_path / "rows", many, layout)
+    status = (tmp_path / "rows").stat()
+    assert tally.rows == 600_000
+    assert digest == hashlib.sha256(np.concatenate(many).astype(np.int32).tobytes()).hexdigest()
+    assert digest == hashlib.sha256((tmp_path / "rows").read_bytes()).hexdigest()
+    assert synced == [(status.st_ino, status.st_size)]
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("/dev/full", "No space left on device"), ("/dev/null/rows", "Not a directory")]
+)
+def test_a_file_that_cannot_be_written_is_named_with_the_reason(place: str, reason: str) -> None:
+    layout = Layout(length=2, pack=True, end=None, vocab_size=10)
+    with pytest.raises(ConfigError) as caught:
+        write_rows(Path(place), documents([1, 2, 3, 4]), layout)
+    assert str(caught.value) == (
+        f"cache_dir: cannot write {place}: {reason}; check that it is writable and has room, or choose "
+        "another place with cache_dir=…"
+    )
+
+
+def test_an_error_of_the_text_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    def unreadable() -> Iterator[np.ndarray]:
+        yield from documents([1, 2])
+        raise OSError("the text")
+
+    with pytest.raises(OSError, match=r"^the text$"):
+        write_rows(tmp_path / "rows", unreadable(), Layout(length=2, pack=True, end=None, vocab_size=10))
 
 
 @pytest.mark.parametrize("token", [10, -1])

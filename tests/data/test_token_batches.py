@@ -1,5 +1,6 @@
 """The order of rows: all of them once per epoch, the same for every number of ranks and after a restart."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from spd_hydra import rng
+from spd_hydra.data.base import Batches
 from spd_hydra.data.packing import Layout
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, open_or_make, write_store
@@ -108,6 +110,19 @@ def test_epochs_of_training_are_nothing_to_tell_of(
 ) -> None:
     sampled(batches, range(3), size=ROWS)
     assert caplog.messages == []
+
+
+def test_the_content_is_the_digest_of_the_rows_of_the_part(tmp_path: Path) -> None:
+    train, held_out = batches_of(TRAIN, tmp_path), batches_of(HELD_OUT, tmp_path)
+    numbers = {TRAIN: range(ROWS), HELD_OUT: range(500, 505)}
+    for batches in (train, held_out):
+        rows = np.array([[number, number] for number in numbers[batches.part]], dtype=np.uint16)
+        assert batches.content() == hashlib.sha256(rows.tobytes()).hexdigest()
+    assert train.content() != held_out.content()
+
+
+def test_batches_that_are_not_known_before_they_are_asked_for_have_no_content() -> None:
+    assert Batches().content() is None
 
 
 def test_a_check_before_the_run_reads_nothing(batches: TokenBatches, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Rows in the cache: whole or not there, made once, parts that share nothing."""
 
+import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
+from spd_hydra.data import token_store
 from spd_hydra.data.packing import Layout
 from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
 from spd_hydra.section import ConfigError
@@ -23,6 +27,11 @@ def texts(*numbers: int) -> Callable[[], Iterable[np.ndarray]]:
 
 def written(directory: Path) -> TokenStore:
     return write_store(directory, LAYOUT, texts(*range(100)), None, 0.2)
+
+
+def fail(directory: Path) -> TokenStore:
+    (directory / "train.bin").write_bytes(b"half")
+    raise OSError("disk full")
 
 
 def test_a_share_of_the_documents_is_held_out_and_none_is_lost(tmp_path: Path) -> None:
@@ -129,11 +138,106 @@ def test_what_is_damaged_is_made_again_with_a_warning(
     assert "cannot be used and are made again" in caplog.text
 
 
-def test_a_failure_leaves_nothing_that_could_be_taken_for_rows(tmp_path: Path) -> None:
-    def fail(directory: Path) -> TokenStore:
-        (directory / "train.bin").write_bytes(b"half")
-        raise OSError("disk full")
+@pytest.mark.parametrize("file", ["train.bin", "eval.bin"])
+@pytest.mark.parametrize("same_process", [True, False])
+def test_rows_of_the_right_length_and_other_content_are_made_again_with_one_warning(
+    file: str, same_process: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    whole = open_or_make(tmp_path / "a", written)
+    expected = whole.rows(TRAIN).tolist()
+    path = tmp_path / "a" / file
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))  # what a power cut leaves
+    if not same_process:
+        monkeypatch.setattr(token_store, "_checked", set())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + same_process))
+    assert open_or_make(tmp_path / "a", written).rows(TRAIN).tolist() == expected
+    assert caplog.messages == [
+        f"The tokens in {tmp_path / 'a'} cannot be used and are made again: {file} is damaged (its digest "
+        "does not match)"
+    ]
+    assert open_or_make(tmp_path / "a", fail).facts == whole.facts
 
+
+def test_rows_without_a_digest_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = open_or_make(tmp_path / "a", written).facts
+    older = {name: fact for name, fact in facts.items() if name != "sha256"}
+    (tmp_path / "a" / "facts.json").write_text(json.dumps(older))
+    assert open_or_make(tmp_path / "a", written).facts == facts
+    assert caplog.messages == [
+        f"The tokens in {tmp_path / 'a'} cannot be used and are made again: an older version wrote them, "
+        "without a digest"
+    ]
+
+
+def test_rows_are_read_whole_once_per_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_or_make(tmp_path / "a", written)
+    monkeypatch.setattr(token_store, "_checked", set())
+    read: list[str] = []
+    digest = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    for _ in range(3):
+        open_or_make(tmp_path / "a", fail)
+    assert read == ["train.bin", "eval.bin"]
+
+
+def test_the_content_of_a_part_is_the_digest_of_its_file(tmp_path: Path) -> None:
+    store = open_or_make(tmp_path / "a", written)
+    for part in (TRAIN, HELD_OUT):
+        data = store.rows(part).tobytes()
+        assert store.content(part) == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("place", "named", "reason"),
+    [("null/x/a", "null/x", "Not a directory"), ("file/a", "file", "File exists")],
+)
+def test_a_cache_that_cannot_be_made_is_named_without_another_warning(
+    place: str, named: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        open_or_make(tmp_path / place, written)
+    assert str(caught.value) == (
+        f"cache_dir: cannot write {tmp_path / named}: {reason}; check that it is writable and has room, or "
+        "choose another place with cache_dir=…"
+    )
+    assert caplog.messages == []
+
+
+def test_a_cache_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*arguments: Any, **more: Any) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for call in ("read_text", "mkdir", "stat"):  # root may enter everywhere
+        monkeypatch.setattr(Path, call, refused)
+    with pytest.raises(ConfigError) as caught:
+        open_or_make(tmp_path / "tokens" / "a", written)
+    assert str(caught.value).startswith(f"cache_dir: cannot write {tmp_path / 'tokens'}: Permission denied; ")
+    assert caplog.messages == []
+
+
+def test_on_a_full_disk_nothing_is_left_that_could_be_taken_for_rows(tmp_path: Path) -> None:
+    def full(directory: Path) -> TokenStore:
+        (directory / "eval.bin").symlink_to("/dev/full")
+        return written(directory)
+
+    with pytest.raises(
+        ConfigError, match=r"^cache_dir: cannot write .*/eval\.bin: No space left on device; check"
+    ):
+        open_or_make(tmp_path / "a", full)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_a_failure_leaves_nothing_that_could_be_taken_for_rows(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         open_or_make(tmp_path / "a", fail)
     assert TokenStore.open(tmp_path / "a") is None

@@ -133,7 +133,9 @@ def test_only_subcomponents_and_importances_are_trained_and_moves_keep_the_sites
     [
         (
             lambda: decomposed("blocs.?"),
-            "decomposition.identities.in.pattern: 'blocs.?' matches no module of the target",
+            "decomposition.identities.in.pattern: 'blocs.?' matches no module of the target. Did you "
+            "mean 'blocks.1'? It has: wte, blocks, blocks.0, blocks.0.norm, blocks.0.up, "
+            "blocks.0.down, blocks.1, blocks.1.norm, blocks.1.up, blocks.1.down",
         ),
         (
             lambda: decomposed("blocks.0.norm"),

@@ -81,10 +81,21 @@ def test_shared_sources_are_the_worst_for_all_rows_together_others_for_each(hand
     assert found[Scope.per_datapoint] == pytest.approx(each, rel=1e-6)
 
 
-@pytest.mark.parametrize(("start", "r"), [(Start.zeros, 0.0), (Start.ones, 1.0)])
-def test_without_steps_the_masks_are_those_of_the_start(hand_made: MakeModel, start: Start, r: float) -> None:
-    found = value(hand_made(), PGDRecon(n_steps=0, start=start), SIGNS)
-    assert found == pytest.approx(by_hand(SIGNS, torch.full((5,), r)).mean().item(), abs=1e-7)
+@pytest.mark.parametrize(
+    ("start", "r"), [(Start.zeros, [0.0, 0, 0, 0, 0]), (Start.ones, [1.0, 1, 0, 1, 0])], ids=str
+)
+@pytest.mark.parametrize("scope", Scope)
+def test_without_steps_the_masks_are_those_of_the_start_without_the_weight_delta(
+    hand_made: MakeModel, start: Start, scope: Scope, r: list[float]
+) -> None:
+    found = value(hand_made(), PGDRecon(n_steps=0, start=start, scope=scope), SIGNS)
+    assert found == pytest.approx(by_hand(SIGNS, torch.tensor(r)).mean().item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("scope", Scope)
+def test_an_ascent_climbs_from_everything_on(hand_made: MakeModel, scope: Scope) -> None:
+    steps = [value(hand_made(), PGDRecon(n_steps=n, start=Start.ones, scope=scope), SIGNS) for n in (0, 20)]
+    assert steps[1] > 1.5 * steps[0] > 0
 
 
 def test_without_the_weight_delta_only_subcomponents_are_masked(hand_made: MakeModel) -> None:

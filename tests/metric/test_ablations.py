@@ -19,6 +19,7 @@ TOKENS = torch.tensor([[0, 1, 2, 0], [2, 2, -1, -1]])
 PAIRS = [(0, 1), (1, 2), (2, 0), (2, 2)]  # (token, next token) where both are real
 POSITIONS = [0, 1, 2, 0, 2, 2]  # tokens that are real
 DRAW = 0.25  # every random number
+FORESEEN = torch.tensor([[0, 0, 0, 1], [1, 1, 2, 2]])  # the target gives these a better chance than a third
 
 Found = dict[str, float]
 
@@ -75,7 +76,7 @@ def test_every_kind_of_mask_has_the_cross_entropy_and_the_divergence_worked_out_
 
 
 def test_all_off_is_the_uniform_guess_and_recovers_nothing(measured: Callable[..., Found]) -> None:
-    found = measured()
+    found = measured(tokens=FORESEEN)
     assert found["ce/zero"] == pytest.approx(torch.tensor(3.0).log().item())
     assert "ce_recovered/zero" not in found
     assert "ce_recovered/target" not in found
@@ -83,6 +84,39 @@ def test_all_off_is_the_uniform_guess_and_recovers_nothing(measured: Callable[..
     for name in ("unmasked", "stochastic", "ci", "rounded_0", "random"):
         share = (found["ce/zero"] - found[f"ce/{name}"]) / room
         assert found[f"ce_recovered/{name}"] == pytest.approx(share)
+
+
+def test_no_share_is_recovered_where_all_off_is_no_worse_than_the_target(
+    measured: Callable[..., Found],
+) -> None:
+    found = measured()
+    assert found["ce/target"] > found["ce/zero"]
+    assert not any(name.startswith("ce_recovered") for name in found)
+
+
+@pytest.mark.parametrize(
+    ("zero", "shares"),
+    [
+        (3.0, None),
+        (4.0, None),
+        (4.003, None),  # a room of 0.003 is less than a thousandth of the target's 4
+        (4.005, {"unmasked": 1.0, "stochastic": 0.8, "ci": 0.6, "random": 0.2}),
+        (float("nan"), None),  # no position has a next token
+    ],
+)
+def test_a_share_needs_more_room_than_a_thousandth_of_the_targets_cross_entropy(
+    language: ModuleType, zero: float, shares: Found | None
+) -> None:
+    ablations = Ablations(language.objective_of(language.hand_made()), AblationSettings(next_token=True))
+    lost = {"target": 0.0, "unmasked": 0.0, "stochastic": 0.001, "ci": 0.002, "random": 0.004}
+    means = {**{name: 4 + more for name, more in lost.items()}, "zero": zero}
+    ablations.sums = {f"ce/{name}": torch.tensor([10 * mean, 10.0]).double() for name, mean in means.items()}
+    found = {
+        name.removeprefix("ce_recovered/"): share
+        for name, share in ablations.metrics().items()
+        if name.startswith("ce_recovered/")
+    }
+    assert found == pytest.approx(shares or {}, abs=1e-4)
 
 
 def test_groups_are_masked_alone_while_the_others_stay_the_targets_own(

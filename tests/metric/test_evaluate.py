@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,9 +73,20 @@ def test_the_frequency_factor_counts_real_positions_as_in_training(parts: Parts)
         return inputs
 
     parts.objective.inputs = half_padded  # type: ignore[method-assign]
-    found = measured(parts).metrics["loss/importance_minimality"]
+    found = measured(parts, known=None).metrics["loss/importance_minimality"]
     f = torch.cat([torch.cat([own[site] for own in seen]).mean(0) for site in seen[0]])
     assert found == pytest.approx(float((f * (1 + 0.5 * torch.log2(1 + 32 * f))).sum()), rel=1e-5)
+
+
+def test_the_known_answer_is_compared_in_the_precision_of_training(toy: Callable[..., RunConfig]) -> None:
+    config = toy("train.precision=bf16")
+    parts = assemble(config, untrained_target(config), torch.device("cpu"))
+    assert parts.known is not None
+    for site, own in parts.objective.inputs(parts.known.probe).ci.items():
+        g = measured(parts).sites[site].probe_lower
+        assert g is not None
+        for one, is_it in ((own, True), (parts.model.causal_importances(parts.known.probe)[site], False)):
+            assert np.array_equal(g, one.lower.detach().float().numpy()) == is_it
 
 
 def test_every_term_that_is_cheap_is_measured_whether_trained_on_or_not(parts: Parts) -> None:

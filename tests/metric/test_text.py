@@ -111,6 +111,14 @@ def test_ids_are_shown_where_nobody_can_decode_them(language: ModuleType) -> Non
     assert looked(language, decode=lambda ids: None).examples[0].tokens == ["0", "1", "2"]
 
 
+def test_what_completes_a_character_is_shown_as_that_character(language: ModuleType) -> None:
+    text = looked(language, decode=lambda ids: ["⟨E6 97⟩", "⟨A5⟩", "c"], contexts=100)
+    assert text.examples[0].tokens == ["⟨E6 97⟩", "日", "c"]
+    names = {one.token for own in text.sites.values() for sub in own for one in sub.tokens}
+    assert names == {"⟨E6 97⟩", "⟨A5⟩", "c"}
+    assert any("日" in one.tokens for own in text.sites.values() for sub in own for one in sub.contexts)
+
+
 def test_text_that_no_file_could_hold_is_replaced(language: ModuleType) -> None:
     tokens = looked(language, decode=lambda ids: ["\ud800", "b", "c"]).examples[0].tokens
     assert tokens == ["?", "b", "c"]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget, obtain_target
 from spd_hydra.model.tms import TMS
 from spd_hydra.model.training import TargetTraining
+from spd_hydra.section import ConfigError
 
 DATA = SparseFeatures(feature_probability=0.5)
 
@@ -150,7 +153,36 @@ def test_a_damaged_cache_file_is_trained_again_with_a_warning(
 def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "targets").write_text("not a directory")
     assert obtained(quick(), tmp_path).certified
-    assert "The trained target could not be cached" in caplog.text
+    (message,) = caplog.messages
+    assert message.startswith("The trained target could not be cached: ")
+
+
+def test_a_cache_that_may_not_be_entered_only_warns(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        closed = Path(name) / "closed"
+        closed.mkdir(mode=0)
+        obtained(picky(wanted=0, max_tries=1))  # imports what it needs
+        root = os.geteuid() == 0  # who may enter everywhere
+        try:
+            if root:
+                os.seteuid(65534)
+            assert obtained(picky(wanted=0, max_tries=1), closed / "cache").certified
+        finally:
+            if root:
+                os.seteuid(0)
+    (message,) = caplog.messages
+    assert message.startswith("The trained target could not be cached: [Errno 13] Permission denied")
+
+
+def test_a_cache_in_a_home_directory_that_is_not_there_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError) as caught:
+        obtain_target(quick(), DATA.bind(quick()), seed=0, device="cpu", cache_dir="~nosuchuser/x")
+    assert str(caught.value) == (
+        "cache_dir: got ~nosuchuser/x, but there is no home directory ~nosuchuser; choose another place with "
+        "cache_dir=…"
+    )
 
 
 def test_the_cache_directory_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

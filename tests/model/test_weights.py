@@ -57,6 +57,15 @@ def test_any_flipped_bit_or_missing_byte_is_found(tmp_path: Path) -> None:
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_change_of_what_was_saved_with_the_weights_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    module = built(TMS(), 0)
+    save_target(module, path, {"certified": "false"})
+    path.write_bytes(path.read_bytes().replace(b"false", b"true "))
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_target_weights(module, path)
+
+
 def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path: Path) -> None:
     save_target(built(TMS(n_features=5), 0), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"another model: .*\(2, 5\).*wanted .*\(2, 6\)"):

@@ -37,6 +37,51 @@ def test_the_verdict_is_what_masks_of_causal_importances_keep(summary: dict[str,
     ]
 
 
+@pytest.fixture
+def roomless(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same, of a model whose cross-entropy is better without its sites."""
+    masks = {"target": {"ce": 5.956}, "unmasked": {"ce": 5.96, "kl": 0.05}, "ci": {"ce": 5.9729, "kl": 0.25},
+             "zero": {"ce": 5.9135, "kl": 0.5}}  # fmt: skip
+    return summary | {"ablations": masks}
+
+
+def test_where_all_off_is_no_worse_no_share_is_told_and_the_divergence_is(roomless: dict[str, Any]) -> None:
+    start = "All off (CE 5.9135) is not worse than the target (5.9560), so no share of the cross-entropy is "
+    end = (
+        "recovered: with causal importances as masks CE is 5.9729 and KL 0.2500 (0.5000 with all off); "
+        "L0 42.75 of 130 alive."
+    )
+    assert verdict_lines(roomless) == [start + end]
+    roomless["ablations"]["zero"]["ce"] = 5.9562
+    assert verdict_lines(roomless)[0].startswith(
+        "All off (CE 5.9562) is hardly worse than the target (5.9560), so no share"
+    )
+
+
+def test_without_a_share_no_table_has_a_column_for_it_and_the_first_card_is_the_divergence(
+    roomless: dict[str, Any], synthetic: Any, tmp_path: Path
+) -> None:
+    table = verdict_table(roomless, colour=False)
+    rows = [line.split() for line in table.splitlines()]
+    assert ["masks", "CE", "KL"] in rows
+    assert ["ci", "5.9729", "0.2500"] in rows
+    assert "%" not in table
+    write_report(
+        tmp_path / "a.html", summary=roomless, evaluation=synthetic.language_model(n_sites=2, C=50),
+        history=[], figures=[], config_text="", environment={},
+    )  # fmt: skip
+    page = (tmp_path / "a.html").read_text()
+    cards = page[page.index('class="cards"') :]
+    assert "All off (CE 5.9135) is not worse than the target" in page[: page.index("</title>")]
+    first, second = "<span>KL</span><b>0.2500</b>", "<span>CE</span><b>5.9729</b>"
+    assert cards.index(first) < cards.index(second) < cards.index("<span>Alive</span>")
+    assert "CI masks; target 5.9560, all off 5.9135" in cards
+    assert "<th>CE</th><th>KL</th>" in page
+    assert "<td>5.9729</td><td>0.2500</td>" in page
+    assert "CE recovered" not in page
+    assert "recovered: 0 %" not in page
+
+
 def test_without_cross_entropy_the_divergence_is_told(summary: dict[str, Any]) -> None:
     summary["ablations"] = {"ci": {"mse": 0.125}, "zero": {"mse": 2.0}}
     assert verdict_lines(summary) == [

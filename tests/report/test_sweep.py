@@ -1,12 +1,14 @@
 import csv
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spd_hydra.report import sweep_rows, sweep_table, with_replicas, write_sweep
-from spd_hydra.report.sweep import sweep_groups, wilson_interval
+from spd_hydra.report.sweep import sweep_groups
 
 
 def _job(sweep: Path, job: int, overrides: list[str], status: Any = None, summary: Any = None) -> None:
@@ -35,6 +37,20 @@ def sweep(tmp_path: Path, synthetic: Any, summaries: Any) -> Path:
     return directory
 
 
+@pytest.fixture
+def language_sweep(tmp_path: Path, synthetic: Any, summaries: Any) -> Path:
+    """Two jobs of a language model, of which nobody knows the answer; at the second all off is no worse."""
+    evaluation = synthetic.language_model(n_sites=2, C=50)
+    for job, share in enumerate([{"ce_recovered": 0.95}, {}]):
+        summary = summaries.summary_of(evaluation, "lm_tiny", seed=job)
+        summary["target"]["measurements"] = []
+        masks = {"ci": {"ce": 3.3, "kl": 0.25} | share, "zero": {"ce": 9.0 * bool(share), "kl": 6.0}}
+        summary["ablations"] = {"target": {"ce": 3.0}, **masks}
+        summary["objective"] = share.get("ce_recovered")
+        _job(tmp_path, job, [f"seed={job}"], {"status": "done"}, summary)
+    return tmp_path
+
+
 def test_rows_are_in_the_order_of_the_jobs_with_their_states(sweep: Path) -> None:
     found = [(row.job, row.state, row.seed, row.solved) for row in sweep_rows(sweep)]
     assert found == [
@@ -51,6 +67,26 @@ def test_a_row_holds_totals_and_single_sites(sweep: Path) -> None:
     assert row.numbers["l0"] == pytest.approx(2 * 0.687)
     assert row.numbers["error_0.1"] == 14
     assert row.numbers["loss"] == 4.1e-3
+
+
+def test_a_row_holds_what_masks_of_causal_importances_keep(language_sweep: Path) -> None:
+    first, second = (row.numbers for row in sweep_rows(language_sweep))
+    assert (first["ce_recovered"], first["ce"], first["kl"]) == (0.95, 3.3, 0.25)
+    assert (second["ce"], second["kl"]) == (3.3, 0.25)
+    assert not {"ce_recovered", "mse", "mmcs"} & second.keys()
+
+
+def test_a_share_that_is_not_there_is_no_number_for_a_sweeper(language_sweep: Path) -> None:
+    first, second = sweep_rows(language_sweep)
+    assert first.objective == 0.95
+    assert math.isnan(second.objective)
+
+
+def test_a_target_that_nothing_was_measured_of_is_neither_certified_nor_not(
+    language_sweep: Path, sweep: Path
+) -> None:
+    assert [row.certified for row in sweep_rows(language_sweep)] == [None, None]
+    assert sweep_rows(sweep)[0].certified is True
 
 
 def test_a_secret_among_the_overrides_is_in_no_row(tmp_path: Path) -> None:
@@ -106,28 +142,6 @@ def test_groups_are_the_settings_without_the_seed(sweep: Path) -> None:
     assert second.unfinished == "1 missing, 1 running"
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    [
-        (0, 10, 0.0, 0.277533),  # z²/(n + z²) = 3.841459/13.841459
-        (10, 10, 0.722467, 1.0),
-        (5, 10, 0.236593, 0.763407),  # 0.5 ± z √(0.025 + z²/400)/(1 + z²/10) = 0.5 ± 0.263407
-        (18, 20, 0.698966, 0.972134),
-        (1, 1, 0.206549, 1.0),
-    ],
-)
-def test_wilson_intervals_are_those_computed_by_hand(
-    successes: int, trials: int, low: float, high: float
-) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-6)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (3, 2), (-1, 2)])
-def test_impossible_fractions_are_refused(successes: int, trials: int) -> None:
-    with pytest.raises(ValueError, match="must be 0 ≤ successes ≤ trials"):
-        wilson_interval(successes, trials)
-
-
 def test_the_csv_has_a_row_per_job_and_a_column_per_override(sweep: Path) -> None:
     path, _ = write_sweep(sweep, sweep_rows(sweep))
     with path.open(newline="") as file:
@@ -139,6 +153,31 @@ def test_the_csv_has_a_row_per_job_and_a_column_per_override(sweep: Path) -> Non
     assert rows[3]["solved"] == ""
     assert float(rows[0]["mmcs"]) == 0.9998
     assert rows[0]["report"] == "0/report.html"
+
+
+def test_the_page_leaves_out_what_no_job_has_and_the_csv_does_not(language_sweep: Path) -> None:
+    table, page = write_sweep(language_sweep, sweep_rows(language_sweep))
+    _, text = page.read_text().split("<main>")
+    groups, jobs = text[: text.index("<h2>Jobs</h2>")], text[text.index("<h2>Jobs</h2>") :]
+    heads = "<th>CE recovered</th><th>CE</th><th>KL</th><th>alive</th>"
+    assert f"<th>jobs</th>{heads}" in groups
+    assert "<td>2</td><td>95 %</td><td>3.3 ± 0</td><td>0.25 ± 0</td>" in groups
+    assert '<td data-value="0.95">95.0 %</td>' in jobs
+    assert '<td data-value="">–</td>' in jobs
+    assert not any(word in text for word in ("solved", "strict", "certified", "MMCS", "ML2R", "MSE"))
+    with table.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["solved"], first["strict"], first["certified"]) == ("", "", "")
+    assert (first["ce_recovered"], second["ce_recovered"], second["kl"]) == ("0.95", "", "0.25")
+
+
+def test_the_page_keeps_what_toys_have(sweep: Path) -> None:
+    page = write_sweep(sweep, sweep_rows(sweep))[1].read_text()
+    heads = ["job", "experiment", "train.steps", "seed", "state", "solved", "strict", "certified", "MMCS",
+             "ML2R", "alive", "L0", "loss", "seconds", "steps/s"]  # fmt: skip
+    assert re.findall('<button type="button">([^<]*)</button>', page) == heads
+    first = "<th>jobs</th><th>solved, 95 % interval</th><th>MMCS</th><th>ML2R</th><th>alive</th><th>L0</th>"
+    assert first in page
 
 
 def test_the_page_shows_groups_jobs_and_errors_and_loads_nothing(sweep: Path) -> None:

@@ -87,6 +87,73 @@ def test_solved_fractions_have_their_intervals_and_values_their_ticks() -> None:
     assert left < 0.001 < 0.01 < right
 
 
+def language_row(job: int, value: str, kl: float, share: float | None, l0: float = 40.0) -> SweepRow:
+    numbers = {"kl": kl, "ce": 3.0, "l0": l0} | ({} if share is None else {"ce_recovered": share})
+    return SweepRow(job=job, state="done", overrides={COEFF: value}, numbers=numbers, seed=0, experiment="lm")
+
+
+def drawn(axes: Any) -> set[float]:
+    return {float(y) for line in axes.lines for y in line.get_ydata()}
+
+
+def test_where_nothing_has_a_verdict_what_masked_models_keep_is_drawn() -> None:
+    rows = [language_row(0, "1e-4", 0.25, 0.95), language_row(1, "1e-2", 0.5, 0.5)]
+    figure = draw_range({"lm": {1e-4: rows[:1], 1e-2: rows[1:]}}, "x")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["CE recovered with masks g, %", "L0", "KL with masks g"]
+    assert [drawn(axes) for axes in figure.axes] == [{95.0, 50.0, 100.0}, {40.0}, {0.25, 0.5}]
+
+
+def test_without_a_share_the_divergence_is_drawn_beside_l0() -> None:
+    rows = [language_row(0, "1e-4", 0.25, None), language_row(1, "1e-2", 0.5, None)]
+    rows[1].numbers["mse"] = rows[1].numbers.pop("kl")
+    figure = draw_range({"lm": {1e-4: rows[:1]}}, "x")
+    assert [axes.get_title() for axes in figure.axes] == ["L0", "KL with masks g"]
+    figure = draw_range({"lm": {1e-2: rows[1:]}}, "x")
+    assert [axes.get_title() for axes in figure.axes] == ["L0", "MSE with masks g"]
+
+
+def test_a_verdict_is_drawn_even_if_masked_models_were_measured() -> None:
+    rows = [row(0), row(1)]
+    for one in rows:
+        one.numbers.update(kl=0.1, ce_recovered=0.9)
+    figure = draw_range({"one": {1.0: rows}}, "x")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["solved, with 95 % interval", "L0, dashed: ideal", "● MMCS  ▲ ML2R"]
+
+
+def test_a_level_curve_keeps_away_from_the_edge_of_its_panel() -> None:
+    rows = [language_row(0, "1e-4", 0.25, 0.5, l0=40.0), language_row(1, "1e-2", 0.25, 0.5, l0=40.5)]
+    figure = draw_range({"lm": {1e-4: rows[:1], 1e-2: rows[1:]}}, "x")
+    for axes, highest in zip(figure.axes[1:], (40.5, 0.25), strict=True):
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert top > 1.05 * highest
+
+
+def test_crowded_ticks_slant_in_the_picture() -> None:
+    values = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    line = {value: [language_row(0, f"{value}", 0.2, 0.5)] for value in values}
+    figure = draw_range({"lm": line}, "x")
+    assert {text.get_rotation() for axes in figure.axes for text in axes.get_xticklabels()} == {40.0}
+
+
+def test_the_caption_names_what_is_drawn(tmp_path: Path) -> None:
+    picture = range_picture(tmp_path, [language_row(0, "1e-4", 0.1, 0.5), language_row(1, "1e-2", 0.2, 0.4)])
+    assert picture is not None
+    assert picture["caption"] == (
+        f"Over {COEFF}: how much of the cross-entropy masks of causal importances recover, how many "
+        "subcomponents are active per position, and the KL from the target with masks of causal importances; "
+        "lines join means over seeds, pale points are single runs."
+    )
+    picture = range_picture(tmp_path, over(["1e-3", "1e-2"]))
+    assert picture is not None
+    assert picture["caption"] == (
+        f"Over {COEFF}: how many jobs are solved, how many subcomponents are active per position, and how "
+        "well their directions and sizes match; lines join means over seeds, pale points are single runs."
+    )
+
+
 def test_near_values_have_a_plain_axis_and_experiments_a_line_each() -> None:
     lines = {name: {2.0: [row(0)], 3.0: [row(1, None)]} for name in ("one", "two")}
     figure = draw_range(lines, "x")

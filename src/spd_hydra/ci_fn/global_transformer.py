@@ -14,6 +14,8 @@ from spd_hydra.ci_fn.layers import ConcatenatedInputs, gelu_mlp, linear
 from spd_hydra.factored import dense
 from spd_hydra.section import Problem, option, register
 
+_FIRST_BIAS = 0.1  # standard deviation at the start
+
 
 @register("ci_fn", "global_transformer")
 @dataclasses.dataclass(kw_only=True)
@@ -61,6 +63,9 @@ class _GlobalTransformer(nn.Module):
         self.blocks = nn.ModuleList(_Block(options, generator) for _ in range(options.n_layers))
         n_out = sum(shape.C for shape in sites.values())
         self.last = linear(options.d_model, n_out, gain=1.0, generator=generator)
+        # From inputs of zero, of which toys have many, biases of zero would make a stream of zeros, which
+        # every norm then amplifies: the gradient would overflow.
+        nn.init.normal_(self.first.bias, std=_FIRST_BIAS, generator=generator)
 
     def forward(
         self,

@@ -35,6 +35,10 @@ class Batches:
         """
         raise NotImplementedError
 
+    def content(self) -> str | None:
+        """Digest of the rows, where they are known before they are asked for; None: they are not."""
+        return None
+
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         """The text of each token by itself; None: ids are shown as they are."""
         return None

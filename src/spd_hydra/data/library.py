@@ -5,6 +5,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
+from spd_hydra.terminal import is_terminal
+
 
 @contextlib.contextmanager
 def without_network() -> Iterator[None]:
@@ -28,7 +30,7 @@ def quiet() -> Iterator[None]:
     loggers = {name: logging.getLogger(name) for name in ("datasets", "huggingface_hub")}
     levels = {name: one.level for name, one in loggers.items()}
     bars = [
-        one for one in (datasets, hub) if not sys.stderr.isatty() and not one.are_progress_bars_disabled()
+        one for one in (datasets, hub) if not is_terminal(sys.stderr) and not one.are_progress_bars_disabled()
     ]
     for one in loggers.values():
         one.setLevel(logging.ERROR)

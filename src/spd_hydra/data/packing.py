@@ -1,7 +1,9 @@
 """Documents of token ids, written as the rows of a file: concatenated and cut, or one document a row."""
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -143,13 +145,44 @@ class Layout:
             yield np.stack(rows)
 
 
-def write_rows(path: Path, documents: Iterable[Document], layout: Layout) -> Tally:
-    """Write the rows of documents, one behind the other, and return how many there are."""
-    tally = Tally()
-    with path.open("wb") as file:
+def write_rows(path: Path, documents: Iterable[Document], layout: Layout) -> tuple[Tally, str]:
+    """Write the rows of documents, one behind the other, and return when they are on the disk.
+
+    Returns:
+        How many there are, and the sha256 of their bytes.
+
+    Raises:
+        ConfigError: the file cannot be written, or a token id is none of the target's.
+    """
+    tally, digest = Tally(), hashlib.sha256()
+    with writing(path):
+        file = path.open("wb", buffering=0)  # closing a buffer would raise once more
+    with file:
         for rows in layout.rows(documents, tally):
-            rows.astype(layout.dtype).tofile(file)
-    return tally
+            rest = memoryview(rows.astype(layout.dtype).tobytes())
+            digest.update(rest)
+            with writing(path):
+                while rest:
+                    rest = rest[file.write(rest) :]
+        with writing(path):
+            os.fsync(file.fileno())
+    return tally, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of an error of the file system in the block that this place in the cache cannot be written.
+
+    Raises:
+        ConfigError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir: cannot write {path}: {error.strerror or error}; check that it is writable and has "
+            "room, or choose another place with cache_dir=…"
+        ) from error
 
 
 def repeats(rows: int, length: int) -> str:

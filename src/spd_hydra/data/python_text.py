@@ -14,7 +14,7 @@ import numpy as np
 from spd_hydra.data.base import DataSource
 from spd_hydra.data.packing import Document, Layout
 from spd_hydra.data.token_batches import TokenBatches
-from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
+from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, rows_directory, write_store
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, kind_of, option, register
 
@@ -71,7 +71,7 @@ class PythonText(DataSource):
         )
 
     def _directory(self, digest: str) -> Path:
-        return Path(self.cache_dir).expanduser() / "tokens" / digest
+        return rows_directory(self.cache_dir, digest)
 
     def _make(self, target: TargetSpec) -> "_Make":
         vocab_size, length = _requirements(target)

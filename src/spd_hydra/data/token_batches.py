@@ -47,7 +47,8 @@ class TokenBatches(Batches):
     ordered = True
 
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
-        self._open_store, self._load_tokenizer = open_store, functools.cache(load_tokenizer)
+        self._open_store = functools.cache(open_store)
+        self._load_tokenizer = functools.cache(load_tokenizer)
         self._rows: np.ndarray | None = None
         self._repeats = False
 
@@ -72,6 +73,13 @@ class TokenBatches(Batches):
         found = rng.permuted(key.cpu(), places % number, number, places // number)
         tokens = np.asarray(self._rows[found.numpy()], dtype=np.int64)
         return torch.from_numpy(tokens).to(rows.device)
+
+    def content(self) -> str:
+        """Digest of the rows themselves, which are made if the cache lacks them.
+
+        Unlike `digest` it is another one only where tokens are: not after a mere `touch` of a file.
+        """
+        return self._open_store().content(self.part)
 
     def notes(self) -> list[str]:
         return [repeats(len(self._rows), self.length)] if self._repeats and self._rows is not None else []

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -16,13 +17,16 @@ import numpy as np
 from jaxtyping import Int
 
 from spd_hydra import atomic
-from spd_hydra.data.packing import Document, Layout, Tally, fingerprint, is_held_out, write_rows
+from spd_hydra.data.packing import Document, Layout, Tally, fingerprint, is_held_out, write_rows, writing
+from spd_hydra.model.obtain import cache_root
 from spd_hydra.section import ConfigError
 
 logger = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "eval"
 _FACTS = "facts.json"
+
+_checked: set[tuple[int | str, ...]] = set()  # files of rows that this process has read whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +35,38 @@ class TokenStore:
 
     Attributes:
         directory: holds `train.bin`, `eval.bin`, `facts.json`.
-        facts: `rows` by part, `length`, `dtype`, `overlap`.
+        facts: `rows` and `sha256` by part, `length`, `dtype`, `overlap`.
     """
 
     directory: Path
     facts: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: Path) -> Self | None:
-        """The rows in a directory; None where they are not, or not whole."""
+    def open(cls, directory: Path, *, warns: bool = True) -> Self | None:
+        """The rows in a directory; None where they are not, or not as they were written.
+
+        Args:
+            directory: of the cache.
+            warns: of rows that are there and cannot be used.
+        """
         try:
             store = cls(directory, json.loads((directory / _FACTS).read_text(encoding="utf-8")))
+            if "sha256" not in store.facts:
+                raise ValueError("an older version wrote them, without a digest")
             for part in (TRAIN, HELD_OUT):
                 store.rows(part)
-        except FileNotFoundError:
+                _require_unchanged(directory / f"{part}.bin", store.content(part))
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("The tokens in %s cannot be used and are made again: %s", directory, error)
+            if warns:
+                logger.warning("The tokens in %s cannot be used and are made again: %s", directory, error)
             return None
         return store
+
+    def content(self, part: str) -> str:
+        """Digest of the rows of a part."""
+        return str(self.facts["sha256"][part])
 
     def rows(self, part: str) -> Int[np.ndarray, "rows length"]:
         """The rows of a part, mapped into memory."""
@@ -106,15 +123,28 @@ def write_store(
                 overlap,
                 len(wanted),
             )
-    tallies = {
-        part: write_rows(directory / f"{part}.bin", own, layout)
-        for part, own in ((TRAIN, kept), (HELD_OUT, others))
-    }
+    tallies, digests = {}, {}
+    for part, own in ((TRAIN, kept), (HELD_OUT, others)):
+        tallies[part], digests[part] = write_rows(directory / f"{part}.bin", own, layout)
     _require_rows(tallies, layout, overlap, has_own=held_out is not None)
     rows = {part: tally.rows for part, tally in tallies.items()}
     facts = {"rows": rows, "length": layout.length, "dtype": layout.dtype.name, "overlap": overlap}
-    atomic.replace(directory / _FACTS, json.dumps(facts, indent=1))
+    facts["sha256"] = digests
+    with writing(directory / _FACTS):
+        atomic.replace(directory / _FACTS, json.dumps(facts, indent=1))
     return TokenStore(directory, facts)
+
+
+def _require_unchanged(path: Path, sha256: str) -> None:
+    """Read a file once per process, and again when it was replaced, to see that it is as it was written."""
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, sha256)
+    if identity in _checked:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{path.name} is damaged (its digest does not match)")
+    _checked.add(identity)
 
 
 def _require_rows(tallies: dict[str, Tally], layout: Layout, overlap: int, *, has_own: bool) -> None:
@@ -131,8 +161,13 @@ def _require_rows(tallies: dict[str, Tally], layout: Layout, overlap: int, *, ha
         raise ConfigError(layout.why_no_row(held_out, "held out", 0 if has_own else train.documents))
 
 
+def rows_directory(cache_dir: str, digest: str) -> Path:
+    """Where the rows lie that are named by a digest of everything that they depend on."""
+    return cache_root(cache_dir) / "tokens" / digest
+
+
 def open_or_make(directory: Path, make: Callable[[Path], TokenStore]) -> TokenStore:
-    """The rows in a directory of the cache, made there if they are not.
+    """The rows in a directory of the cache, made there if they are not, or not as they were written.
 
     Several processes may ask at once: one makes them, the others wait for it. Where files cannot be locked
     each makes its own, and the first to finish is the one that counts.
@@ -140,20 +175,26 @@ def open_or_make(directory: Path, make: Callable[[Path], TokenStore]) -> TokenSt
     Args:
         directory: named by everything that the rows depend on.
         make: writes them into the directory that it is given.
+
+    Raises:
+        ConfigError: the cache cannot be written.
     """
-    if (store := TokenStore.open(directory)) is not None:
+    if (store := TokenStore.open(directory, warns=False)) is not None:
         return store
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    with writing(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(f"{directory.name}.lock")):
         if (store := TokenStore.open(directory)) is not None:
             return store
         temporary = directory.with_name(f".{directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        temporary.mkdir()
+        with writing(temporary):
+            temporary.mkdir()
         try:
             make(temporary)
-            if directory.exists():  # damaged, or another process was faster
-                directory.rename(temporary / "replaced")
-            temporary.rename(directory)
+            with writing(directory):
+                if directory.exists():  # damaged, or another process was faster
+                    directory.rename(temporary / "replaced")
+                temporary.rename(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(directory / "replaced", ignore_errors=True)
@@ -166,7 +207,9 @@ def open_or_make(directory: Path, make: Callable[[Path], TokenStore]) -> TokenSt
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Wait until nobody else is in this block; where the file system has no locks, do not wait."""
-    with path.open("a") as file:
+    with writing(path):
+        file = path.open("a")
+    with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from spd_hydra.data.characters import name_of_bytes
 from spd_hydra.data.columns import Columns, Holds, columns_of, kind_of_value
-from spd_hydra.data.packing import Document
+from spd_hydra.data.packing import Document, writing
 from spd_hydra.data.text_source import first_line
 from spd_hydra.model import hub
 from spd_hydra.section import ConfigError
@@ -20,6 +21,7 @@ from spd_hydra.stop import kept_from_children
 
 _TOKENS = "tokens"
 _KEYS = hub.Keys("data.tokenizer", "data.tokenizer_revision")
+_NO_CHARACTER = "\ufffd"  # what decoders write in place of bytes that are none
 _AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
 _SET_BY_USE = ("truncation", "padding")  # of a tokenizer's state; here texts are whole
 
@@ -79,6 +81,9 @@ class Reader:
         Args:
             dataset: of the library `datasets`.
             cache_file: where its tokens may be kept meanwhile.
+
+        Raises:
+            ConfigError: the column does not hold what it is read for, or the file cannot be written.
         """
         self.require(columns_of(dataset.features))
         if not self.tokenised:
@@ -124,7 +129,7 @@ class Reader:
     def _tokenised(self, dataset: Any, cache_file: Path) -> Any:
         from datasets import Features, List, Value
 
-        with kept_from_children():
+        with kept_from_children(), writing(cache_file):
             return dataset.map(
                 self._tokenise(),
                 batched=True,
@@ -277,7 +282,8 @@ def _digest(tokenizer: Any) -> str:
 def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
     """Each token as it reads in running text, with the space before it; None without a tokenizer.
 
-    At the beginning of a text many tokenizers leave that space out, so each is read behind a letter.
+    At the beginning of a text many tokenizers leave that space out, so each is read behind a letter. Part of
+    a character, which is none by itself, has the name of its bytes.
     """
     if tokenizer is None:
         return None
@@ -287,5 +293,7 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str] | None:
     found = []
     for token in ids:
         text = decode([*letter, token]) if token >= 0 else before
-        found.append(text.removeprefix(before) if text.startswith(before) else decode([token]))
+        text = text.removeprefix(before) if text.startswith(before) else decode([token])
+        is_part = _NO_CHARACTER in text and token >= 0
+        found.append((is_part and name_of_bytes(tokenizer.convert_ids_to_tokens(token))) or text)
     return found

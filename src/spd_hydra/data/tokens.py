@@ -18,7 +18,7 @@ from spd_hydra.data.packing import Document, Layout, is_held_out
 from spd_hydra.data.streamed import StreamedBatches
 from spd_hydra.data.text_source import TextSource, TextUnit, Wanted
 from spd_hydra.data.token_batches import TokenBatches
-from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, write_store
+from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, rows_directory, write_store
 from spd_hydra.data.tokenizing import Reader, make_reader, tokenizer_commit
 from spd_hydra.model import hub
 from spd_hydra.model.base import TargetSpec
@@ -41,7 +41,10 @@ class Tokens(DataSource):
     )
     config_name: str | None = option(None, "which configuration of a dataset that has several")
     revision: str | None = option(None, "branch, tag or commit of a dataset on the hub; null: main")
-    split: str = option("train", "what to train on; parts as datasets has them, e.g. train[:10%]")
+    split: str = option(
+        "train",
+        "what to train on; parts as datasets has them, e.g. 'data.split=\"train[:10%]\"' with both quotes",
+    )
     eval_split: str | None = option(
         None,
         "what to evaluate on; null: the only split of eval_name, or a share of `split`, see eval_fraction",
@@ -187,16 +190,18 @@ class Tokens(DataSource):
         """Everything that can be known of the rows without reading the text."""
         vocab_size = target.vocab_size()
         if vocab_size is None:
-            name = kind_of(type(target)) or type(target).__name__
+            kind = kind_of(type(target)) or type(target).__name__
+            name = target.names().get("name")
+            which = f"{name} ({kind})" if name else kind
             raise ConfigError(
-                f"data: tokens cannot feed {name}, which takes none; choose a language model (model=hf "
+                f"data: tokens cannot feed {which}, which takes none; choose a language model (model=hf "
                 "model.name=…) or the data source made for this model"
             )
         require_length(self.length, target)
         with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
             source = find_text(self._wanted())
             held_out = find_text(self._wanted_for_eval()) if self._has_own_eval else None
-            columns = source.columns()
+            columns, others = source.columns(), held_out.columns() if held_out else None
             token_column = self.token_column
             if token_column is None and self.text_column is None:
                 token_column = token_column_among(columns)
@@ -211,8 +216,8 @@ class Tokens(DataSource):
             processes=self.processes,
         )
         reader.require(columns)
-        if held_out is not None:
-            self._require_same(reader.column, columns, held_out.columns())
+        if others is not None:
+            self._require_same(reader.column, columns, others)
         end = reader.end(vocab_size) if self.pack else None
         layout = Layout(length=self.length, pack=self.pack, end=end, vocab_size=vocab_size)
         identity = [
@@ -220,8 +225,8 @@ class Tokens(DataSource):
             *(reader.identity(), dataclasses.asdict(layout)),
         ]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        directory = Path(self.cache_dir).expanduser() / "tokens" / digest
-        return _Rows(digest, directory, source, held_out, reader, layout, self.eval_fraction)
+        where = rows_directory(self.cache_dir, digest)
+        return _Rows(digest, where, source, held_out, reader, layout, self.eval_fraction)
 
     def _require_same(self, column: str, columns: Columns, others: Columns) -> None:
         """Refuse data to evaluate on that lack the column that is read, or have something else in it."""

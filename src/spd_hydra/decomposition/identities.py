@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spd_hydra.decomposition.config import SitePattern
 from spd_hydra.decomposition.layers import is_decomposable, is_embedding, weight_matrix
+from spd_hydra.decomposition.sites import why_no_module
 from spd_hydra.factored import Activation
 from spd_hydra.section import ConfigError
 
@@ -60,7 +61,7 @@ def find_identities(
         where = f"decomposition.identities.{key}.pattern"
         found = [name for name in modules if fnmatchcase(name, site.pattern)]
         if not found:
-            raise ConfigError(f"{where}: {site.pattern!r} matches no module of the target")
+            raise ConfigError(f"{where}: {why_no_module(site.pattern, modules)}")
         for name in found:
             if name in matched_by:
                 raise ConfigError(

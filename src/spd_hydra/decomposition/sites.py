@@ -56,6 +56,12 @@ def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: lis
             f"{pattern!r} matches {name!r}, a {type(modules[name]).__name__}{otherwise if own else ''}; only "
             f"Linear, Embedding and Conv1D layers can be decomposed: {_shortened(candidates)}"
         )
+    return why_no_module(pattern, candidates)
+
+
+def why_no_module(pattern: str, candidates: Iterable[str]) -> str:
+    """What a user is told of a pattern that matches none of the paths, with the nearest one and a list."""
+    candidates = list(candidates)
     near = _nearest(pattern, candidates)
     hint = f" Did you mean {near!r}?" if near else ""
     return f"{pattern!r} matches no module of the target.{hint} It has: {_shortened(candidates)}"

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import (
     FAINT,
@@ -16,7 +17,6 @@ from spd_hydra.figure.style import (
     panels,
     plain,
     plain_decades,
-    shortened,
 )
 from spd_hydra.metric.evaluation import Evaluation
 
@@ -48,10 +48,11 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     condition = f"active: g > {evaluation.ci_threshold:g}, {counted(evaluation.n_positions, 'position')}"
     picture.suptitle(condition, fontsize=10, color=MUTED)
     top = 4.0 * max(len(site.density) for site in sites.values())  # room for the text
+    labels = site_labels(sites, 34)
     for place, (name, site) in enumerate(sites.items()):
         panel = axes[place]
         _draw_densities(panel, site.density, evaluation.n_positions, colour_of(place))
-        panel.set_title(plain(shortened(name, 34)))
+        panel.set_title(plain(labels[name]))
         panel.set_ylim(0.7, top)
         plain_decades(panel)
         if place % across == 0:

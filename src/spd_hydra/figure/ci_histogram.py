@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
-from spd_hydra.figure.style import INK, MUTED, colour_of, counted, new_figure, panels, plain, shortened
+from spd_hydra.figure.style import INK, MUTED, colour_of, counted, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     axes = panels(picture, down, across, used=len(sites), sharey=True)
     picture.suptitle(f"g over {counted(evaluation.n_positions, 'position')}", fontsize=10, color=MUTED)
     top = 30.0 * max(int(site.histogram.max()) for site in sites.values())  # room for the text
-    names = list(evaluation.sites)
+    names, labels = list(evaluation.sites), site_labels(sites, 34)
     for place, (name, site) in enumerate(sites.items()):
         panel, counts = axes[place], site.histogram
         edges = np.linspace(0, 1, len(counts) + 1)
         panel.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colour_of(names.index(name)))
         panel.axvline(evaluation.ci_threshold, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        panel.set(yscale="log", xlim=(-0.01, 1.01), ylim=(0.7, top), title=plain(shortened(name, 34)))
+        panel.set(yscale="log", xlim=(-0.01, 1.01), ylim=(0.7, top), title=plain(labels[name]))
         panel.yaxis.set_minor_locator(NullLocator())
         panel.grid(visible=True, axis="y")
         text = f"threshold {evaluation.ci_threshold:g}\n{float(site.density.mean()):.3g} of all above"

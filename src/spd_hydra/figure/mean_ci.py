@@ -6,8 +6,9 @@ import numpy as np
 
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.columns import expected_of
+from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
-from spd_hydra.figure.style import MUTED, colour_of, counted, new_figure, panels, plain, shortened
+from spd_hydra.figure.style import MUTED, colour_of, counted, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
         f"alive: g > {evaluation.ci_threshold:g} anywhere in {counted(evaluation.n_positions, 'position')}"
     )
     picture.suptitle(f"filled = {alive}", fontsize=10, color=MUTED)
+    labels = site_labels(sites, 30)
     for place, (name, site) in enumerate(sites.items()):
         expected = expected_of(evaluation, name)
         linear, logarithmic = axes[2 * place], axes[2 * place + 1]
@@ -46,7 +48,7 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
             panel.set_xlabel("rank" if last_row else "")
         linear.set_ylim(bottom=-0.04 * linear.get_ylim()[1])
         between = ": " if pairs == 1 else "\n"
-        linear.set_title(f"{plain(shortened(name, 30))}{between}{_count(site, expected)}")
+        linear.set_title(f"{plain(labels[name])}{between}{_count(site, expected)}")
         linear.set_ylabel("mean g")
         _make_logarithmic(logarithmic, site, evaluation)
     return picture

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spd_hydra.figure.base import History, figure
-from spd_hydra.figure.style import FAINT, MUTED, PALETTE, counted, new_figure, panels, plain, shortened
+from spd_hydra.figure.site_names import site_labels
+from spd_hydra.figure.style import FAINT, MUTED, PALETTE, counted, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -46,6 +47,6 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
         panel.set_xlim(0, 1.12 * max(float(values.max()), 1e-9))
         panel.set_xlabel("subcomponents")
         panel.grid(visible=True, axis="x")
-    left.set_yticks(rows, [plain(shortened(name, 40)) for name in sites])
+    left.set_yticks(rows, [plain(label) for label in site_labels(sites, 40).values()])
     left.set_ylim(len(sites) - 0.4, -0.6)
     return picture

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.columns import expected_of
 from spd_hydra.figure.curves import Series, label_steps, series, thinned
+from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.style import (
     FAINT,
     INK,
@@ -14,7 +15,6 @@ from spd_hydra.figure.style import (
     panels,
     plain,
     plain_decades,
-    shortened,
 )
 from spd_hydra.metric.evaluation import Evaluation
 
@@ -73,13 +73,14 @@ def _merged(history: History, group: str) -> dict[str, Series]:
 
 
 def _draw_curves(axes: "Axes", found: dict[str, Series], names: list[str], known: dict[str, float]) -> None:
-    many = len([name for name in names if name != "total"]) > MOST_SITES
+    sites = [name for name in names if name != "total"]
+    many, labels = len(sites) > MOST_SITES, {"total": "total"} | site_labels(sites, 30)
     grey_label = "single sites"
     for index, name in enumerate(names):
         colour = INK if name == "total" else FAINT if many else colour_of(index)
         if name in found:
             steps, values = thinned(found[name])
-            label = plain(shortened(name, 30))
+            label = plain(labels[name])
             if many and name != "total":
                 label, grey_label = grey_label, "_nolegend_"
             marker = "o" if len(steps) <= 40 else ""

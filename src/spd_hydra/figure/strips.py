@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from spd_hydra.figure.style import SEQUENTIAL, new_figure, plain, shortened
+from spd_hydra.figure.site_names import site_labels
+from spd_hydra.figure.style import SEQUENTIAL, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def strips(
     picture = new_figure(height=0.2 * len(names) + 1.2)
     axes = picture.subplots()
     image = axes.imshow(shown, cmap=SEQUENTIAL, norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(names)), [plain(shortened(name, 40)) for name in names])
+    axes.set_yticks(range(len(names)), [plain(label) for label in site_labels(names, 40).values()])
     axes.tick_params(axis="y", length=0)
     picture.colorbar(image, ax=axes, label=label, aspect=40, pad=0.015)
     return picture, axes

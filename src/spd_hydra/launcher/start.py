@@ -28,7 +28,7 @@ from spd_hydra.plan import require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.section import ConfigError
-from spd_hydra.stop import Stopped
+from spd_hydra.stop import Stopped, heard
 
 _DESCRIPTION = ("environment.json", "launcher.yaml")
 _OF_HYDRA = "multirun.yaml"
@@ -164,16 +164,17 @@ def _run_in_pool(
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Within the block SIGTERM is heard as Ctrl-C is, and ends with the exit code of its own."""
+    """Within the block SIGTERM and SIGHUP are heard as Ctrl-C is, and end with the exit code of SIGTERM."""
 
     def hear(number: int, frame: object) -> None:
         raise Stopped(number)
 
-    before = signal.signal(signal.SIGTERM, hear)
+    before = {number: signal.signal(number, hear) for number in heard(signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> tuple[str, bool]:

@@ -20,6 +20,7 @@ from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.terminal import is_terminal, show
 
 States = Mapping[int, SchedulerState] | None
 """What the scheduler says by job number; a job it has forgotten is missing. None: it does not answer."""
@@ -213,18 +214,16 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
         self._said, self._said_at = "", 0.0
 
     def show(self, rows: Sequence[SweepRow]) -> None:
-        if self._stream.isatty():
+        if is_terminal(self._stream):
             lines = _fitting(rows, shutil.get_terminal_size())
             back = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
-            self._stream.write(back + "\n".join(lines) + "\n")
+            show(back + "\n".join(lines), self._stream)
             self._drawn = len(lines)
         elif counts(rows) != self._said or time.monotonic() - self._said_at > _LINE_SECONDS:
             self._said, self._said_at = counts(rows), time.monotonic()
             steps = [f"job {row.job} {row.step or 0}/{row.steps}" for row in rows if row.state == "running"]
-            self._stream.write("; ".join([f"jobs: {self._said}", *steps[:8]]) + "\n")
-        self._stream.flush()
+            show("; ".join([f"jobs: {self._said}", *steps[:8]]), self._stream)
 
     def __exit__(self, *exception: object) -> None:
         if self._drawn:  # the final table takes its place
-            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
-            self._stream.flush()
+            show(f"\x1b[{self._drawn}F\x1b[J", self._stream, end="")

@@ -31,7 +31,10 @@ class Scope(Enum):
 
 
 class Start(Enum):
-    """Where the sources begin: `random` from U(0, 1), all `ones` (everything on) or all `zeros` (m = g)."""
+    """Where the sources begin: `random` from U(0, 1), `ones` (all subcomponents on) or all `zeros` (m = g).
+
+    The weight delta begins off in the last two: with all on the output is the target's, and nothing climbs.
+    """
 
     random = "random"
     ones = "ones"
@@ -57,8 +60,12 @@ def start_sources(
     if scope is Scope.shared:
         positions = torch.Size([1] * len(positions))
     if start is not Start.random:
-        whole = draws.new_full((*positions, total), float(start is Start.ones))
-    elif scope is Scope.shared:
+        r, off = float(start is Start.ones), draws.new_zeros((*positions, 1))
+        return {
+            site: torch.cat([draws.new_full((*positions, width - 1), r), off], dim=-1)
+            for site, width in widths.items()
+        }
+    if scope is Scope.shared:
         whole = _uniform_of_first_position(draws, total).view(*positions, total)
     else:
         whole = draws

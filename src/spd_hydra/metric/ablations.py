@@ -1,7 +1,7 @@
 """What is left of the target when its sites are ablated: cross-entropy and divergence by kind of mask."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ Numbers = Callable[[str, int], Float[Tensor, "*positions number"]]
 """Random numbers per position, of a purpose, so many."""
 
 TARGET, ZERO = "target", "zero"
+LEAST_ROOM = 1e-3  # of the target's CE: below, rounding and chance would decide the share of it
 _NO_TARGET = -100  # cross_entropy's own sign for positions that do not count
 
 
@@ -111,10 +112,11 @@ class Ablations:
 
         ce_recovered/<kind> = (CE of zero - CE of the kind) / (CE of zero - CE of the target),
 
-    which is 0 where nothing is left of the sites and 1 where the target is as good as before. For every
-    group of sites, masked by their causal importances while the others are the target's own:
-    `kl_subset/<group>` and `ce_subset/<group>`. For every adversary, its divergence. Means over positions
-    without padding.
+    which is 0 where nothing is left of the sites and 1 where the target is as good as before. There is no
+    such share, and no metric, where the denominator is not above LEAST_ROOM times the CE of the target: the
+    sites of random or tiny models may do nothing, or harm. For every group of sites, masked by their causal
+    importances while the others are the target's own: `kl_subset/<group>` and `ce_subset/<group>`. For
+    every adversary, its divergence. Means over positions without padding.
 
     Args:
         objective: model, precision and divergence.
@@ -174,9 +176,14 @@ class Ablations:
         sums = distributed.exact_sum(list(self.sums.values()))
         found = {name: float(own[0] / own[1]) for name, own in zip(self.sums, sums, strict=True)}
         if self._settings.next_token and self._settings.masks:
-            zero = found[f"ce/{ZERO}"]
-            room = zero - found[f"ce/{TARGET}"]
-            for name in self.kinds:
-                if name != ZERO and room:
-                    found[f"ce_recovered/{name}"] = (zero - found[f"ce/{name}"]) / room
+            found |= _recovered(found, self.kinds)
         return found
+
+
+def _recovered(found: Mapping[str, float], kinds: Iterable[str]) -> dict[str, float]:
+    """The share of cross-entropy recovered by each kind of mask; nothing where all off loses next to none."""
+    zero, target = found[f"ce/{ZERO}"], found[f"ce/{TARGET}"]
+    room = zero - target
+    if not room > LEAST_ROOM * target:  # nor where there was no position and all is NaN
+        return {}
+    return {f"ce_recovered/{name}": (zero - found[f"ce/{name}"]) / room for name in kinds if name != ZERO}

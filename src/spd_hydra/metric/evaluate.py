@@ -77,7 +77,10 @@ def evaluate(
     (seen,) = distributed.exact_sum([torch.tensor(float(with_padding), dtype=torch.float64)])
     real = reference_positions * activity.positions / float(seen)  # as in a training batch padded as much
     losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
-    verdict = compare(model, known) if known is not None else None
+    verdict = None
+    if known is not None:  # in the precision of training
+        with model.uncompiled(), torch.no_grad():
+            verdict = compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
     metrics = _metrics(objective, losses, activity, verdict) | agreement_metrics(contributions)

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from spd_hydra import distributed
 from spd_hydra.ci_fn.sigmoid import CausalImportance
+from spd_hydra.data.characters import completed
 from spd_hydra.loss.objective import Objective
 from spd_hydra.metric.evaluation import (
     Context,
@@ -89,7 +90,7 @@ class TopContexts:
                 real = [index for index, token in enumerate(ids) if token >= 0]
                 found.append(
                     Context(
-                        tokens=[name[ids[index]] for index in real],
+                        tokens=completed([name[ids[index]] for index in real]),
                         ci=[round(ci[index], _DIGITS) for index in real],
                         at=real.index(BEFORE),
                     )
@@ -255,7 +256,7 @@ def _examples(
         own = {site: g[row, shown].float().clamp(min=0) for site, g in ci.items()}
         found.append(
             TextExample(
-                tokens=[names[int(token)] for token in tokens[shown]],
+                tokens=completed([names[int(token)] for token in tokens[shown]]),
                 active={site: (g > threshold).sum(-1).tolist() for site, g in own.items()},
                 total_ci={
                     site: [round(value, _DIGITS) for value in g.sum(-1).tolist()] for site, g in own.items()

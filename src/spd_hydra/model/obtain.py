@@ -18,7 +18,7 @@ from spd_hydra import rng
 from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.training import BatchSource, TrainableTarget, fresh_loss, train
 from spd_hydra.model.weights import WeightsError, load_target_weights, save_target
-from spd_hydra.section import kind_of
+from spd_hydra.section import ConfigError, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,9 @@ def obtain_target(
 
     Returns:
         The first certified target, or after `training.max_tries` the one with the lowest loss, uncertified.
+
+    Raises:
+        ConfigError: `cache_dir` begins with the home directory of somebody who has none.
     """
     started = time.perf_counter()
     device = torch.device(device)
@@ -94,6 +97,21 @@ def obtain_target(
             "1 try" if target.tries == 1 else f"{target.tries} tries; this is the best of them",
         )
     return target
+
+
+def cache_root(cache_dir: Path | str) -> Path:
+    """The directory of the cache, with a home directory at its beginning written out.
+
+    Raises:
+        ConfigError: there is no such home directory.
+    """
+    try:
+        return Path(cache_dir).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cache_dir: got {cache_dir}, but there is no home directory {Path(cache_dir).parts[0]}; choose "
+            "another place with cache_dir=…"
+        ) from error
 
 
 def _untrained(spec: TargetSpec, seed: int, device: torch.device, started: float) -> TrainedTarget:
@@ -188,7 +206,7 @@ def _cache_path(
     }
     text = json.dumps(identity, sort_keys=True, default=_plain)
     name = hashlib.sha256(text.encode()).hexdigest()
-    return Path(cache_dir).expanduser() / "targets" / f"{name}.safetensors"
+    return cache_root(cache_dir) / "targets" / f"{name}.safetensors"
 
 
 def _plain(value: Any) -> Any:
@@ -200,12 +218,12 @@ def _plain(value: Any) -> Any:
 def _read_cache(
     spec: TrainableTarget, path: Path, device: torch.device, started: float
 ) -> TrainedTarget | None:
-    if not path.exists():
-        return None
     module = spec.build(rng.generator(0, "target_weights"))
     try:
         metadata = load_target_weights(module, path)
         seed, tries, loss = int(metadata["seed"]), int(metadata["tries"]), float(metadata["loss"])
+    except FileNotFoundError:
+        return None
     except (OSError, WeightsError, KeyError, ValueError) as error:
         logger.warning("The cached target cannot be used and is trained again: %s", error)
         return None

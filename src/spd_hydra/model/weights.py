@@ -1,4 +1,4 @@
-"""Weights of a target in one safetensors file that knows its own digest."""
+"""Weights of a target, and what is known of it, in one safetensors file that knows their digest."""
 
 import hashlib
 import json
@@ -32,7 +32,8 @@ def save_target(
         only_digest: write what tells these weights from others, not the weights.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
-    header: dict[str, Any] = {"sha256": _digest(tensors), "metadata": metadata or {}}
+    metadata = metadata or {}
+    header: dict[str, Any] = {"sha256": _digest(tensors, metadata), "metadata": metadata}
     if only_digest:
         header, tensors = header | {"only_digest": True}, {}
     text = json.dumps(header, sort_keys=True)
@@ -64,7 +65,7 @@ def require_same_weights(module: nn.Module, path: Path) -> None:
     """
     header, _ = _read(path)
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
-    if _digest(own) != header["sha256"]:
+    if _digest(own, header["metadata"]) != header["sha256"]:
         raise WeightsError(
             f"{path} was written for other weights of the target than those that are found now; give the "
             "model as it was when the run began"
@@ -79,7 +80,7 @@ def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
         WeightsError: the file is damaged, or it holds the weights of another model.
     """
     header, tensors = _read(path)
-    if header["sha256"] != _digest(tensors):
+    if header["sha256"] != _digest(tensors, header["metadata"]):
         raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
     wanted = _tensors(module)
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -113,8 +114,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -2,8 +2,9 @@
 
 from spd_hydra.report.page import write_report
 from spd_hydra.report.published import published_table
-from spd_hydra.report.sweep import sweep_rows, sweep_table, with_replicas
+from spd_hydra.report.sweep import sweep_rows, with_replicas
 from spd_hydra.report.sweep_page import write_sweep
+from spd_hydra.report.sweep_text import sweep_table
 from spd_hydra.report.verdict import verdict_lines, verdict_table
 
 __all__ = [

@@ -1,5 +1,6 @@
 """What ablated models lose, in words and as tables: the verdict where nobody knows the right answer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,11 @@ def has_ce(summary: Mapping[str, Any]) -> bool:
     return "target" in (summary.get("ablations") or {})
 
 
+def has_recovered(summary: Mapping[str, Any]) -> bool:
+    """Whether a share of cross-entropy can be told: not where all off is no worse than the target."""
+    return any("ce_recovered" in own for own in (summary.get("ablations") or {}).values())
+
+
 def sentence(summary: Mapping[str, Any]) -> str | None:
     """The result in one sentence; None where nothing was ablated."""
     found = summary.get("ablations") or {}
@@ -70,14 +76,19 @@ def sentence(summary: Mapping[str, Any]) -> str | None:
         return None
     alive, l0 = sum((summary.get("alive") or {}).values()), (summary.get("l0") or {}).get("total")
     sparsity = f"L0 {number(l0)} of {number(alive)} alive"
+    kind = divergence(summary) or ""
+    diverged = f"{number(ci.get(kind))} ({number(zero.get(kind))} with all off)"
     if "ce" not in ci:
-        kind = divergence(summary) or ""
+        return f"With causal importances as masks the {divergence_name(summary)} is {diverged}: {sparsity}."
+    if "ce_recovered" not in ci:
         return (
-            f"With causal importances as masks the {divergence_name(summary)} is {number(ci.get(kind))} "
-            f"({number(zero.get(kind))} with all off): {sparsity}."
+            f"All off (CE {number(zero.get('ce'))}) is {_no_worse(summary)} than the target "
+            f"({number(target.get('ce'))}), so no share of the cross-entropy is recovered: with causal "
+            f"importances as masks CE is {number(ci['ce'])} and {divergence_name(summary)} {diverged}; "
+            f"{sparsity}."
         )
     return (
-        f"With causal importances as masks {percent(ci.get('ce_recovered'))} of the cross-entropy is "
+        f"With causal importances as masks {percent(ci['ce_recovered'])} of the cross-entropy is "
         f"recovered: CE {number(ci['ce'])}, target {number(target.get('ce'))}, all off "
         f"{number(zero.get('ce'))}; {sparsity}."
     )
@@ -88,12 +99,13 @@ def tables(summary: Mapping[str, Any]) -> list[str]:
     rows, name = masks_rows(summary), divergence_name(summary)
     if not rows:
         return []
-    with_ce = has_ce(summary)
-    header = ["masks", *(["CE", "recovered"] if with_ce else []), name]
+    with_ce, recovered = has_ce(summary), has_recovered(summary)
+    header = ["masks", *(["CE"] if with_ce else []), *(["recovered"] if recovered else []), name]
     cells = [
         [
             row["masks"],
-            *([number(row["ce"]), row["recovered"]] if with_ce else []),
+            *([number(row["ce"])] if with_ce else []),
+            *([row["recovered"]] if recovered else []),
             number(row["divergence"]),
         ]
         for row in rows
@@ -138,9 +150,12 @@ def cards(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     first = (divergence_name(summary), number(ci.get(kind)), f"CI masks; all off {number(zero.get(kind))}")
     if "ce" not in ci:
         return [first]
+    if "ce_recovered" not in ci:
+        others = f"target {number(target.get('ce'))}, all off {number(zero.get('ce'))}"
+        return [first, ("CE", number(ci["ce"]), f"CI masks; {others}")]
     unmasked = percent((found.get("unmasked") or {}).get("ce_recovered"))
     return [
-        ("CE recovered", percent(ci.get("ce_recovered")), f"CI masks; unmasked {unmasked}"),
+        ("CE recovered", percent(ci["ce_recovered"]), f"CI masks; unmasked {unmasked}"),
         ("CE", number(ci["ce"]), f"CI masks; target {number(target.get('ce'))}"),
         first,
     ]
@@ -151,6 +166,13 @@ def percent(share: Any) -> str:
     if isinstance(share, bool) or not isinstance(share, int | float):
         return NOTHING
     return f"{100 * share:.1f} %"
+
+
+def _no_worse(summary: Mapping[str, Any]) -> str:
+    """How all off compares with the target where no share of the difference can be told."""
+    found = summary["ablations"]
+    zero, target = (float((found.get(name) or {}).get("ce", math.nan)) for name in ("zero", "target"))
+    return "hardly worse" if zero > target else "not worse"
 
 
 def _meaning(name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NOTHING = "–"
+NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
 def number(value: Any) -> str:
@@ -46,6 +47,23 @@ def mean_and_spread(values: Sequence[float]) -> str:
     if spread <= 1e-12 * abs(mean):
         spread = 0.0  # nothing but the rounding of the mean
     return f"{mean:.4g} ± {spread:.2g}"
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of Wilson for a fraction of successes.
+
+    centre ± half = (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = successes / trials = x / n.
+
+    Raises:
+        ValueError: not 0 ≤ successes ≤ trials, or no trials.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"got {successes} successes of {trials} trials, must be 0 ≤ successes ≤ trials ≥ 1")
+    share, z = successes / trials, NORMAL_95
+    scale = 1 + z**2 / trials
+    centre = (share + z**2 / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -77,6 +77,7 @@ def write_report(
         masks=ablations.masks_rows(summary),
         groups=ablations.group_rows(summary),
         with_ce=ablations.has_ce(summary),
+        recovered=ablations.has_recovered(summary),
         divergence=ablations.divergence_name(summary),
         pgd=summary.get("pgd") or {},
         text=None if evaluation.text is None else text_section(evaluation.text),

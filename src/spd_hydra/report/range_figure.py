@@ -1,10 +1,13 @@
-"""What a number of the configuration does: solved fraction, L0, MMCS and ML2R over its values."""
+"""What a number of the configuration does: to the verdict, or what masked models keep, and to L0."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from spd_hydra.figure.style import MUTED, colour_of, new_figure, panels, plain
-from spd_hydra.report.sweep import SweepRow, wilson_interval
+from spd_hydra.figure.style import MUTED, WIDTH, colour_of, new_figure, panels, plain
+from spd_hydra.report.numbers import wilson_interval
+from spd_hydra.report.quantities import QUANTITIES
+from spd_hydra.report.sweep import SweepRow
+from spd_hydra.report.value_axis import is_logarithmic, label_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,16 +15,51 @@ if TYPE_CHECKING:
 
 Line = Mapping[float, Sequence[SweepRow]]  # by the value of the key, the jobs that were given it
 
-LOGARITHMIC_FROM = 4.0  # the largest value over the smallest
+BESIDE = 0.8  # inches of a panel that its axis does not have
 KNOWN = (0, (4, 3))
+ABOVE = 1.08  # the top of an axis over its highest point
 ASIDE = 0.015  # of the axis between lines, so that their intervals do not hide each other
 
 
-def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
-    """Three panels over the values of one key, one line per experiment; means, and a point for each run.
+class Panel(NamedTuple):
+    """One panel: its title, its words in a caption, how a line is drawn, and its axis after the lines."""
 
-    The first is the fraction of jobs with a verdict that are solved, with Wilson's 95 % interval; the second
-    L0 over the sites whose ideal L0 is known, with that dashed, or over all sites where none is.
+    title: str
+    words: str
+    draw: Callable[["Axes", Line, Mapping[float, float], str], None]
+    finish: Callable[["Axes"], None]
+
+
+def range_panels(rows: Sequence[SweepRow]) -> list[Panel]:
+    """What there is to show of these jobs.
+
+    The fraction of jobs with a verdict that are solved, with Wilson's 95 % interval, or, where none has a
+    verdict, the share of cross-entropy that masks g recover. L0 over the sites whose ideal L0 is known, with
+    that dashed, or over all sites where none is. MMCS and ML2R, or, where there are none, the divergence with
+    masks g.
+    """
+    measured = {name for row in rows for name in row.numbers}
+    title = "L0, dashed: ideal" if any(ideal_l0(row) is not None for row in rows) else "L0"
+    found = [Panel(title, "how many subcomponents are active per position", _draw_l0, _from_0)]
+    if any(row.solved is not None for row in rows):
+        found.insert(0, Panel("solved, with 95 % interval", "how many jobs are solved", _draw_solved, _share))
+    elif "ce_recovered" in measured:
+        words = "how much of the cross-entropy masks of causal importances recover"
+        found.insert(0, Panel("CE recovered with masks g, %", words, _draw_recovered, _dashed(100)))
+    if {"mmcs", "ml2r"} & measured:
+        words = "how well their directions and sizes match"
+        found.append(Panel("● MMCS  ▲ ML2R", words, _draw_sizes, _dashed(1)))
+    elif divergence := next((name for name in ("kl", "mse") if name in measured), None):
+        name = QUANTITIES[divergence]
+        words = f"the {name} from the target with masks of causal importances"
+        found.append(Panel(f"{name} with masks g", words, _draw_quantity(divergence), _from_0))
+    return found
+
+
+def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
+    """Up to three panels over the values of one key, as `range_panels` says, one line per experiment.
+
+    Means, and a pale point for each run.
 
     Args:
         lines: by experiment.
@@ -29,24 +67,18 @@ def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
     """
     from matplotlib.lines import Line2D
 
+    found = range_panels([row for line in lines.values() for own in line.values() for row in own])
     picture = new_figure(height=3.6)
-    axes = panels(picture, 1, 3)
+    axes = panels(picture, 1, len(found))
     everywhere = sorted({value for line in lines.values() for value in line})
-    for index, line in enumerate(lines.values()):
-        values = sorted(line)
-        colour, shift = colour_of(index), (index - (len(lines) - 1) / 2) * ASIDE
-        _draw_solved(axes[0], line, {value: _aside(value, everywhere, shift) for value in values}, colour)
-        _draw_means(axes[1], [l0_of(line[value]) for value in values], values, colour)
-        _draw_ideals(axes[1], line, values, colour)
-        for key, marker in (("mmcs", "o"), ("ml2r", "^")):
-            found = [[row.numbers[key] for row in line[value] if key in row.numbers] for value in values]
-            _draw_means(axes[2], found, values, colour, marker)
-    axes[0].set(title="solved, with 95 % interval", ylim=(-0.04, 1.04))
-    axes[1].set(title="L0, dashed: ideal", ylim=(0, None))
-    axes[2].set_title("● MMCS  ▲ ML2R")
-    axes[2].axhline(1, color=MUTED, linewidth=1.1, linestyle=KNOWN, zorder=0)
-    for panel in axes:
-        _label(panel, everywhere, label)
+    for panel, kind in zip(axes, found, strict=True):
+        for index, line in enumerate(lines.values()):
+            shift = (index - (len(lines) - 1) / 2) * ASIDE
+            places = {value: _aside(value, everywhere, shift) for value in sorted(line)}
+            kind.draw(panel, line, places, colour_of(index))
+        panel.set_title(kind.title)
+        kind.finish(panel)
+        label_values(panel, everywhere, label, WIDTH / len(found) - BESIDE)
     if len(lines) > 1:
         handles = [Line2D([], [], color=colour_of(i), marker="o") for i in range(len(lines))]
         picture.legend(handles, [plain(name) for name in lines], loc="outside lower center", ncols=5)
@@ -73,15 +105,53 @@ def ideal_l0(row: SweepRow) -> float | None:
     return sum(known) if known else None
 
 
-def _is_logarithmic(values: Sequence[float]) -> bool:
-    return bool(values) and values[0] > 0 and values[-1] >= LOGARITHMIC_FROM * values[0]
-
-
 def _aside(value: float, values: Sequence[float], shift: float) -> float:
     """A value moved by a share of the axis that these values span."""
-    if _is_logarithmic(values):
+    if is_logarithmic(values):
         return float(value * (values[-1] / values[0]) ** shift)
     return value + shift * (values[-1] - values[0])
+
+
+def _share(axes: "Axes") -> None:
+    axes.set_ylim(-0.04, 1.04)
+
+
+def _from_0(axes: "Axes") -> None:
+    """From 0 to above the highest point, however near each other they are."""
+    highest = float(axes.dataLim.y1)
+    axes.set_ylim(0, ABOVE * highest if highest > 0 else None)
+
+
+def _dashed(level: float) -> Callable[["Axes"], None]:
+    def draw(axes: "Axes") -> None:
+        axes.axhline(level, color=MUTED, linewidth=1.1, linestyle=KNOWN, zorder=0)
+
+    return draw
+
+
+def _draw_l0(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
+    values = list(places)
+    _draw_means(axes, [l0_of(line[value]) for value in values], values, colour)
+    _draw_ideals(axes, line, values, colour)
+
+
+def _draw_sizes(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
+    _draw_quantity("mmcs")(axes, line, places, colour)
+    _draw_quantity("ml2r", "^")(axes, line, places, colour)
+
+
+def _draw_recovered(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
+    _draw_quantity("ce_recovered", scale=100)(axes, line, places, colour)
+
+
+def _draw_quantity(
+    name: str, marker: str = "o", scale: float = 1
+) -> Callable[["Axes", Line, Mapping[float, float], str], None]:
+    def draw(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
+        own = [[scale * row.numbers[name] for row in line[v] if name in row.numbers] for v in places]
+        _draw_means(axes, own, list(places), colour, marker)
+
+    return draw
 
 
 def _draw_ideals(axes: "Axes", line: Line, values: Sequence[float], colour: str) -> None:
@@ -127,16 +197,3 @@ def _draw_means(
     )  # fmt: skip
     means = [sum(own) / len(own) for _, own in shown]
     axes.plot([value for value, _ in shown], means, color=colour, marker=marker, markersize=5)
-
-
-def _label(axes: "Axes", values: Sequence[float], label: str) -> None:
-    """The values themselves as ticks while they are few."""
-    from matplotlib.ticker import NullLocator
-
-    if _is_logarithmic(values):
-        axes.set_xscale("log")
-    if len(values) <= 7:
-        axes.set_xticks(list(values), [f"{value:g}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(plain(label))
-    axes.grid(visible=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from spd_hydra.redaction import redact, redact_command
-from spd_hydra.report.numbers import NOTHING, clipped, mean_and_spread, number, text_table
-from spd_hydra.report.verdict import findings
+from spd_hydra.report.numbers import NOTHING, wilson_interval
+from spd_hydra.report.quantities import ABLATED, QUANTITIES, spread
+from spd_hydra.report.verdict import certificate, findings
 
 WIDTH = 100
-NORMAL_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
-QUANTITIES = ["mmcs", "ml2r", "alive", "l0", "loss", "seconds", "steps_per_second"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,10 @@ class SweepRow:
         """The run's directory below the sweep's, which also names the row: `3`, or `3/0` for a replica."""
         return str(self.job) if self.replica is None else f"{self.job}/{self.replica}"
 
+    def value(self, name: str) -> Any:
+        """A quantity of the summary, or whatever else is called so; None if there is none."""
+        return self.numbers.get(name) if name in QUANTITIES else getattr(self, name)
+
     @property
     def objective(self) -> float:
         """What a sweeper optimises; NaN if the job is not done or has none."""
@@ -103,27 +106,14 @@ class SweepGroup:
         states = [row.state for row in self.rows if row.state != "done"]
         return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
+    def has(self, quantity: str) -> bool:
+        """Whether some job of it has the quantity."""
+        return any(quantity in row.numbers for row in self.rows)
+
     def label(self, only: Sequence[str] | None = None) -> str:
         """The overrides, all or those whose keys are named."""
         shown = [f"{key}={value}" for key, value in self.setting if only is None or key in only]
         return " ".join(shown) or "all jobs"
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of Wilson for a fraction of successes.
-
-    centre ± half = (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = successes / trials = x / n.
-
-    Raises:
-        ValueError: not 0 ≤ successes ≤ trials, or no trials.
-    """
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"got {successes} successes of {trials} trials, must be 0 ≤ successes ≤ trials ≥ 1")
-    share, z = successes / trials, NORMAL_95
-    scale = 1 + z**2 / trials
-    centre = (share + z**2 / (2 * trials)) / scale
-    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / scale
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def fraction(successes: int, trials: int) -> str:
@@ -198,7 +188,7 @@ def sweep_groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
                 judged=len(judged),
                 solved=sum(bool(row.solved) for row in judged),
                 strict=sum(bool(row.strict) for row in judged),
-                spread={key: mean_and_spread(found) for key, found in values.items()},
+                spread={key: spread(key, found) for key, found in values.items()},
             )
         )
     return groups
@@ -211,41 +201,11 @@ def varying_keys(rows: Sequence[SweepRow]) -> list[str]:
     return [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
 
 
-def sweep_table(rows: Sequence[SweepRow]) -> str:
-    """The sweep for the terminal: a line per job, then a line per setting with the solved fraction."""
-    if not rows:
-        return "no jobs\n"
-    keys = varying_keys(rows)
-    told = [] if keys == ["experiment"] else keys  # the name alone says as much
-    header = ["job", "setting", "state", "solved", "seed", "MMCS", "ML2R", "alive", "L0", "loss", "seconds"]
-    cells = []
-    for row in rows:
-        setting = (
-            " ".join(f"{key}={value}" for key, value in row.setting if key in told)
-            or row.experiment
-            or NOTHING
-        )
-        values = [number(row.numbers.get(key)) for key in ("mmcs", "ml2r", "alive", "l0", "loss", "seconds")]
-        seed = NOTHING if row.seed is None else str(row.seed)
-        cells.append([row.folder, setting, row.state, _yes_no(row.solved), seed, *values])
-    other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
-    room = max(WIDTH - 4 - other, 8)
-    cells = [[line[0], clipped(line[1], room), *line[2:]] for line in cells]
-    lines = ["", *text_table(header, cells, left=4), ""]
-    for group in sweep_groups(rows):
-        facts = [f"solved {group.fraction}"]
-        facts += [f"MMCS {group.spread['mmcs']}"] if group.spread["mmcs"] != NOTHING else []
-        facts += [group.unfinished] if group.unfinished else []
-        text = "; ".join(facts)
-        lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
-    errors = [f"  job {row.folder}: {row.reason}" for row in rows if row.error]
-    if errors:
-        lines += ["", *errors]
-    return "\n".join([*lines, ""])
-
-
-def _yes_no(value: bool | None) -> str:
-    return NOTHING if value is None else "yes" if value else "no"
+def is_shown(rows: Sequence[SweepRow], name: str) -> bool:
+    """Whether a column is worth its place: some job has a value, or none is done, so that nobody can tell."""
+    if any(row.value(name) is not None for row in rows):
+        return True
+    return name not in ABLATED and not any(row.state == "done" for row in rows)
 
 
 def _row(
@@ -274,7 +234,6 @@ def _row(
             error=_first_line(status.get("error")) or lost,
             traceback=status.get("traceback"),
         )
-    target = summary.get("target") or {}
     return dataclasses.replace(
         row,
         state="done",
@@ -282,18 +241,20 @@ def _row(
         seed=summary.get("seed", row.seed),
         solved=summary.get("solved"),
         strict=summary.get("strict"),
-        certified=target.get("certified"),
+        certified=certificate(summary),
         finding=next(iter(findings(summary)), None),
         numbers=_numbers(summary),
     )
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Single numbers of a summary; those by site as sums, errors by tolerance."""
+    """Single numbers of a summary; those by site as sums, errors by tolerance, what masks g keep."""
+    masked = (summary.get("ablations") or {}).get("ci") or {}
     found: dict[str, Any] = {
         "steps": summary.get("steps"),
         "mmcs": summary.get("mmcs"),
         "ml2r": summary.get("ml2r"),
+        **{key: masked.get(key) for key in ABLATED},
         "loss": (summary.get("losses") or {}).get("total"),
         "seconds": (summary.get("seconds") or {}).get("total"),
         "steps_per_second": summary.get("steps_per_second"),

@@ -9,7 +9,7 @@ from spd_hydra import atomic
 from spd_hydra.figure.base import Drawn, as_png
 from spd_hydra.figure.style import drawing_style
 from spd_hydra.report.page import embedded
-from spd_hydra.report.range_figure import draw_range
+from spd_hydra.report.range_figure import draw_range, range_panels
 from spd_hydra.report.sweep import SweepRow, varying_keys
 
 log = logging.getLogger(__name__)
@@ -46,10 +46,9 @@ def range_picture(sweep_dir: Path, rows: Sequence[SweepRow]) -> dict[str, Any] |
     except Exception:
         log.warning("the picture of %s could not be drawn; the sweep goes on without it", key, exc_info=True)
         return None
-    caption = (
-        f"Over {key}: how many jobs are solved, how many subcomponents are active per position, and how well "
-        "their directions and sizes match; lines join means over seeds, pale points are single runs."
-    )
+    *words, last = [panel.words for panel in range_panels(done)]
+    told = f"{', '.join(words)}, and {last}" if words else last
+    caption = f"Over {key}: {told}; lines join means over seeds, pale points are single runs."
     found, _ = embedded([Drawn(name=key, caption=caption, path=path)])
     return found[0] if found else None
 

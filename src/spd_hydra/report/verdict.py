@@ -9,6 +9,7 @@ from typing import Any
 
 from spd_hydra.report import ablations
 from spd_hydra.report.numbers import NOTHING, clipped, duration, number, text_table
+from spd_hydra.terminal import is_terminal
 
 WIDTH = 100
 _CERTIFIED: dict[Any, str] = {True: "certified", False: "NOT certified"}
@@ -126,7 +127,7 @@ def verdict_table(
         colour: whether to colour the verdict; by default only on a terminal without NO_COLOR.
     """
     if colour is None:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     first = headline(summary)
     if colour and summary.get("solved") is not None:
         word, rest = first.split(":", 1)

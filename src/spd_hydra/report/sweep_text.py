@@ -1,0 +1,60 @@
+"""A sweep for the terminal: a line per job, then a line per setting."""
+
+from collections.abc import Sequence
+
+from spd_hydra.report.numbers import NOTHING, clipped, text_table
+from spd_hydra.report.quantities import ABLATED, QUANTITIES, written
+from spd_hydra.report.sweep import WIDTH, SweepGroup, SweepRow, is_shown, sweep_groups, varying_keys
+
+_QUANTITIES = [name for name in QUANTITIES if name != "steps_per_second"]  # for which there is no room
+_HEADINGS = QUANTITIES | {"ce_recovered": "recovered"}
+_IN_SUMMARY = ["mmcs", "ce_recovered", "kl", "mse"]
+
+
+def sweep_table(rows: Sequence[SweepRow]) -> str:
+    """The sweep for the terminal: a line per job, then a line per setting with the solved fraction.
+
+    Columns in which no finished job has anything are left out; where nobody knows the right answer the line
+    of a setting says what masked models keep.
+    """
+    if not rows:
+        return "no jobs\n"
+    keys = varying_keys(rows)
+    told = [] if keys == ["experiment"] else keys  # the name alone says as much
+    shown = [name for name in ["solved", "seed", *_QUANTITIES] if is_shown(rows, name)]
+    header = ["job", "setting", "state", *(_HEADINGS.get(name, name) for name in shown)]
+    cells = [
+        [row.folder, _setting(row, told), row.state, *(_cell(row, name) for name in shown)] for row in rows
+    ]
+    other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
+    room = max(WIDTH - 4 - other, 8)
+    cells = [[line[0], clipped(line[1], room), *line[2:]] for line in cells]
+    lines = ["", *text_table(header, cells, left=3 + ("solved" in shown)), ""]
+    for group in sweep_groups(rows):
+        text = "; ".join(_facts(group))
+        lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
+    errors = [f"  job {row.folder}: {row.reason}" for row in rows if row.error]
+    if errors:
+        lines += ["", *errors]
+    return "\n".join([*lines, ""])
+
+
+def _setting(row: SweepRow, told: Sequence[str]) -> str:
+    given = " ".join(f"{key}={value}" for key, value in row.setting if key in told)
+    return given or row.experiment or NOTHING
+
+
+def _cell(row: SweepRow, name: str) -> str:
+    if name == "solved":
+        return NOTHING if row.solved is None else "yes" if row.solved else "no"
+    if name == "seed":
+        return NOTHING if row.seed is None else str(row.seed)
+    return written(name, row.numbers.get(name))
+
+
+def _facts(group: SweepGroup) -> list[str]:
+    """What came of a setting; without a verdict the solved fraction is left out if there is anything else."""
+    found = [f"{QUANTITIES[name]} {group.spread[name]}" for name in _IN_SUMMARY if group.has(name)]
+    if group.judged or not any(group.has(name) for name in ABLATED):
+        found.insert(0, f"solved {group.fraction}")
+    return [*found, group.unfinished] if group.unfinished else found
