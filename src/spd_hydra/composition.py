@@ -70,7 +70,7 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     """
     directory = typed_path(overrides, "resume")
     if directory is None:
-        if _asks_for_analysis(overrides):
+        if _asks_for_analysis(overrides) and typed_path(overrides, "run"):
             _require_only(_OF_ANALYSE, overrides)  # before words meant for that run are taken for the default
         config = composer.run_config(overrides)
         if config.task is Task.analyse:
