@@ -168,6 +168,8 @@ def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_sha
     assert model.expected == pytest.approx(1 / 0.58)
     assert dataclasses.replace(model, way=Way.blocks).expected == pytest.approx(1 / 0.4)
     assert dataclasses.replace(model, reads_tokens=False).expected is None
+    short = dataclasses.replace(model.needs, flops=model.needs.flops // 1000, moved=0)
+    assert dataclasses.replace(model, needs=short).expected is None  # about 2 ms of arithmetic
     moves = dataclasses.replace(needs, moved=10 * 3_350_000_000_000)
     assert dataclasses.replace(model, needs=moves).expected == pytest.approx(
         10

@@ -129,7 +129,7 @@ def test_advice_knows_the_keys_of_every_site(layers: str, tied: bool) -> None:
         assert config.decomposition.sites[name].C == C
     assert bool(settings.tied) is tied
     assert settings.sparsity_coeff == config.loss.importance_minimality.coeff
-    assert settings.adversary_coeff == (0.4 if layers == "resid_mlp2" else 0)
+    assert settings.adversary_coeff == (0.8 if layers == "resid_mlp2" else 0)
     assert settings.anneals_late is (layers == "resid_mlp2")
 
 

@@ -34,6 +34,7 @@ class Way(enum.StrEnum):
     blocks = "a step compiled block by block"
 
 
+_LEAST_SECONDS = 0.01
 _USED = {Way.whole: 0.58, Way.blocks: 0.4, Way.uncompiled: 0.34}
 """Share of the rate of matrix products that steps reached: mean MFU of the models in docs/performance.md."""
 
@@ -84,11 +85,13 @@ class Estimate:
     def expected(self) -> float | None:
         """Seconds that a step of a model of text should take, by what others of its kind took.
 
-        Of toys nothing is said: most of their time is spent on the activations of small networks.
+        Nothing is said of toys, most of whose time is spent on the activations of small networks, nor of
+        steps of a few milliseconds, most of which is spent around the arithmetic.
         """
         if self.rates is None or self.seconds is None or not self.reads_tokens:
             return None
-        return max(self.seconds, self.needs.flops / self.rates.matmul / _USED[self.way])
+        expected = max(self.seconds, self.needs.flops / self.rates.matmul / _USED[self.way])
+        return expected if expected >= _LEAST_SECONDS else None
 
     def lines(self) -> list[str]:
         """What people read."""
