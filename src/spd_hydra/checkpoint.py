@@ -149,9 +149,12 @@ def require_whole(directory: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a whole checkpoint says beside its tensors."""
-    state: dict[str, Any] = json.loads((path / _STATE).read_text())
-    return state
+    """What a checkpoint says beside its tensors; empty where it cannot be read, which `load_newest` tells."""
+    try:
+        state = json.loads((path / _STATE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def steps_of(directory: Path) -> list[int]:

@@ -87,7 +87,7 @@ def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], 
     Raises:
         ConfigError: config.yaml was changed or cut after the run began; names the keys.
     """
-    now, trained = fixed(config), state["facts"].get("config", {})
+    now, trained = fixed(config), _fact(state, "config")
     changed = [f"  {key}: {old} → {now.get(key)}" for key, old in trained.items() if now.get(key) != old]
     if changed:
         raise ConfigError(
@@ -108,13 +108,19 @@ def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoi
     Raises:
         ConfigError: names what is different.
     """
-    then = state["facts"].get("data", {})
+    then = _fact(state, "data")
     changed = [what for what, digest in now.items() if then.get(what) not in {digest, None}]
     if changed:
         raise ConfigError(
             f"data: the rows to {' and to '.join(changed)} on are not those of {checkpoint}: the text was "
             "changed since; put it back to go on, or start a new run"
         )
+
+
+def _fact(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    facts = state.get("facts")
+    found = facts.get(name) if isinstance(facts, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def pinned(config: RunConfig) -> RunConfig:
