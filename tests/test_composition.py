@@ -568,7 +568,8 @@ def test_words_that_a_saved_run_cannot_follow_are_refused_for_that_and_not_by_th
         "A run that goes on takes train.steps and keys of logging, evaluation and checkpoints only; leave "
         "out decomposition.C=4",
     ]
-    assert errors(["resume=mine", "train.steps=-9"]) == ["train.steps: got -9, must be ≥ 1"]
+    for others in ([], ["launcher=local_parallel", "eval.every=3"]):
+        assert errors(["resume=mine", "train.steps=-9", *others]) == ["train.steps: got -9, must be ≥ 1"]
 
 
 @pytest.mark.parametrize(("key", "words"), [("resume", []), ("run", ["task=analyse"])])

@@ -8,7 +8,7 @@ from spd_hydra.composer import Composer, apply_overrides
 from spd_hydra.config import Device, RunConfig, Task, load_config
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
-from spd_hydra.saved_run import MAY_CHANGE, require_trust
+from spd_hydra.saved_run import fixed, require_trust
 from spd_hydra.section import ConfigError
 
 _OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
@@ -83,7 +83,7 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     try:
         changed = apply_overrides(saved, overrides, config_dir=config_dir)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_left_out_hint(overrides)}") from error
+        raise ConfigError(f"{error}{_left_out_hint(overrides, saved)}") from error
     config = dataclasses.replace(changed, resume=directory)
     require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
     return Job(overrides=list(overrides), config=config, saved=saved)
@@ -117,13 +117,14 @@ def _asks_for_analysis(overrides: Sequence[str]) -> bool:
     return asked[-1:] == [Task.analyse.name]
 
 
-def _left_out_hint(overrides: Sequence[str]) -> str:
+def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
     """What to add to a complaint about words of a resume of which some could never be followed."""
+    keys = fixed(saved)
     read_words = [(text, read(text)) for text in without_hydra(overrides)]
     others = [
         text
         for text, word in read_words
-        if word is not None and not f"{word.key_or_group}.".startswith(MAY_CHANGE)
+        if word is not None and any(f"{key}.".startswith(f"{word.key_or_group}.") for key in keys)
     ]
     if not others:
         return ""

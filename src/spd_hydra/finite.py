@@ -53,7 +53,7 @@ def require_finite_evaluation(metrics: Mapping[str, float], *, step: int, advice
         raise TrainingError(f"the loss on held-out data is {total} after step {step}. {advice}")
 
 
-def advice(training: Training, checkpoints: Path) -> str:
+def what_to_try(training: Training, checkpoints: Path) -> str:
     """What to try where the numbers of a training stopped being finite."""
     precision = "" if training.precision is Precision.fp32 else ", or train.precision=fp32"
     return (

@@ -165,11 +165,11 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
     config = _for_its_run(config, saved.task)
     with contextlib.ExitStack() as on_error:
         directory = on_error.enter_context(RunDirectory.open(path))
-        if config.train.steps < saved.train.steps:
+        is_finished = _finished(config, directory) is not None
+        # A replica may have gone on alone.
+        if config.train.steps < saved.train.steps or (_has_replicas(config) and not is_finished):
             _require_no_more_done(directory, config)
-        if _finished(config, directory) is None:
-            if _has_replicas(config):  # one of which may have gone on alone
-                _require_no_more_done(directory, config)
+        if not is_finished:
             for number, folder in enumerate(_checkpoint_folders(directory, config)):
                 whole = require_whole(folder)  # before anything is written
                 if whole is not None:

@@ -84,16 +84,14 @@ class RunFiles:
             if not path.exists():
                 return None
             try:
-                found = json.loads(path.read_text())
+                found, why = json.loads(path.read_text()), "it holds no mapping"
             except ValueError as error:
-                found, why = None, f": {error}"
-            else:
-                why = ""
-            if isinstance(found, dict):
-                return found
-            # None of them is needed to go on, and all are written anew.
-            logger.warning("%s is damaged and counts as missing%s", path, why)
-            return None
+                found, why = None, str(error)
+        if isinstance(found, dict):
+            return found
+        # None of them is needed to go on, and all are written anew.
+        logger.warning("%s is damaged and counts as missing: %s", path, why)
+        return None
 
 
 def require_run(path: Path) -> None:

@@ -13,7 +13,12 @@ from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
-from spd_hydra.finite import advice, require_finite, require_finite_evaluation, require_finite_weights
+from spd_hydra.finite import (
+    require_finite,
+    require_finite_evaluation,
+    require_finite_weights,
+    what_to_try,
+)
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.faithfulness import faithfulness_statistics
@@ -334,7 +339,7 @@ class Trainer:
 
     @property
     def _advice(self) -> str:
-        return advice(self.training, self.run.checkpoints)
+        return what_to_try(self.training, self.run.checkpoints)
 
     def numbers_of(self, loss: StepLoss) -> dict[str, float]:
         """What the metrics log holds of the step just taken."""

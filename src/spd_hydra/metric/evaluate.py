@@ -79,7 +79,7 @@ def evaluate(
     losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
     verdict = None
     if known is not None:  # in the precision of training
-        with model.uncompiled(), torch.no_grad():
+        with model.uncompiled():
             verdict = compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
