@@ -78,7 +78,9 @@ def language_model(
         faithfulness=Faithfulness(coeff=0.1),
         stochastic_recon_layerwise=Recon(coeff=1.0, routing=LossSet().stochastic_recon_layerwise.routing),
         pgd_recon=PGDRecon(coeff=float(searches), n_steps=2, step_size=0.4),
-        importance_minimality=ImportanceMinimality(coeff=1.0, beta=beta, p_start=2.0, p_end=0.5),
+        importance_minimality=ImportanceMinimality(
+            coeff=1.0, beta=beta, p_start=2.0, p_end=0.5, squeeze=3.0, squeeze_from=0.2, squeeze_to=0.4
+        ),
     )
     objective = Objective(model, losses, precision=Precision.fp32, ci_threshold=0.1, padded=True)
     sampler = Sampler(
@@ -175,7 +177,9 @@ def test_what_a_search_finds_in_a_part_alone_would_be_something_else(toy: Toy) -
 @pytest.mark.slow
 def test_compiled_parts_have_the_gradients_of_the_whole_batch(toy: Toy) -> None:
     config = toy(
-        "train.batch_size=21", "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0}", *SEARCHES[1:]
+        "train.batch_size=21",
+        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,squeeze:3.0,squeeze_from:0.2}",
+        *SEARCHES[1:],
     )
     made = assemble(config, untrained_target(config), torch.device("cpu"))
     whole, cut = whole_and_parts(made.objective, made.train_sampler(), 2, compile=True)
@@ -240,7 +244,9 @@ def of_a_rank(rank: int, size: int, port: int, config: RunConfig, out: Path) -> 
 @pytest.mark.slow
 def test_two_ranks_in_parts_have_the_gradients_of_the_whole_batch(toy: Toy, tmp_path: Path) -> None:
     config = toy(
-        "train.batch_size=13", "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0}", *SEARCHES
+        "train.batch_size=13",
+        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,squeeze:3.0,squeeze_from:0.2}",
+        *SEARCHES,
     )
     made = assemble(config, untrained_target(config), torch.device("cpu"))
     whole = told(

@@ -145,7 +145,7 @@ class AccumulatedStep:
         values = [value.detach().requires_grad_() for value in values]
         at = _nested(keys, values)
         with torch.enable_grad():
-            parts = [term.coeff * term.value(at[name], positions) for name, term in terms.items()]
+            parts = [term.weight(at[name]) * term.value(at[name], positions) for name, term in terms.items()]
             slopes = torch.autograd.grad(
                 torch.stack(parts).sum(), values, allow_unused=True, materialize_grads=True
             )
@@ -214,7 +214,7 @@ class _Part(nn.Module):
             (weights[name][key] * value).sum() for name in self.weighted for key, value in sums[name].items()
         ]
         parts += [
-            share * term.coeff * term.value(sums[name], inputs.n_positions)
+            share * term.weight(sums[name]) * term.value(sums[name], inputs.n_positions)
             for name, term in active.items()
             if name not in self.weighted
         ]

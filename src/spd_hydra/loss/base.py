@@ -96,6 +96,10 @@ class Loss(Section):
         """
         return statistics["sum"] / statistics["count"]
 
+    def weight(self, statistics: Statistics) -> Float[Tensor, ""] | float:
+        """What the value counts in the training loss: `coeff`, unless it moves during training."""
+        return self.coeff
+
     def passes(self, model: DecomposedModel) -> int:
         """Masked passes with a backward pass that `statistics` makes."""
         return 0

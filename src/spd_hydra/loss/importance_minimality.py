@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from spd_hydra.loss.annealed import AnnealedLoss
 from spd_hydra.loss.base import LossInputs, Statistics
+from spd_hydra.loss.sparsity import SparsityLoss
 from spd_hydra.section import option
 
 _POSITIONS_PER_SUM = 256
 
 
 @dataclasses.dataclass(kw_only=True)
-class ImportanceMinimality(AnnealedLoss):
+class ImportanceMinimality(SparsityLoss):
     """Σ_l Σ_c f_c (1 + β·log2(1 + N·f_c)) with f_c = mean over positions of (g_upper + ε)^p.
 
     Summed over sites and subcomponents, not divided by the number of sites. N is the number of
@@ -29,7 +29,7 @@ class ImportanceMinimality(AnnealedLoss):
     eps: float = option(1e-12, "keeps the slope of g^p finite at 0", gt=0)
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        return {} if self._is_constant else {"p": self.p(progress)}
+        return super().scheduled(progress) | ({} if self._is_constant else {"p": self.p(progress)})
 
     def p(self, progress: float) -> float:
         """The exponent at `progress` in [0, 1] of training: linear between the two fractions."""
@@ -48,7 +48,7 @@ class ImportanceMinimality(AnnealedLoss):
             f"sum/{site}": sum_over_positions(self._power(ci.upper.float(), inputs), inputs.valid)
             for site, ci in inputs.ci.items()
         }
-        return sums | {"count": inputs.n_positions}
+        return sums | self.counts(inputs)
 
     def _power(self, g: Tensor, inputs: LossInputs) -> Tensor:
         if not self._is_constant:

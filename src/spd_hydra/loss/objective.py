@@ -37,7 +37,7 @@ class Precision(Enum):
 
 
 class StepLoss(NamedTuple):
-    """The loss of one step: `total` = Σ coeff · term, every active term, and L0 per site."""
+    """The loss of one step: `total` = Σ weight · term, every active term, and L0 per site."""
 
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
@@ -115,7 +115,9 @@ class Objective:
         sparsity = dict(statistics[SPARSITY])
         positions = sparsity.pop(POSITIONS)
         terms = {name: term.value(statistics[name], positions) for name, term in active.items()}
-        total = torch.stack([term.coeff * terms[name] for name, term in active.items()]).sum()
+        total = torch.stack(
+            [term.weight(statistics[name]) * terms[name] for name, term in active.items()]
+        ).sum()
         l0 = {site: active / positions for site, active in sparsity.items()}
         return StepLoss(total, {name: term.detach() for name, term in terms.items()}, l0)
 

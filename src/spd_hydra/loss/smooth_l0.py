@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.loss.annealed import AnnealedLoss
 from spd_hydra.loss.base import LossInputs, Statistics
 from spd_hydra.loss.importance_minimality import sum_over_positions
+from spd_hydra.loss.sparsity import SparsityLoss
 from spd_hydra.section import option
 
 
 @dataclasses.dataclass(kw_only=True)
-class SmoothL0(AnnealedLoss):
+class SmoothL0(SparsityLoss):
     """Σ_l Σ_c f_c (1 + κ·log2(1 + a·f_c)), f_c = mean over positions of ψ(g_upper), ψ(g) = g² / (g² + γ²).
 
     For γ → 0 ψ counts what is above 0, so that Σ f is L0. γ falls during training, as p does in
@@ -33,7 +33,7 @@ class SmoothL0(AnnealedLoss):
     frequency_scale: float = option(1.0, "a: subcomponents rarer than 1 / a are hardly charged by it", gt=0)
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        return {"gamma": self.gamma(progress)}
+        return super().scheduled(progress) | {"gamma": self.gamma(progress)}
 
     def gamma(self, progress: float) -> float:
         """γ at `progress` in [0, 1] of training: linear between the two fractions."""
@@ -49,7 +49,7 @@ class SmoothL0(AnnealedLoss):
         for site, ci in inputs.ci.items():
             g = ci.upper.float()
             sums[f"sum/{site}"] = sum_over_positions(g**2 / (g**2 + squared), inputs.valid)
-        return sums | {"count": inputs.n_positions}
+        return sums | self.counts(inputs)
 
     def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
         count = statistics["count"]

@@ -77,13 +77,15 @@ def evaluate(
     (seen,) = distributed.exact_sum([torch.tensor(float(with_padding), dtype=torch.float64)])
     real = reference_positions * activity.positions / float(seen)  # as in a training batch padded as much
     losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
+    active = objective.losses.active_terms()
+    total = sum(float(term.weight(totals[name])) * losses[name] for name, term in active.items())
     verdict = None
     if known is not None:  # in the precision of training
         with model.uncompiled():
             verdict = compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
-    metrics = _metrics(objective, losses, activity, verdict) | agreement_metrics(contributions)
+    metrics = _metrics({"total": total} | losses, activity, verdict) | agreement_metrics(contributions)
     if ablations is not None and ablated is not None:
         metrics |= ablated.metrics() | _by_group(ablations.groups, activity)
     return Evaluation(
@@ -102,12 +104,8 @@ def evaluate(
     )
 
 
-def _metrics(
-    objective: Objective, losses: dict[str, float], activity: Activity, verdict: Verdict | None
-) -> dict[str, float]:
-    active = objective.losses.active_terms()
-    metrics = {"loss/total": sum(term.coeff * losses[name] for name, term in active.items())}
-    metrics |= {f"loss/{name}": value for name, value in losses.items()}
+def _metrics(losses: dict[str, float], activity: Activity, verdict: Verdict | None) -> dict[str, float]:
+    metrics = {f"loss/{name}": value for name, value in losses.items()}
     l0 = activity.l0()
     metrics |= {f"l0/{site}": value for site, value in l0.items()} | {"l0/total": sum(l0.values())}
     metrics |= {f"alive/{site}": float(value) for site, value in activity.alive().items()}
