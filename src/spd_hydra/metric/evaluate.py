@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spd_hydra import distributed
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.loss.base import Statistics
-from spd_hydra.loss.objective import Objective, over_ranks
+from spd_hydra.loss.base import Loss, Statistics
+from spd_hydra.loss.objective import Objective, ScheduledValues, over_ranks
 from spd_hydra.metric.ablations import Ablations, AblationSettings
 from spd_hydra.metric.activity import Activity
 from spd_hydra.metric.contributions import agreement_metrics, neuron_contributions
@@ -54,28 +54,12 @@ def evaluate(
         also: loss terms to measure that are measured only where they are trained on.
     """
     model, terms = objective.model, objective.losses.measured_terms(also)
-    schedule = objective.scheduled(progress, terms)
-    activity = Activity(objective.ci_threshold)
     ablated = None if ablations is None else Ablations(objective, ablations)
-    totals: dict[str, Statistics] = {}
-    with_padding = 0
     with model.uncompiled():  # batches of another size would be compiled once more
-        for number in range(batches):
-            batch, draws = sampler(number)
-            inputs = objective.inputs(batch)
-            with_padding += next(iter(inputs.ci.values())).lower[..., 0].numel()
-            activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
-            for name, found in objective.statistics(inputs, terms, draws, schedule).items():
-                totals[name] = (
-                    {key: totals[name][key] + value for key, value in found.items()}
-                    if name in totals
-                    else found
-                )
-            if ablated is not None:
-                ablated.add(inputs, partial(sampler.numbers, number))
-    activity, totals = activity.over_ranks(), over_ranks(totals)
-    (seen,) = distributed.exact_sum([torch.tensor(float(with_padding), dtype=torch.float64)])
-    real = reference_positions * activity.positions / float(seen)  # as in a training batch padded as much
+        activity, totals, with_padding = _sums(
+            objective, sampler, terms, objective.scheduled(progress, terms), batches, ablated
+        )
+    real = reference_positions * activity.positions / with_padding  # as in a training batch padded as much
     losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
     active = objective.losses.active_terms()
     total = sum(float(term.weight(totals[name])) * losses[name] for name, term in active.items())
@@ -102,6 +86,32 @@ def evaluate(
         solved=certified and verdict.holds(TOLERANCE) if verdict else None,
         strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict else None,
     )
+
+
+def _sums(
+    objective: Objective,
+    sampler: Sampler,
+    terms: Mapping[str, Loss],
+    schedule: ScheduledValues,
+    batches: int,
+    ablated: Ablations | None,
+) -> tuple[Activity, dict[str, Statistics], float]:
+    """Over all batches and ranks: activity, statistics of the terms, and positions with padding."""
+    activity = Activity(objective.ci_threshold)
+    totals: dict[str, Statistics] = {}
+    positions = 0
+    for number in range(batches):
+        batch, draws = sampler(number)
+        inputs = objective.inputs(batch)
+        positions += next(iter(inputs.ci.values())).lower[..., 0].numel()
+        activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
+        for name, found in objective.statistics(inputs, terms, draws, schedule).items():
+            before = totals.get(name)
+            totals[name] = found if before is None else {key: before[key] + found[key] for key in found}
+        if ablated is not None:
+            ablated.add(inputs, partial(sampler.numbers, number))
+    (all_positions,) = distributed.exact_sum([torch.tensor(float(positions), dtype=torch.float64)])
+    return activity.over_ranks(), over_ranks(totals), float(all_positions)
 
 
 def _metrics(losses: dict[str, float], activity: Activity, verdict: Verdict | None) -> dict[str, float]:
