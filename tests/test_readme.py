@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md show works: their commands, their Python, their files and links."""
+"""What README.md, CONTRIBUTING.md and the guides show works: their commands, Python, files and links."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from spd_hydra.run import run
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-PAGES = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,6 +32,11 @@ def commands(page: Path) -> list[str]:
     """The lines of its shell blocks that call spd-run."""
     lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
     return [line for line in lines if line.startswith("spd-run")]
+
+
+GUIDES = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+PAGES = [*GUIDES, CONTRIBUTING, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [(page, line) for page in GUIDES for line in commands(page)]
 
 
 def write_files(page: Path, language: str, folder: Path) -> list[Path]:
@@ -47,9 +52,10 @@ def write_files(page: Path, language: str, folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files of README.md and a finished run, `run`."""
-    folder = tmp_path_factory.mktemp("readme")
-    write_files(README, "yaml", folder)
+    """A folder with the files of the guides and a finished run, `run`."""
+    folder = tmp_path_factory.mktemp("guide")
+    for page in GUIDES:
+        write_files(page, "yaml", folder)
     words = ["debug=smoke", f"out_dir={folder / 'outputs'}", f"cache_dir={folder / 'cache'}"]
     outcome = run(compose(words))
     assert outcome.run_dir is not None
@@ -63,8 +69,8 @@ def in_folder(monkeypatch: pytest.MonkeyPatch, smoke: Path) -> None:
     monkeypatch.delenv("SPD_OUT_DIR", raising=False)
 
 
-def test_readme_shows_commands_of_every_kind() -> None:
-    shown = " ".join(commands(README))
+def test_the_guides_show_commands_of_every_kind() -> None:
+    shown = " ".join(line for _, line in SHOWN)
     for part in (
         " -m ",
         "--config-dir",
@@ -80,9 +86,12 @@ def test_readme_shows_commands_of_every_kind() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(line, marks=[pytest.mark.slow] * ("suite=" in line)) for line in commands(README)],
+    [
+        pytest.param(line, marks=[pytest.mark.slow] * ("suite=" in line), id=f"{page.stem}: {line}")
+        for page, line in SHOWN
+    ],
 )
-def test_a_command_of_the_readme_composes_and_builds(in_folder: None, command: str) -> None:
+def test_a_command_of_the_guides_composes_and_builds(in_folder: None, command: str) -> None:
     words = shlex.split(command.replace("$RUN", "run"))
     arguments = get_args_parser().parse_intermixed_args(words[1:])
     with Composer.open(arguments.config_dir) as composer:
@@ -103,15 +112,29 @@ def test_a_loss_in_a_folder_of_ones_own_reaches_the_configuration(in_folder: Non
     assert config.loss.stochastic_recon.coeff == 1  # of delta, which it is built on
 
 
+def run_python(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that all Python blocks of a page leave."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("SPD_OUT_DIR", raising=False)
+    monkeypatch.setenv("SPD_CACHE_DIR", str(folder / "cache"))
+    names: dict[str, Any] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SPD_OUT_DIR", raising=False)
-    monkeypatch.setenv("SPD_CACHE_DIR", str(tmp_path / "cache"))
-    names: dict[str, Any] = {}
-    for block in blocks(README, "python"):
-        exec(compile(block, str(README), "exec"), names)
+    names = run_python(README, tmp_path, monkeypatch)
+    assert names["run"].config.seed == 3
+    assert "False torch.Size([5, 20])" in capsys.readouterr().out
+
+
+def test_the_python_of_its_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_python(ROOT / "docs" / "guide" / "python.md", tmp_path, monkeypatch)
     assert names["run"].path.parent == tmp_path / "outputs" / "tms_5-2"
     assert names["run"].config.seed == 3
     assert names["importances"]["embed"].lower.shape == (5, 20)
@@ -175,8 +198,25 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_leads_to_one(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    broken = [
+        (path, anchor)
+        for path, anchor in links
+        if anchor not in anchors(page if not path else (page.parent / path))
+    ]
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """How GitHub names the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_everything_in_the_file_tree_exists() -> None:
-    (tree,) = [block for block in blocks(README, "text") if block.startswith("conf/")]
+    (tree,) = [block for block in blocks(ARCHITECTURE, "text") if block.startswith("conf/")]
     folder, missing, named = "", [], 0
     for line in tree.splitlines():
         names = re.split(r"\s{2,}", line.strip())[0].split()
