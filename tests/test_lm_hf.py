@@ -7,9 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tests.model.tiny_hf import LENGTH, VOCAB, saved_model
 from tests.ranks import begin, ends, play, result_in
 
+from spd_hydra.api import load_run
 from spd_hydra.composition import compose
 from spd_hydra.config import load_config
 from spd_hydra.run import run
@@ -123,10 +125,27 @@ def test_a_run_does_not_go_on_with_other_text_and_a_touched_file_is_no_other(
         run(longer, saved=saved)
     assert str(caught.value) == (
         f"data: the rows to {part} on are not those of step_{STEPS}: the text was changed since; "
-        "put it back to go on, or start a new run"
+        "put it back, or start a new run"
     )
+    results = (done / "summary.json").read_text()
+    with pytest.raises(ConfigError, match=rf"^data: the rows to {part} on are not those of step_{STEPS}"):
+        run(compose(["task=analyse", f"run={done}"]))
+    assert (done / "summary.json").read_text() == results
     file.write_text(text)
     assert run(longer, saved=saved).summary["steps"] == STEPS + 1
+
+
+@pytest.mark.slow
+def test_a_loaded_model_takes_padding_also_where_the_run_had_none(tmp_path: Path) -> None:
+    done = run(compose(words_for(tmp_path, "train.steps=1", f"out_dir={tmp_path / 'outputs'}"))).run_dir
+    assert done is not None
+    model = load_run(done).model
+    short = torch.arange(5)[None]
+    padded = torch.cat([short, torch.full((1, 3), -1)], dim=1)
+    torch.testing.assert_close(model(padded)[:, :5], model(short), rtol=0, atol=1e-5)
+    alone, beside = (model.causal_importances(tokens) for tokens in (short, padded))
+    for site, g in alone.items():
+        torch.testing.assert_close(beside[site].lower[:, :5], g.lower, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from spd_hydra.command_word import command_word
 from spd_hydra.config import RunConfig, differences, load_config, to_yaml
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import read_target, require_own_config, require_trust
+from spd_hydra.saved_run import read_target, require_own_config, require_same_data, require_trust
 from spd_hydra.section import ConfigError
 
 _MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
@@ -25,7 +25,7 @@ def analyse(config: RunConfig) -> Outcome:
 
     Raises:
         ConfigError: the directory is none of a run, it holds no checkpoint, its model has code of its own
-            that was not allowed, or the configuration is that of another run.
+            that was not allowed, or the configuration or the text is another one.
     """
     assert config.run is not None, "checked with the configuration"
     path = Path(config.run)
@@ -46,6 +46,7 @@ def analyse(config: RunConfig) -> Outcome:
         device = device_of(config)
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
+        require_same_data(parts.content(), checkpoint.state, checkpoint.path.name)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, before)

@@ -68,7 +68,7 @@ class Run:
         checkpoint = self._checkpoint(step)
         device = torch.device("cpu")
         target = read_target(self.config, self.path, device)
-        model = assemble(self.config, target.module, device, untrained=False).model
+        model = assemble(self.config, target.module, device, untrained=False, takes_padding=True).model
         model.load_trainable_state(checkpoint.tensors["model"])
         return model.eval()
 

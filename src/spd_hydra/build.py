@@ -57,6 +57,11 @@ class Parts:
         _start(model, self.batches, config, seed)
         return model.trainable_state()
 
+    def content(self) -> dict[str, str]:
+        """Digests of the rows by what they are for, as far as they are known."""
+        digests = {"train": self.batches.content(), "evaluate": self.eval_batches.content()}
+        return {what: digest for what, digest in digests.items() if digest is not None}
+
     def train_sampler(self) -> Sampler:
         """Training batches and the random numbers of the active loss terms."""
         config = self.config
@@ -181,17 +186,25 @@ def untrained_target(config: RunConfig) -> nn.Module:
     return config.model.skeleton()
 
 
-def assemble(config: RunConfig, target: nn.Module, device: torch.device, *, untrained: bool = True) -> Parts:
+def assemble(
+    config: RunConfig,
+    target: nn.Module,
+    device: torch.device,
+    *,
+    untrained: bool = True,
+    takes_padding: bool = False,
+) -> Parts:
     """Decomposed model, objective and data for a target; on the meta device without a known answer.
 
-    With `untrained=False` initial values that need data are left out: trained ones will be loaded.
+    With `untrained=False` initial values that need data are left out: trained ones will be loaded. With
+    `takes_padding=True` the model takes padded tokens also where the run's own rows have no padding.
 
     Raises:
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
     batches = config.data.bind(config.model)
     if isinstance(target, TokensIn):
-        target.expect_padding(batches.padded)
+        target.expect_padding(takes_padding or batches.padded)
     model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
         device
     )

@@ -98,7 +98,7 @@ def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], 
 
 
 def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse to go on with other text than that of the steps that were done.
+    """Refuse to go on with other text than that of the steps that were done, or to measure them on it.
 
     Args:
         now: digests of the rows by what they are for, as far as they are known.
@@ -113,7 +113,7 @@ def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoi
     if changed:
         raise ConfigError(
             f"data: the rows to {' and to '.join(changed)} on are not those of {checkpoint}: the text was "
-            "changed since; put it back to go on, or start a new run"
+            "changed since; put it back, or start a new run"
         )
 
 

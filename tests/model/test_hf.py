@@ -385,6 +385,27 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str) -> None:
         HuggingFace(name=str(tmp_path)).skeleton()
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"num_attention_heads": "4"},
+        {"vocab_size": 64.0},
+        {"layer_types": ["x"]},
+        {"num_hidden_layers": None},
+        {"pad_token_id": 64_000},
+    ],
+    ids=str,
+)
+def test_a_configuration_with_a_value_that_transformers_does_not_take_is_refused(
+    tmp_path: Path, value: dict[str, Any]
+) -> None:
+    saved_model("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | value))
+    with pytest.raises(ConfigError, match=r"^model"):
+        HuggingFace(name=str(tmp_path)).skeleton()
+
+
 def test_damaged_weights_are_refused(gpt2: tuple[HuggingFace, nn.Module]) -> None:
     file = Path(gpt2[0].name) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

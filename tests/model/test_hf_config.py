@@ -85,6 +85,33 @@ def test_outputs_are_compared_by_kl_where_one_class_of_several_is_right_and_else
     assert compose([*words, "loss.divergence=kl"]).loss.divergence is Divergence.kl
 
 
+@pytest.mark.parametrize(("kind", "gives"), [("Electra", False), ("Funnel", False), ("GPT2", True)])
+def test_the_chance_that_a_token_was_replaced_is_no_logit_of_classes(
+    tmp_path: Path, kind: str, gives: bool
+) -> None:
+    name = saved(getattr(transformers, f"{kind}Config")(), tmp_path)
+    assert HuggingFace(name=name, auto_class=AutoClass.pre_training).gives_logits() is gives
+
+
+@pytest.mark.parametrize("padding", [-1, 50])
+def test_padding_that_is_no_token_stands_for_none(tmp_path: Path, padding: int) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, intermediate_size=48)
+    original = transformers.LlamaForCausalLM(config)
+    original.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": padding}))
+    if padding >= 50:  # transformers makes no embedding of it
+        with pytest.raises(ConfigError, match=r"^model: "):
+            HuggingFace(name=str(tmp_path)).skeleton()
+        return
+    batch = padded_tokens()
+    with torch.no_grad():
+        wanted = original(input_ids=batch.clamp(min=0), attention_mask=(batch >= 0).long()).logits
+        found = HuggingFace(name=str(tmp_path)).build(GENERATOR)(batch)
+    torch.testing.assert_close(found[batch >= 0], wanted[batch >= 0], rtol=0, atol=1e-5)
+
+
 def test_a_configuration_without_a_padding_token_or_a_longest_text_is_read_all_the_same(
     tmp_path: Path,
 ) -> None:

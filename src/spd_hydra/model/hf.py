@@ -200,10 +200,16 @@ class HuggingFace(TargetSpec):
         """Whether what is compared are a head's logits of tokens or of classes of which one is right."""
         if self.auto_class is AutoClass.base or self.output_path not in {"logits", "0"}:
             return False
-        if self.auto_class not in {AutoClass.sequence_classification, AutoClass.token_classification}:
+        classifies = self.auto_class in {AutoClass.sequence_classification, AutoClass.token_classification}
+        if not classifies and self.auto_class is not AutoClass.pre_training:
             return True
         try:
-            return hf_config.has_exclusive_classes(self._config())
+            config = self._config()
+            return (
+                hf_config.has_exclusive_classes(config)
+                if classifies
+                else not hf_config.tells_replaced_tokens(config)
+            )
         except ConfigError:  # is told by what builds the model
             return True
 

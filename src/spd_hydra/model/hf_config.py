@@ -12,7 +12,13 @@ from spd_hydra.section import ConfigError
 
 def unusable(trusts_code: bool) -> tuple[type[Exception], ...]:
     """What transformers raises of a model that cannot be made; code that came with it may raise anything."""
-    known = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415 (imported where it is needed)
+
+    # The last three come from values of a kind that nobody expected: "num_attention_heads": "4".
+    known = (
+        *(OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError),
+        *(AssertionError, TypeError, AttributeError),
+    )
     return (Exception,) if trusts_code else known
 
 
@@ -90,9 +96,21 @@ def classifies_at_the_end(config: Any) -> bool:
 
 
 def padding_token(config: Any) -> int | None:
-    """The token that stands for padding; some configurations have no such key."""
-    found: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    """The token that stands for padding; some configurations have no such key, or one that is no token."""
+    text_config = config.get_text_config()
+    found: int | None = getattr(text_config, "pad_token_id", None)
+    vocabulary = getattr(text_config, "vocab_size", None)
+    if found is None or found < 0 or (vocabulary is not None and found >= vocabulary):
+        return None
     return found
+
+
+def tells_replaced_tokens(config: Any) -> bool:
+    """Whether the head for pre-training says of each token whether it was replaced, as ELECTRA's."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING_NAMES as HEADS
+
+    # Those that learn several things at once call what they say of tokens `prediction_logits`, not `logits`.
+    return HEADS.get(config.model_type, "").endswith("ForPreTraining")
 
 
 def has_exclusive_classes(config: Any) -> bool:
