@@ -50,6 +50,20 @@ class Tokens(Batches):
         return tokens.where(places <= rows[:, None] * rows[:, None] % LENGTH, -1).long()
 
 
+class StreamedTokens(Tokens):
+    """The same rows as places of a stream that is read once."""
+
+    ordered = True
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        assert rows.min() >= self.read, "what was read is gone"
+        self.read = int(rows.max()) + 1
+        return super().__call__(key, rows)
+
+
 class OfTokens(nn.Module):
     """Logits of each token, or of the mean over a row; padding is read as token 0."""
 
@@ -67,7 +81,7 @@ class OfTokens(nn.Module):
 
 
 def language_model(
-    *, pools: bool, beta: float, rows: int, searches: bool = False
+    *, pools: bool, beta: float, rows: int, searches: bool = False, batches: Batches | None = None
 ) -> tuple[Objective, Sampler]:
     sites = {name: SitePattern(pattern=name, C=4) for name in ("embed", "unembed")}
     model = DecomposedModel(
@@ -84,7 +98,7 @@ def language_model(
     )
     objective = Objective(model, losses, precision=Precision.fp32, ci_threshold=0.1, padded=True)
     sampler = Sampler(
-        Tokens(),
+        batches or Tokens(),
         seed=0,
         purpose="train",
         rows=torch.arange(rows, dtype=torch.int32),
@@ -161,6 +175,18 @@ def test_an_adversary_searches_the_whole_batch_also_for_an_output_that_is_no_mea
     objective, sampler = language_model(pools=True, beta=0.0, rows=7, searches=True)
     whole, cut = whole_and_parts(objective, sampler, 3)
     require_close(cut, whole)
+
+
+def test_a_stream_is_read_once_however_often_a_step_looks_at_its_parts() -> None:
+    def streamed() -> tuple[Objective, Sampler]:
+        return language_model(pools=True, beta=0.5, rows=7, searches=True, batches=StreamedTokens())
+
+    (objective, sampler), (_, in_parts) = streamed(), streamed()
+    step = AccumulatedStep(objective, SplitSampler(in_parts, 3), compile=False)
+    for number in range(3):
+        schedule = objective.scheduled(0.1 * number)
+        whole = told(Step(objective, compile=False)(*sampler(number), schedule), objective)
+        require_close(told(step(number, schedule), objective), whole)
 
 
 def test_what_a_search_finds_in_a_part_alone_would_be_something_else(toy: Toy) -> None:

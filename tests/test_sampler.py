@@ -8,7 +8,7 @@ from spd_hydra import rng
 from spd_hydra.data.base import Batches
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.model.tms import TMS
-from spd_hydra.sampler import Sampler, position_index
+from spd_hydra.sampler import Sampler, SplitSampler, position_index
 
 BATCHES = SparseFeatures(feature_probability=0.5).bind(TMS(n_features=3))
 COLUMNS = rng.columns("test", 4)
@@ -84,6 +84,28 @@ def test_an_ordered_stream_goes_on_where_the_step_before_ended_also_for_a_slice(
     part, draws = sampler(rows(2, 6), batches=Counted())(2)
     assert torch.equal(part, stream[2][2:6])
     assert torch.equal(draws, sampler(rows(2, 6))(2)[1])
+
+
+class OnlyForward(Counted):
+    """A stream of which no place can be had twice."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        assert rows.min() >= self.next, "what was read is gone"
+        self.next = int(rows.max()) + 1
+        return super().__call__(key, rows)
+
+
+def test_a_stream_that_only_goes_forward_gives_the_parts_of_a_step_as_often_as_they_are_asked_for() -> None:
+    split = SplitSampler(sampler(rows(2, 7), batches=OnlyForward()), 2)
+    for step in (0, 1, 4):
+        whole, draws = sampler(rows(2, 7), batches=Counted())(step)
+        for part, own in ((1, slice(3, 5)), (0, slice(0, 3)), (0, slice(0, 3)), (1, slice(3, 5))):
+            found = split(step, part)
+            assert torch.equal(found[0], whole[own])
+            assert torch.equal(found[1], draws[own])
 
 
 @pytest.mark.parametrize("batches", [BATCHES, None])

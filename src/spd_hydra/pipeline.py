@@ -10,6 +10,7 @@ from spd_hydra import distributed
 from spd_hydra.build import Parts, assemble, device_of, obtain
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
+from spd_hydra.data.tokens import Tokens
 from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
 from spd_hydra.estimate import Estimate, estimate
@@ -18,6 +19,7 @@ from spd_hydra.finite import TrainingError
 from spd_hydra.logger.base import Logger
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.model.hf import AutoClass, HuggingFace
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError
@@ -66,7 +68,22 @@ def remarks(parts: Parts) -> list[str]:
             "loss.divergence: kl takes the softmax of the target's output, which is not known to be logits; "
             "of hidden units take mse"
         )
+    if cut := _cut_texts(config):
+        found.append(cut)
     return found
+
+
+def _cut_texts(config: RunConfig) -> str | None:
+    """What to say where a head that answers for a whole text gets rows cut from texts that were joined."""
+    model, data = config.model, config.data
+    if not (isinstance(model, HuggingFace) and isinstance(data, Tokens) and data.pack):
+        return None
+    if model.auto_class not in {AutoClass.sequence_classification, AutoClass.question_answering}:
+        return None
+    return (
+        f"data.pack: true joins texts and cuts them into rows, but model.auto_class={model.auto_class.name} "
+        "answers for a whole text, as of BERT by its first token; data.pack=false takes one text per row"
+    )
 
 
 def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
@@ -163,9 +180,8 @@ def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, st
         tracker=tracker,
         signals=signals,
     )
-    contents = {"train": parts.batches.content(), "evaluate": parts.eval_batches.content()}
     trainer.facts["config"] = fixed(config)
-    trainer.facts["data"] = {what: digest for what, digest in contents.items() if digest is not None}
+    trainer.facts["data"] = parts.content()
     watch = trainer.stopwatch
     watch.started, watch.seconds = started, {"target": target.seconds} | watch.seconds
     return Work(parts, target, directory, tracker, trainer)

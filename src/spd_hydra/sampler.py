@@ -101,6 +101,9 @@ class Sampler:
 class SplitSampler:
     """Draws the rows of a sampler in parts, each of which is a slice of what the sampler draws at once.
 
+    Of an ordered stream the batch of the last step is kept: its parts are asked for several times, and some
+    streams only go forward.
+
     Args:
         sampler: whose rows are cut, into contiguous parts of which the first have a row more if need be.
         parts: how many, at most as many as there are rows.
@@ -114,20 +117,29 @@ class SplitSampler:
         can_fuse = sampler.compile and can_compile(device)
         self._draw = Kernel(self._draw_all) if can_fuse and sampler.batches.traceable else self._draw_all
         self._draw_numbers = Kernel(self._numbers) if can_fuse else self._numbers
+        self._step = -1  # of `_parts`
+        self._parts: Sequence[Tensor] = ()
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a part of a step and its random numbers."""
-        rows, batches = self.rows[part], self._sampler.batches
+        rows = self.rows[part]
         data_key, mask_key = (key.to(rows.device) for key in self._sampler.keys(step))
-        if batches.ordered:
-            batch = batches(data_key, rows.long() + step * self._sampler.rows_per_step)
-            return batch, self._draw_numbers(mask_key, rows)
+        if self._sampler.batches.ordered:
+            return self._ordered(step)[part], self._draw_numbers(mask_key, rows)
         return self._draw(data_key, mask_key, rows)
 
     @property
     def rows_per_step(self) -> int:
         """Rows of the global batch."""
         return self._sampler.rows_per_step
+
+    def _ordered(self, step: int) -> Sequence[Tensor]:
+        if step != self._step:
+            whole = self._sampler.batch(step)
+            # Cloned, since a compiled kernel would copy an unaligned slice each time.
+            self._parts = [part.clone() for part in whole.tensor_split(len(self.rows))]
+            self._step = step
+        return self._parts
 
     def _draw_all(self, data_key: Tensor, mask_key: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self._sampler.batches(data_key, rows), self._numbers(mask_key, rows)

@@ -1,5 +1,6 @@
 """Documents as rows: what is in them, and what is refused."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -26,6 +27,28 @@ def test_packed_rows_are_the_documents_with_an_end_behind_each_cut_where_they_ar
     texts = documents([1, 2, 3], [4], [5, 6, 7, 8, 1, 2])
     # 1 2 3 9 | 4 9 5 6 | 7 8 1 2 | 9, which is not full
     assert rows(layout, texts, at_once) == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 1, 2]]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_packed_documents_have_their_begin_once_in_front_of_each(at_once: int) -> None:
+    layout = Layout(length=4, pack=True, begin=(7, 8), end=9, vocab_size=10)
+    texts = documents([1, 2, 3], [], [7, 8, 4], [7], [8, 7, 5, 6])  # the third begins so by itself
+    # 7 8 1 2 | 3 9 7 8 | 4 9 7 8 | 7 9 7 8 | 8 7 5 6 | 9
+    assert rows(layout, texts, at_once) == [
+        [7, 8, 1, 2], [3, 9, 7, 8], [4, 9, 7, 8], [7, 9, 7, 8], [8, 7, 5, 6],
+    ]  # fmt: skip
+
+
+def test_unpacked_documents_are_as_the_tokenizer_made_them_whatever_the_begin() -> None:
+    layout = Layout(length=3, pack=False, begin=(7,), end=9, vocab_size=10)
+    assert rows(layout, documents([1, 2], [3, 4, 5, 6])) == [[1, 2, -1], [3, 4, 5]]
+
+
+def test_a_layout_without_a_begin_is_known_as_it_was_before_there_was_one() -> None:
+    before = {"length": 4, "pack": True, "end": 9, "vocab_size": 10}
+    layout = Layout(length=4, pack=True, end=9, vocab_size=10)
+    assert layout.identity() == before
+    assert dataclasses.replace(layout, begin=(7,)).identity() == before | {"begin": (7,)}
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -125,6 +125,24 @@ def test_a_column_of_tokens_is_taken_as_it_is(spec: Any, tmp_path: Path) -> None
     assert batches.decode([3]) is None
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_tokens_is_taken_as_it_is_also_beside_a_tokenizer_that_ends_texts(
+    streaming: bool, spec: Any, tmp_path: Path
+) -> None:
+    import datasets
+
+    ids = [[number, 200, 100] for number in range(50)]
+    datasets.Dataset.from_dict({"ids": ids}).save_to_disk(tmp_path / "saved")
+    source = tokens(
+        tmp_path / "saved",
+        tmp_path,
+        **{"token_column": "ids", "length": 3, "tokenizer": spec.tokenizer, "streaming": streaming},
+    )
+    batches = source.bind(ReaderSpec())
+    assert all(row in ids for row in batches(KEY, torch.arange(30)).tolist())
+    assert batches.decode([104]) == ["h"]
+
+
 def test_held_out_data_of_their_own_lose_what_is_trained_on(
     spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

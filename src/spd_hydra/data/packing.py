@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -34,16 +35,23 @@ class Layout:
 
     Attributes:
         length: tokens per row.
-        pack: documents are concatenated, each with `end` behind it, and cut into rows, of which the last,
-            incomplete one is left out; else a row is the start of one document, filled up with -1.
+        pack: documents are concatenated, each with `begin` in front of it and `end` behind it, and cut into
+            rows, of which the last, incomplete one is left out; else a row is the start of one document,
+            filled up with -1.
         end: token behind every document when they are packed; None: nothing.
         vocab_size: ids must be below it.
+        begin: tokens in front of every document when they are packed, unless it begins with them.
     """
 
     length: int
     pack: bool
     end: int | None
     vocab_size: int
+    begin: tuple[int, ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that rows depend on; an empty `begin` is left out, so that older caches are found."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "begin" or value}
 
     @property
     def dtype(self) -> np.dtype[np.signedinteger | np.unsignedinteger]:
@@ -112,12 +120,15 @@ class Layout:
         )
 
     def _packed(self, documents: Iterable[Document], at_once: int) -> Iterator[Rows]:
+        begin = np.array(self.begin, dtype=np.int64)
         end = np.array([] if self.end is None else [self.end], dtype=np.int64)
         waiting: list[Document] = []
         n_waiting = 0
         for document in documents:
-            waiting += [document, end]
-            n_waiting += len(document) + len(end)
+            has_begin = np.array_equal(document[: len(begin)], begin)
+            added = [document, end] if has_begin else [begin, document, end]
+            waiting += added
+            n_waiting += sum(map(len, added))
             if n_waiting >= max(at_once, self.length):
                 whole, rest = self._cut(waiting)
                 yield whole

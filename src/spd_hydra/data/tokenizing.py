@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 from spd_hydra.data.characters import name_of_bytes
 from spd_hydra.data.columns import Columns, Holds, columns_of, kind_of_value
 from spd_hydra.data.packing import Document, writing
+from spd_hydra.data.special_tokens import begin_of, end_of
 from spd_hydra.data.text_source import first_line
+from spd_hydra.data.token_lists import mask_among, null_among, read_lists, read_texts, texts
 from spd_hydra.model import hub
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
@@ -22,7 +23,7 @@ from spd_hydra.stop import kept_from_children
 _TOKENS = "tokens"
 _KEYS = hub.Keys("data.tokenizer", "data.tokenizer_revision")
 _NO_CHARACTER = "\ufffd"  # what decoders write in place of bytes that are none
-_AT_ONCE, _FEW = 1000, 16  # documents read at once, from the disk and from a stream
+_FEW = 16  # documents read at once from a stream
 _SET_BY_USE = ("truncation", "padding")  # of a tokenizer's state; here texts are whole
 
 
@@ -32,7 +33,7 @@ class Reader:
 
     Attributes:
         column: holds texts, or token ids where they are `tokenised` already.
-        name: of the tokenizer; None: nothing has to be tokenised, decoded or ended.
+        name: of the tokenizer; None: nothing has to be tokenised or decoded.
         revision: of the tokenizer on the hub; None: main.
         trusts_code: whether Python code that comes with the tokenizer may run.
         special_tokens: whether a text begins and ends as the tokenizer would have it.
@@ -51,29 +52,37 @@ class Reader:
         """The tokenizer, if there is one."""
         return None if self.name is None else _tokenizer(self.name, self.revision, self.trusts_code)
 
-    def end(self, vocab_size: int) -> int | None:
-        """The id behind every document: the end of the text, or the token that separates texts.
+    def around(self, vocab_size: int) -> tuple[tuple[int, ...], int | None]:
+        """The ids in front of every document of packed text, and the one behind it.
+
+        Documents that are tokens already have what they need. Where texts begin with what ends them, as
+        those of OPT, one such token between two of them is enough.
 
         Raises:
-            ConfigError: it is not below `vocab_size`, so none of the target's.
+            ConfigError: one is not below `vocab_size`, so none of the target's.
         """
-        tokenizer = self.tokenizer()
-        if tokenizer is None:
-            return None
-        end = tokenizer.eos_token_id
-        found: int | None = tokenizer.sep_token_id if end is None else end
-        if found is not None and found >= vocab_size:
+        if self.tokenised:
+            return (), None
+        begin, end = begin_of(self.tokenizer()), end_of(self.tokenizer())
+        start, advice = f"data.tokenizer: {self.name}", "choose a tokenizer made for the target"
+        allowed = f"but the target takes ids below {vocab_size}"
+        if begin and max(begin) >= vocab_size:
+            raise ConfigError(f"{start} begins documents with token id {max(begin)}, {allowed}; {advice}")
+        if end is not None and end >= vocab_size:
             raise ConfigError(
-                f"data.tokenizer: {self.name} ends documents with token id {found}, but the target takes ids "
-                f"below {vocab_size}; choose a tokenizer made for the target, or data.pack=false, which puts "
-                "no such token between documents"
+                f"{start} ends documents with token id {end}, {allowed}; {advice}, or data.pack=false, which "
+                "puts no such token between documents"
             )
-        return found
+        return begin, None if begin[:1] == (end,) else end
 
     def identity(self) -> list[Any]:
         """Everything about reading that the ids depend on."""
-        tokenizer = None if self.tokenised else _digest(self.tokenizer())
-        return [self.column, tokenizer, self.special_tokens]
+        tokenizer = self.tokenizer()  # also of ids that it only shows: if it is missing, that is told now
+        return [self.column, None if self.tokenised else _digest(tokenizer), self.special_tokens]
+
+    def mask(self, columns: Iterable[str]) -> str | None:
+        """The column that tells padding from tokens, of data with these columns; None: there is none."""
+        return mask_among(columns, self.column) if self.tokenised else None
 
     def documents(self, dataset: Any, cache_file: Path) -> Callable[[], Iterator[Document]]:
         """New iterations over the documents of a dataset, which is tokenised now.
@@ -87,16 +96,23 @@ class Reader:
         """
         self.require(columns_of(dataset.features))
         if not self.tokenised:
-            dataset = self._tokenised(dataset, cache_file)
-        return functools.partial(_documents, dataset, self.column if self.tokenised else _TOKENS)
+            return functools.partial(read_lists, self._tokenised(dataset, cache_file), _TOKENS)
+        return functools.partial(read_texts, dataset, self.column, self.mask(dataset.column_names))
 
-    def streamed(self, dataset: Any, where: str) -> Iterator[Document]:
-        """The documents of a dataset that is read on the way from somewhere."""
-        for batch in _batches(dataset.select_columns([self.column]).with_format(None), where):
+    def streamed(self, dataset: Any, where: str, mask: str | None = None) -> Iterator[Document]:
+        """The documents of a dataset that is read on the way from somewhere.
+
+        Args:
+            dataset: of the library `datasets`.
+            where: for people.
+            mask: the column that `mask` finds among those of the dataset, which itself may not know them.
+        """
+        names = [self.column] if mask is None else [self.column, mask]
+        for batch in _batches(dataset.select_columns(names).with_format(None), where):
             self._require_values(batch[self.column])
             ids = batch[self.column] if self.tokenised else self._tokenise()(batch)[_TOKENS]
-            for tokens in ids:
-                yield np.array(tokens or [], dtype=np.int64)
+            lists = (np.array(tokens or [], dtype=np.int64) for tokens in ids)
+            yield from texts(lists, batch[mask] if mask else None, self.column, in_order=False)
 
     def require(self, columns: Columns) -> None:
         """Refuse a column that holds something else than it is read for.
@@ -118,7 +134,7 @@ class Reader:
         """As `require`, for a stream, whose features may not be known; a null has no tokens."""
         for value in values:
             if self.tokenised and isinstance(value, list) and None in value:
-                raise _null_among(self.column)
+                raise null_among(self.column)
             self.require({self.column: kind_of_value(value)})
 
     def _tokenise(self) -> Callable[[dict[str, list[str]]], dict[str, list[list[int]]]]:
@@ -201,13 +217,6 @@ def _require_column(key: str, name: str, columns: Mapping[str, bool]) -> None:
         )
 
 
-def _null_among(column: str) -> ConfigError:
-    return ConfigError(
-        f"data.token_column: got {column}, where a list of token ids holds a null; leave such rows out, or "
-        "name another column"
-    )
-
-
 def _batches(dataset: Any, where: str) -> Iterator[dict[str, list[Any]]]:
     from datasets.exceptions import DatasetGenerationError
 
@@ -215,18 +224,6 @@ def _batches(dataset: Any, where: str) -> Iterator[dict[str, list[Any]]]:
         yield from dataset.iter(_FEW)
     except (ValueError, DatasetGenerationError) as error:  # of several libraries, about what they read
         raise ConfigError(f"data: {where} cannot be read: {first_line(error)}") from error
-
-
-def _documents(dataset: Any, column: str) -> Iterator[Document]:
-    for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
-        for chunk in table[column].chunks:
-            flat = chunk.flatten()
-            if flat.null_count:
-                raise _null_among(column)
-            tokens = flat.to_numpy(zero_copy_only=False)
-            lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-            for first, last in itertools.pairwise(np.concatenate([[0], lengths.cumsum()])):
-                yield np.asarray(tokens[first:last])
 
 
 def _tokenise(

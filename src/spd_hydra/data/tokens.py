@@ -3,30 +3,23 @@
 import dataclasses
 import hashlib
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
 from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.data.columns import Columns, Holds, token_column_among
 from spd_hydra.data.find_text import find_text, whole_name
-from spd_hydra.data.library import quiet
-from spd_hydra.data.packing import Document, Layout, is_held_out
-from spd_hydra.data.streamed import StreamedBatches
-from spd_hydra.data.text_source import TextSource, TextUnit, Wanted
+from spd_hydra.data.packing import Layout
+from spd_hydra.data.text_source import TextUnit, Wanted
 from spd_hydra.data.token_batches import TokenBatches
-from spd_hydra.data.token_store import HELD_OUT, TRAIN, TokenStore, open_or_make, rows_directory, write_store
-from spd_hydra.data.tokenizing import Reader, make_reader, tokenizer_commit
+from spd_hydra.data.token_rows import TokenRows
+from spd_hydra.data.token_store import HELD_OUT, TRAIN, rows_directory
+from spd_hydra.data.tokenizing import make_reader, tokenizer_commit
 from spd_hydra.model import hub
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
-logger = logging.getLogger(__name__)
-
-_SHUFFLED = 1000  # documents of a stream among which the next one is chosen
 _FORMAT = 2  # part of the digest: raise it when the same text gives other rows
 
 
@@ -186,7 +179,7 @@ class Tokens(DataSource):
             prefix="eval_",
         )
 
-    def _plan(self, target: TargetSpec) -> "_Rows":
+    def _plan(self, target: TargetSpec) -> TokenRows:
         """Everything that can be known of the rows without reading the text."""
         vocab_size = target.vocab_size()
         if vocab_size is None:
@@ -218,15 +211,25 @@ class Tokens(DataSource):
         reader.require(columns)
         if others is not None:
             self._require_same(reader.column, columns, others)
-        end = reader.end(vocab_size) if self.pack else None
-        layout = Layout(length=self.length, pack=self.pack, end=end, vocab_size=vocab_size)
+        begin, end = reader.around(vocab_size) if self.pack else ((), None)
+        layout = Layout(length=self.length, pack=self.pack, begin=begin, end=end, vocab_size=vocab_size)
+        masks = reader.mask(columns), reader.mask(others or {})
         identity = [
             *(_FORMAT, source.identity, held_out.identity if held_out else self.eval_fraction),
-            *(reader.identity(), dataclasses.asdict(layout)),
+            *(reader.identity(), layout.identity()),
+            *(masks if any(masks) else ()),  # so that older caches of data without any are found
         ]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        where = rows_directory(self.cache_dir, digest)
-        return _Rows(digest, where, source, held_out, reader, layout, self.eval_fraction)
+        return TokenRows(
+            digest=digest,
+            directory=rows_directory(self.cache_dir, digest),
+            source=source,
+            held_out=held_out,
+            reader=reader,
+            masks=masks,
+            layout=layout,
+            eval_fraction=self.eval_fraction,
+        )
 
     def _require_same(self, column: str, columns: Columns, others: Columns) -> None:
         """Refuse data to evaluate on that lack the column that is read, or have something else in it."""
@@ -237,59 +240,6 @@ class Tokens(DataSource):
                 f"data.{key}: got {getattr(self, key)}, {found} the column {column}, from which "
                 f"{columns[column].value} is trained on; it has {', '.join(others)}"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows in the cache, and how to make them."""
-
-    digest: str
-    directory: Path
-    source: TextSource
-    held_out: TextSource | None
-    reader: Reader
-    layout: Layout
-    eval_fraction: float
-
-    def open(self) -> TokenStore:
-        return open_or_make(self.directory, self._make)
-
-    def streamed(self, part: str) -> StreamedBatches:
-        """The rows of a part as they come; held-out documents are left out of what is trained on by share."""
-        source = self.source if part == TRAIN or self.held_out is None else self.held_out
-
-        def documents(seed: int) -> Iterator[Document]:
-            stream = source.stream()
-            if part == TRAIN:
-                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLED)
-            for one in self.reader.streamed(stream, source.where):
-                own = TRAIN if not is_held_out(one, self.eval_fraction) else HELD_OUT
-                if self.held_out is not None or own == part:
-                    yield one
-
-        return StreamedBatches(
-            self.layout, documents, remember=part == HELD_OUT, load_tokenizer=self.reader.tokenizer
-        )
-
-    def _make(self, directory: Path) -> TokenStore:
-        started = time.perf_counter()
-        documents = self._documents(self.source, directory / "train.arrow")
-        held_out = None if self.held_out is None else self._documents(self.held_out, directory / "eval.arrow")
-        store = write_store(directory, self.layout, documents, held_out, self.eval_fraction)
-        for path in directory.glob("*.arrow"):
-            path.unlink()
-        seconds = time.perf_counter() - started
-        rows = sum(store.facts["rows"].values())
-        logger.info("%s rows of %d tokens in %.1f s", f"{rows:,}", self.layout.length, seconds)
-        return store
-
-    def _documents(self, source: TextSource, cache_file: Path) -> Callable[[], Iterator[Document]]:
-        dataset = source.load()
-        doing = "reading token ids" if self.reader.tokenised else "tokenising"
-        number, column = f"{len(dataset):,}", self.reader.column
-        logger.info("%s: column %s of %s rows of %s", doing, column, number, source.where)
-        with quiet():
-            return self.reader.documents(dataset, cache_file)
 
 
 def require_length(length: int, target: TargetSpec) -> None:
