@@ -35,6 +35,7 @@ from spd_hydra.section import ConfigError
 OUT = Path("outputs/coefficient_range")
 PICTURE = Path("docs/images/results/coefficient_range.png")
 KEY = "loss.importance_minimality.coeff"
+PRESET = 1.0  # the factor between whose sides an experiment without runs at it says nothing
 LABEL = "importance coefficient over the preset's"
 HEADER = ["experiment", "factor", "coefficient", "solved, 95 % interval", "L0 (ideal)", "MMCS", "ML2R"]
 
@@ -121,7 +122,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     if not lines:
         return
     with drawing_style():
-        png = as_png(draw_range(lines, LABEL))
+        png = as_png(draw_range(lines, LABEL, through=PRESET))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.replace(path, png)
     print(path)

@@ -141,6 +141,8 @@ def test_the_python_of_its_guide_runs(
     assert names["ablated"].shape == (5, 5)
     assert [step for step, _ in names["curve"]] == [10, 20]
     assert "torch.Size([5, 20]) torch.Size([20, 2])" in capsys.readouterr().out
+    assert names["mine"].summary["alive"].keys() == {"0", "2"}
+    assert names["mine"].model.target[0].weight.tolist() == names["net"][0].weight.tolist()
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ def _train(all_work: Sequence[Work], broken: dict[int, TrainingError]) -> list[E
         for number in broken:
             all_work[number].trainer.step = step  # takes the steps of the others along, and leaves nothing
         return group.fit()
-    errors = begin_with_best(group, [work.parts.initial_state for work in all_work])
+    seeds = [f"seed {work.parts.config.seed}" for work in all_work]
+    errors = begin_with_best(group, [work.parts.initial_state for work in all_work], seeds)
     group.leave_out(broken | {number: error for number, error in enumerate(errors) if error is not None})
     return group.fit()
 

@@ -44,7 +44,9 @@ InitialState = Callable[[int], dict[str, Tensor]]
 """Untrained parameters of the n-th initialisation; 0 is the one that the model starts with."""
 
 
-def begin_with_best(group: Group, initial_states: Sequence[InitialState]) -> list[TrainingError | None]:
+def begin_with_best(
+    group: Group, initial_states: Sequence[InitialState], names: Sequence[str] = ()
+) -> list[TrainingError | None]:
     """Give each initialisation its first steps and leave each trainer at the one of lowest training loss.
 
     Does nothing if the configuration asks for one initialisation. These steps count as steps of the run; the
@@ -54,6 +56,7 @@ def begin_with_best(group: Group, initial_states: Sequence[InitialState]) -> lis
     Args:
         group: its trainers at step 0.
         initial_states: of each trainer.
+        names: of each trainer, for what is told of it; none where there is but one.
 
     Returns:
         For each trainer None, or why no initialisation is left.
@@ -65,7 +68,8 @@ def begin_with_best(group: Group, initial_states: Sequence[InitialState]) -> lis
     plan = rounds(first.training)
     if not plan:
         return [None] * len(group.trainers)
-    choices = [_Choice(trainer, own) for trainer, own in zip(group.trainers, initial_states, strict=True)]
+    owners = [f"{name}: " for name in names] or [""] * len(group.trainers)
+    choices = [_Choice(*own) for own in zip(group.trainers, initial_states, owners, strict=True)]
     done, all_steps, before = 0, total_steps(plan), 0
     progress = Progress(all_steps, what="initialisations, step", disable=first.run.follows)
     with first.signals.stepping(), progress:
@@ -105,8 +109,8 @@ def total_steps(plan: Sequence[tuple[int, int]]) -> int:
 class _Choice:
     """The initialisations of one trainer: how far each has come, and which are left, best first."""
 
-    def __init__(self, trainer: Trainer, initial_state: InitialState) -> None:
-        self._trainer, self._initial_state = trainer, initial_state
+    def __init__(self, trainer: Trainer, initial_state: InitialState, owner: str) -> None:
+        self._trainer, self._initial_state, self._owner = trainer, initial_state, owner
         number = trainer.training.restarts.number
         self._left = list(range(number))
         self._ends: list[Beginning | TrainingError | None] = [None] * number
@@ -128,7 +132,7 @@ class _Choice:
         number = self._left[place]
         before = self._ends[number]
         if isinstance(end, TrainingError):
-            logger.warning("initialisation %d drops out: %s", number + 1, end)
+            logger.warning("%sinitialisation %d drops out: %s", self._owner, number + 1, end)
         elif isinstance(before, Beginning):
             end = end._replace(rows=[*before.rows, *end.rows])
         self._ends[number] = before if isinstance(before, TrainingError) else end
@@ -159,8 +163,10 @@ class _Choice:
         trainer.facts["restarts"] = {"chosen": chosen, "rounds": self._rounds, "steps_of_others": others}
         for one in self._rounds:
             texts = [format_number(loss) for loss in one["losses"] if loss is not None]
-            text = "losses of %d initialisations after %d steps: %s"
-            logger.info(text, len(texts), one["steps"], ", ".join(texts))
+            noun = "initialisation" if len(texts) == 1 else "initialisations"
+            text = "%slosses of %d %s after %s: %s"
+            steps_taken = "1 step" if one["steps"] == 1 else f"{one['steps']} steps"
+            logger.info(text, self._owner, len(texts), noun, steps_taken, ", ".join(texts))
         if steps == trainer.training.steps:  # nothing is left to train, and so to save, for others
             trainer.save()
         return None

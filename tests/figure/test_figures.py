@@ -210,7 +210,9 @@ def test_heatmaps_show_the_probes_in_the_order_of_the_site(synthetic: Any, solve
     images = _images(draw_causal_importance(evaluation, []))
     site = evaluation.sites["embed"]
     np.testing.assert_array_equal(images[0], site.probe_lower[:, site.order])
-    np.testing.assert_array_equal(images[1], site.probe_upper[:, site.order])
+    site = evaluation.sites["unembed"]  # its upper-leaky ones differ beyond 1 alone, where colours end
+    np.testing.assert_array_equal(images[1], site.probe_lower[:, site.order])
+    assert len(images) == 2
 
 
 def test_heatmaps_of_a_solved_run_are_the_identity(synthetic: Any) -> None:
@@ -221,13 +223,40 @@ def test_heatmaps_of_a_solved_run_are_the_identity(synthetic: Any) -> None:
 def test_heatmaps_name_the_input_magnitude_and_the_errors(synthetic: Any) -> None:
     texts = _texts(draw_causal_importance(synthetic.tms(solved=False), []))
     assert "magnitude 0.75" in texts
-    assert "embed: identity of 5, errors 7 at tolerance 0.1, 6 at tolerance 0.2" in texts
+    assert "embed: identity of 5\nerrors 7 at tolerance 0.1, 6 at tolerance 0.2" in texts
 
 
 def test_framed_entries_are_as_many_as_the_error(synthetic: Any) -> None:
     picture: Any = draw_causal_importance(synthetic.tms(solved=False), [])
-    assert len(picture.axes[0].patches) == 7
-    assert len(picture.axes[1].patches) == 0
+    assert [len(axes.patches) for axes in picture.axes if axes.get_title()] == [7, 7]  # of two sites
+
+
+def test_a_second_panel_is_drawn_where_it_has_other_colours(synthetic: Any) -> None:
+    evaluation = synthetic.tms(solved=False)
+    site = evaluation.sites["embed"]
+    higher = np.array(site.probe_lower)
+    higher[0, site.order[7]] = 0.9  # one entry
+    evaluation.sites["embed"] = dataclasses.replace(site, probe_upper=higher)
+    picture: Any = draw_causal_importance(evaluation, [])
+    shown = [axes for axes in picture.axes if axes.get_title()]
+    assert [axes.get_title()[:5] for axes in shown] == ["lower", "upper", "lower"]
+    np.testing.assert_array_equal(shown[1].images[0].get_array(), higher[:, site.order])
+    assert [len(axes.patches) for axes in shown] == [7, 0, 7]
+
+
+def test_errors_that_are_too_many_to_frame_are_counted_in_the_title(synthetic: Any) -> None:
+    evaluation = synthetic.resid_mlp()
+    site = evaluation.sites["layers.0.mlp_in"]
+    everything = np.ones_like(site.probe_lower)
+    evaluation.sites["layers.0.mlp_in"] = dataclasses.replace(
+        site, probe_lower=everything, probe_upper=everything
+    )
+    picture: Any = draw_causal_importance(evaluation, [])
+    first, second = (axes for axes in picture.axes if axes.get_title())
+    assert first.get_title() == "lower-leaky g (masks), 9,900 errors, too many to frame"  # 100 · 100 - 100
+    assert len(first.patches) == 0
+    assert second.get_title() == "lower-leaky g (masks)"
+    assert len(second.patches) > 0
 
 
 def test_weights_show_v_in_the_basis_of_the_features(synthetic: Any) -> None:
@@ -303,6 +332,8 @@ def test_sparsity_draws_the_ideal_and_the_expected_counts(synthetic: Any) -> Non
     ]
     assert levels == [{0.25}, {5.0}]
     assert [axes.get_xlim()[0] for axes in picture.axes] == [0, 0]
+    assert [axes.texts[0].get_text() for axes in picture.axes] == ["0.25 (2 sites)", "5 (2 sites)"]
+    assert "log scale" in picture.axes[0].get_ylabel()
 
 
 def test_ablations_show_a_point_per_kind_of_mask_and_the_targets_line(synthetic: Any) -> None:
@@ -333,6 +364,16 @@ def test_the_trade_off_has_a_point_per_evaluation(synthetic: Any) -> None:
     line = picture.axes[0].lines[0]
     assert line.get_xdata().tolist() == [50.0, 40.0, 30.0]
     assert line.get_ydata().tolist() == [3.0, 4.0, 5.0]
+
+
+def test_ticks_of_the_trade_off_are_whole_numbers_without_an_offset(synthetic: Any) -> None:
+    rows = [
+        {"step": step, "split": "eval", "l0/total": 5.0 - step, "mse/ci": 4.1585e-3 + 1e-8 * step}
+        for step in range(4)
+    ]
+    picture: Any = draw_trade_off(synthetic.tms(), rows)
+    picture.canvas.draw()
+    assert picture.axes[0].yaxis.get_offset_text().get_text() == ""
 
 
 def test_sites_show_alive_of_all_and_l0(synthetic: Any) -> None:

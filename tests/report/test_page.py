@@ -86,6 +86,19 @@ def test_an_unsolved_run_says_why(
     assert "MMCS 0.9120 is below 0.99" in text
 
 
+@pytest.mark.parametrize("decides", [True, False])
+def test_limits_stand_beside_mmcs_and_ml2r_where_they_decide(
+    parts: dict[str, Any], tmp_path: Path, decides: bool
+) -> None:
+    parts["summary"]["thresholds"] |= {"cosine_decides": decides, "ci": 0.1, "positions": 20480}
+    text = " ".join(_written(parts, tmp_path).text.split())
+    assert ("at least 0.99" in text) == decides
+    assert ("1 ± 0.05" in text) == decides
+    assert text.count("reported only") == (0 if decides else 2)
+    assert "cosine_decides" not in text
+    assert ("MMCS and ML2R are only reported." in text) == (not decides)
+
+
 def test_the_diagnosis_and_the_neurons_are_in_the_report(parts: dict[str, Any], tmp_path: Path) -> None:
     assert "what to change" not in _written(parts, tmp_path).text
     parts["summary"]["diagnosis"] = [{"symptom": "<b>L0</b> still falls", "advice": "try x=1", "site": None}]

@@ -100,6 +100,22 @@ def test_the_table_for_the_terminal_says_its_sources_in_100_columns() -> None:
     assert any("arXiv 2506.20790, Table 1" in line for line in lines)
 
 
+def test_settings_of_two_long_keys_are_told_apart_for_the_terminal_and_whole_on_the_page() -> None:
+    keys = ["loss.importance_minimality.coeff", "loss.pgd_recon_subset.coeff"]
+    rows = [
+        row(n, "tms_5-2", 0, overrides={keys[0]: str(0.001 * (1 + n // 2)), keys[1]: str(n % 2 / 2)})
+        for n in range(4)
+    ]
+    starts = [line.split("  ")[0] for line in published_table(rows).replace("\n  ", "\n").splitlines()]
+    wanted = {
+        f"tms_5-2 importance_minimality.coeff={a} pgd_recon_subset.coeff={b}"
+        for a in ("0.001", "0.002")
+        for b in ("0.0", "0.5")
+    }
+    assert wanted <= set(starts)
+    assert beside_the_paper(rows)[0][0] == f"tms_5-2 {keys[0]}=0.001 {keys[1]}=0.0"
+
+
 def test_the_page_of_a_sweep_has_the_table_where_there_is_something_to_compare(tmp_path: Any) -> None:
     _, page = write_sweep(tmp_path, [row(0, "tms_5-2", 0), row(1, "resid_mlp1", 0)])
     text = page.read_text()

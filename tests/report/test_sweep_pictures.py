@@ -162,6 +162,19 @@ def test_near_values_have_a_plain_axis_and_experiments_a_line_each() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
 
 
+def test_a_line_is_not_drawn_across_a_value_that_it_lacks() -> None:
+    lines = {
+        "all": {factor: [row(0)] for factor in (0.5, 1.0, 2.0)},
+        "some": {factor: [row(1)] for factor in (0.25, 0.5, 2.0)},
+    }
+    figure = draw_range(lines, "x", through=1.0)
+    solved, l0, _ = figure.axes
+    assert [len(list(container[0].get_xdata())) for container in solved.containers] == [3, 2, 1]
+    means = [line for line in l0.lines if line.get_linestyle() == "-" and line.get_markersize() == 5]
+    assert [len(list(line.get_xdata())) for line in means] == [3, 2, 1]
+    assert [len(list(c[0].get_xdata())) for c in draw_range(lines, "x").axes[0].containers] == [3, 3]
+
+
 def test_an_ideal_l0_that_the_varied_number_moves_is_drawn_from_value_to_value() -> None:
     rows = [row(0), row(1), row(2)]
     rows[1].numbers["l0_ideal.a"] = 1.0

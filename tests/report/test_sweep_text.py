@@ -1,11 +1,13 @@
 """The table of a sweep as the terminal shows it, of rows made by hand."""
 
+import dataclasses
 from typing import Any
 
 from spd_hydra.report import sweep_table
 from spd_hydra.report.sweep import SweepRow
 
 COEFF = "loss.importance_minimality.coeff"
+SHORT = "importance_minimality.coeff"  # where the whole key has no room
 # Printed by `spd-run -m debug=smoke 'seed=range(3)'` before there were sweeps of language models.
 TOY = """
   job  setting  state  solved  seed    MMCS    ML2R  alive      L0      loss  seconds
@@ -54,8 +56,8 @@ def test_a_language_models_table_shows_what_masked_models_keep_and_nothing_that_
     assert max(map(len, sweep_table(rows).splitlines())) <= 100
     # mean 0.94 ± √(2 · 0.01²) = 0.0141, and 0.255 ± √(2 · 0.005²) = 0.0071
     assert sweep_table(rows).splitlines()[7:9] == [
-        f"  {COEFF}=1e-4: CE recovered 94 ± 1.4 %; KL 0.255 ± 0.0071",
-        f"  {COEFF}=1e-3: CE recovered 80 %; KL 0.2700",
+        f"  {SHORT}=1e-4: CE recovered 94 ± 1.4 %; KL 0.255 ± 0.0071",
+        f"  {SHORT}=1e-3: CE recovered 80 %; KL 0.2700",
     ]
 
 
@@ -63,7 +65,7 @@ def test_a_job_without_a_share_has_a_dash_beside_those_that_have_one() -> None:
     found = cells([language(0, "1e-4", None), language(1, "1e-3", 0.5)])
     assert found[3][4:7] == ["–", "3.3000", "0.2500"]
     assert found[4][4:7] == ["50.0", "%", "3.3000"]
-    assert f"{COEFF}=1e-4: KL 0.2500" in sweep_table([language(0, "1e-4", None), language(1, "1e-3", 0.5)])
+    assert f"{SHORT}=1e-4: KL 0.2500" in sweep_table([language(0, "1e-4", None), language(1, "1e-3", 0.5)])
 
 
 def test_a_suite_of_toys_and_language_models_has_the_columns_of_both() -> None:
@@ -76,3 +78,33 @@ def test_while_nothing_is_done_the_columns_of_verdicts_wait() -> None:
     rows = [toy(0, state="running", solved=None, numbers={}), toy(1, state="failed", solved=None, numbers={})]
     assert cells(rows)[1] == TOY.splitlines()[1].split()
     assert "  debug=smoke: solved –; 1 failed, 1 running" in sweep_table(rows).splitlines()
+
+
+PGD = "loss.pgd_recon_subset.coeff"
+
+
+def over_two_keys() -> list[SweepRow]:
+    settings = [(first, second) for first in ("0.001", "0.01") for second in ("0", "0.5")]
+    return [
+        dataclasses.replace(toy(job % 3), job=job, overrides={COEFF: first, PGD: second})
+        for job, (first, second) in enumerate(settings)
+    ]
+
+
+def test_settings_of_two_long_keys_are_all_told_and_told_apart() -> None:
+    lines = sweep_table(over_two_keys()).splitlines()
+    wanted = [
+        f"importance_minimality.coeff={first} pgd_recon_subset.coeff={second}"
+        for first in ("0.001", "0.01")
+        for second in ("0", "0.5")
+    ]
+    for job, text in enumerate(wanted):
+        assert sum(f"  {text}  " in line and line.split()[0] == str(job) for line in lines) == 1
+        assert sum(line.startswith(f"  {text}: solved") for line in lines) == 1
+
+
+def test_one_long_key_that_varies_keeps_its_last_two_parts() -> None:
+    rows = [toy(n, overrides={"decomposition.sites.embed.ci_fn.hidden": str(n)}) for n in range(2)]
+    assert [line.split()[1] for line in sweep_table(rows).splitlines()[3:5]] == [
+        f"ci_fn.hidden={n}" for n in range(2)
+    ]

@@ -4,6 +4,7 @@ import pytest
 
 from spd_hydra.report import verdict_lines, verdict_table
 from spd_hydra.report.numbers import duration, mean_and_spread, number
+from spd_hydra.report.verdict import thresholds_text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,27 @@ def test_cosines_are_no_reason_where_they_do_not_decide(synthetic: Any, summarie
     summary = summaries.summary_of(synthetic.tms(solved=False))
     summary["thresholds"]["cosine_decides"] = False
     assert not any("MMCS" in line or "ML2R" in line for line in verdict_lines(summary))
+
+
+def test_limits_that_decide_nothing_are_not_shown(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms(solved=False))
+    assert thresholds_text(summary) == (
+        "no error at tolerance 0.2, or 0.1 where it is strict; MMCS ≥ 0.99; ML2R 1 ± 0.05"
+    )
+    summary["thresholds"]["cosine_decides"] = False
+    table = verdict_table(summary, colour=False)
+    assert "MMCS    0.9120 (reported only), ML2R 0.8300 (reported only)" in table
+    assert "0.99" not in table
+    assert thresholds_text(summary).endswith("; MMCS and ML2R are only reported")
+    assert thresholds_text({}) == ""
+
+
+def test_one_step_is_a_step(synthetic: Any, summaries: Any) -> None:
+    summary = summaries.summary_of(synthetic.tms()) | {"steps": 1, "pgd": {"1": 0.5, "20": 0.6}}
+    summary["restarts"] = {"chosen": 0, "rounds": [{"steps": 1, "losses": [0.5, 0.25]}]}
+    table = " ".join(verdict_table(summary, colour=False).split())
+    for text in ("seed 3, 1 step ", "losses after 1 step: 0.5000", "after 1 step, ", "after 20 steps"):
+        assert text in table
 
 
 def test_nobody_is_blamed_without_a_known_answer() -> None:

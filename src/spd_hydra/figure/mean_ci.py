@@ -21,7 +21,9 @@ WIDE_UP_TO = 3  # sites; beyond, two sites share a row
 @figure(
     "mean_ci",
     "Mean causal importance of every subcomponent, sorted: a cliff after the expected number means that the "
-    "rest is dead, a long slope means that several subcomponents still share the work of one.",
+    "rest is dead, a long slope means that several subcomponents still share the work of one, and below the "
+    "dotted line, the threshold of g over the number of positions, a mean is too small for even one position "
+    "to be active.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Per site the sorted means, filled where alive (g above the threshold anywhere), and the alive count."""
@@ -37,7 +39,9 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     alive = (
         f"alive: g > {evaluation.ci_threshold:g} anywhere in {counted(evaluation.n_positions, 'position')}"
     )
-    picture.suptitle(f"filled = {alive}", fontsize=10, color=MUTED)
+    sure = evaluation.ci_threshold > 0 and any((site.mean_ci > 0).any() for site in sites.values())
+    below = ", below dotted = surely dead" if sure else ""
+    picture.suptitle(f"filled = {alive}{below}", fontsize=10, color=MUTED)
     labels = site_labels(sites, 30)
     for place, (name, site) in enumerate(sites.items()):
         expected = expected_of(evaluation, name)
@@ -110,7 +114,3 @@ def _make_logarithmic(panel: "Axes", site: SiteEvaluation, evaluation: Evaluatio
     panel.set_ylim(bottom, max(2 * float(positive.max()), 10 * bottom))
     if surely_dead > 0:
         panel.axhline(surely_dead, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
-        panel.text(
-            0.985, surely_dead * 1.15, "threshold / positions", color=MUTED, fontsize=8, ha="right",
-            va="bottom", transform=panel.get_yaxis_transform(),
-        )  # fmt: skip

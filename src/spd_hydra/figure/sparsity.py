@@ -1,5 +1,6 @@
 """L0 and alive subcomponents over the training steps, beside their known values."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from spd_hydra.figure.base import History, figure
@@ -50,7 +51,9 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     expected = {site: e for site in evaluation.sites if (e := expected_of(evaluation, site)) is not None}
     names = list(dict.fromkeys([*evaluation.sites, *l0, *alive]))
     _draw_curves(left, l0, names, ideal)
-    left.set(title=f"L0: active per position (g > {evaluation.ci_threshold:g})", ylabel="subcomponents")
+    left.set(
+        title=f"L0: active per position (g > {evaluation.ci_threshold:g})", ylabel="subcomponents, log scale"
+    )
     plain_decades(left)
     _draw_curves(right, alive, names, {site: float(number) for site, number in expected.items()})
     right.set_title("alive: active anywhere in the evaluation data")
@@ -88,7 +91,20 @@ def _draw_curves(axes: "Axes", found: dict[str, Series], names: list[str], known
                       linewidth=1.0 if many and name != "total" else 1.6)  # fmt: skip
         if name in known and not many:
             axes.axhline(known[name], color=colour, linewidth=1.1, linestyle=KNOWN)
+    if not many:
+        _name_known(axes, [known[name] for name in names if name in known])
     axes.set_xlim(left=0)  # the first evaluation is not the beginning; ticks at round numbers
     label_steps(axes)
     if not found:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def _name_known(axes: "Axes", values: list[float]) -> None:
+    """Write the known values beside the panel, where lines on top of each other show but one of them."""
+    places = {f"{value:.3g}": value for value in values}
+    for text, number in Counter(f"{value:.3g}" for value in values).items():
+        axes.annotate(
+            text + (f" ({number} sites)" if number > 1 else ""), (1, places[text]),
+            xycoords=axes.get_yaxis_transform(), xytext=(3, 0), textcoords="offset points", va="center",
+            fontsize=8, color=MUTED, annotation_clip=False,
+        )  # fmt: skip

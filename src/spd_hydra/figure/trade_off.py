@@ -22,7 +22,7 @@ NAMES = {"ce": "cross-entropy with masks g, nats", "kl": "KL with masks g", "mse
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """L0 over all sites, and cross-entropy or divergence with causal importances as masks, by step."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     l0 = series(history, "eval", "l0").get("total")
     losses = {group: found["ci"] for group in NAMES if "ci" in (found := series(history, "eval", group))}
@@ -49,6 +49,9 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     axes.set(
         xlabel=f"L0: active per position, all sites (g > {evaluation.ci_threshold:g})", ylabel=NAMES[group]
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        if isinstance(ticks := axis.get_major_formatter(), ScalarFormatter):
+            ticks.set_useOffset(False)  # or each tick would have to be added to a number
     axes.grid(visible=True)
     if len(steps) > 1:
         bar = picture.colorbar(points, ax=axes, label="step", aspect=30, pad=0.02)

@@ -136,7 +136,8 @@ def topics(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         found.append(("active", [f"g > {thresholds.get('ci', 0):g}", positions]))
     if pgd := summary.get("pgd"):
         name = divergence_name(summary)
-        found.append(("adversary", [f"{name} {number(v)} after {steps} steps" for steps, v in pgd.items()]))
+        after = [f"{number(v)} after {steps} step{'' if steps == '1' else 's'}" for steps, v in pgd.items()]
+        found.append(("adversary", [f"{name} {text}" for text in after]))
     return found
 
 

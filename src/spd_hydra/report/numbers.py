@@ -23,6 +23,11 @@ def number(value: Any) -> str:
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.4g}"
 
 
+def counted_steps(steps: Any) -> str:
+    """`1 step`, `10,000 steps`, `– steps` of nothing known."""
+    return f"{number(steps)} step{'' if steps == 1 else 's'}"
+
+
 def duration(seconds: Any) -> str:
     """Seconds in units that fit: 3.2 s, 4 min 05 s, 2 h 10 min."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):

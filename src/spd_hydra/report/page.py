@@ -14,9 +14,10 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.report import ablations
 from spd_hydra.report.contexts import text_section
 from spd_hydra.report.html import render
-from spd_hydra.report.numbers import NOTHING, duration, number
+from spd_hydra.report.numbers import NOTHING, counted_steps, duration, number
 from spd_hydra.report.verdict import (
     certificate,
+    cosine_limits,
     findings,
     fit,
     has_known_answers,
@@ -25,6 +26,7 @@ from spd_hydra.report.verdict import (
     reasons,
     restart_losses,
     site_rows,
+    thresholds_text,
     tolerances,
 )
 
@@ -84,7 +86,7 @@ def write_report(
         key_numbers=_key_numbers(summary, evaluation),
         target=_target(summary.get("target") or {}, certificate(summary)),
         losses=summary.get("losses") or {},
-        thresholds=summary.get("thresholds") or {},
+        thresholds=thresholds_text(summary),
         evaluation=evaluation,
         pictures=pictures,
         metrics=metric_rows(history),
@@ -138,7 +140,7 @@ def _cost(name: str) -> Any:
 
 def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dict[str, str]]:
     """The cards under the verdict: name, value, and what it should be."""
-    thresholds, seconds = summary.get("thresholds") or {}, summary.get("seconds") or {}
+    (least, size), seconds = cosine_limits(summary), summary.get("seconds") or {}
     alive = [n for site, n in (summary.get("alive") or {}).items() if site != "total"]
     l0 = {site: x for site, x in (summary.get("l0") or {}).items() if site != "total"}
     expected = [row["expected"] for row in site_rows(summary) if row["expected"] is not None]
@@ -146,16 +148,8 @@ def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dic
     plain = f"; plain {number(evaluation.ml2r_plain)}" if evaluation.ml2r_plain is not None else ""
     cards = [
         *ablations.cards(summary),
-        (
-            "MMCS",
-            number(summary.get("mmcs")),
-            f"at least {thresholds['mmcs']:g}" if "mmcs" in thresholds else "",
-        ),
-        (
-            "ML2R",
-            number(summary.get("ml2r")),
-            (f"1 ± {thresholds['ml2r']:g}" if "ml2r" in thresholds else "ideally 1") + plain,
-        ),
+        ("MMCS", number(summary.get("mmcs")), least.replace("≥", "at least")),
+        ("ML2R", number(summary.get("ml2r")), (size or "ideally 1") + plain),
         (
             "Alive",
             number(sum(alive)) if alive else NOTHING,
@@ -171,7 +165,7 @@ def _key_numbers(summary: Mapping[str, Any], evaluation: Evaluation) -> list[dic
         (
             "Total loss",
             number((summary.get("losses") or {}).get("total")),
-            f"after {number(summary.get('steps'))} steps",
+            f"after {counted_steps(summary.get('steps'))}",
         ),
         *((f"Neurons, {layer}", *_fit(one)) for layer, one in (summary.get("contributions") or {}).items()),
         ("Start", *_start(summary.get("restarts"))),

@@ -1,10 +1,11 @@
 """The toys of a sweep beside what is published of them: Bushnaq, Braun and Sharkey 2025, arXiv 2506.20790."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_hydra.report.numbers import NOTHING, clipped, ranges, text_table
+from spd_hydra.report.setting_names import fitted, setting_text, short_names
 from spd_hydra.report.sweep import WIDTH, SweepGroup, SweepRow, fraction, sweep_groups, varying_keys
 
 SOURCE = "arXiv 2506.20790"
@@ -51,19 +52,20 @@ def published_of(experiment: str | None) -> Published | None:
     return PUBLISHED.get((experiment or "").removeprefix(_SETTINGS_OF_THE_PAPER))
 
 
-def beside_the_paper(rows: Sequence[SweepRow]) -> list[list[str]]:
+def beside_the_paper(rows: Sequence[SweepRow], *, short: bool = False) -> list[list[str]]:
     """The cells under `HEADER`: a line for each experiment with a finished job, and below it the paper's.
 
-    Jobs of one experiment that differ in more than their seed are lines of their own. Empty if nothing is
-    published of any finished job.
+    Jobs of one experiment that differ in more than their seed are lines of their own, with their keys, of
+    which `short` leaves the endings that tell them apart. Empty if nothing is published of any finished job.
     """
-    keys = [key for key in varying_keys(rows) if key != "experiment"]
+    keys = _keys(rows)
+    names = short_names(keys) if short else {key: key for key in keys}
     cells: list[list[str]] = []
     done = [row for row in rows if row.state == "done"]
     if not any(published_of(row.experiment) for row in done):
         return []
     for group in sweep_groups(done):
-        cells.append(_own(group, keys))
+        cells.append(_own(group, names))
         published = published_of(group.rows[0].experiment)
         if published is not None:
             solved = NOTHING if published.solved is None else fraction(*published.solved)
@@ -79,16 +81,23 @@ def published_table(rows: Sequence[SweepRow]) -> str:
         return ""
     others = sum(max(len(line[i]) for line in [HEADER, *cells]) + 2 for i in range(1, len(HEADER)))
     room = max(WIDTH - 2 - others, 8)
-    cells = [[clipped(line[0], room), *line[1:]] for line in cells]
+    if any(len(line[0]) > room for line in cells):
+        cells = beside_the_paper(rows, short=True)
+    settings = fitted([line[0] for line in cells], room, keys=len(_keys(rows)))
+    cells = [[setting, *line[1:]] for setting, line in zip(settings, cells, strict=True)]
     return "\n".join([*text_table(HEADER, cells, left=4), "", *(f"  {line}" for line in NOTE), ""])
 
 
-def _own(group: SweepGroup, keys: Sequence[str]) -> list[str]:
+def _keys(rows: Sequence[SweepRow]) -> list[str]:
+    return [key for key in varying_keys(rows) if key != "experiment"]
+
+
+def _own(group: SweepGroup, names: Mapping[str, str]) -> list[str]:
     first = group.rows[0]
-    setting = [f"{key}={value}" for key, value in group.setting if key in keys]
+    setting = setting_text(group.setting, names)
     seeds = ranges([row.seed for row in group.rows if row.seed is not None])
     return [
-        " ".join([first.experiment or NOTHING, *setting]),
+        f"{first.experiment or NOTHING} {setting}".rstrip(),
         "here",
         clipped(seeds, _WIDEST_SEEDS),
         group.fraction,

@@ -56,7 +56,7 @@ def range_panels(rows: Sequence[SweepRow]) -> list[Panel]:
     return found
 
 
-def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
+def draw_range(lines: Mapping[str, Line], label: str, *, through: float | None = None) -> "Figure":
     """Up to three panels over the values of one key, as `range_panels` says, one line per experiment.
 
     Means, and a pale point for each run.
@@ -64,6 +64,7 @@ def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
     Args:
         lines: by experiment.
         label: of the x axis.
+        through: a value that is known to matter: a line that lacks it is not drawn across it.
     """
     from matplotlib.lines import Line2D
 
@@ -74,8 +75,9 @@ def draw_range(lines: Mapping[str, Line], label: str) -> "Figure":
     for panel, kind in zip(axes, found, strict=True):
         for index, line in enumerate(lines.values()):
             shift = (index - (len(lines) - 1) / 2) * ASIDE
-            places = {value: _aside(value, everywhere, shift) for value in sorted(line)}
-            kind.draw(panel, line, places, colour_of(index))
+            for piece in _pieces(line, through):
+                places = {value: _aside(value, everywhere, shift) for value in piece}
+                kind.draw(panel, line, places, colour_of(index))
         panel.set_title(kind.title)
         kind.finish(panel)
         label_values(panel, everywhere, label, WIDTH / len(found) - BESIDE)
@@ -103,6 +105,15 @@ def ideal_l0(row: SweepRow) -> float | None:
     """The ideal L0 over the sites where it is known, None where it is at none."""
     known = [value for key, value in row.numbers.items() if key.startswith("l0_ideal.")]
     return sum(known) if known else None
+
+
+def _pieces(line: Line, through: float | None) -> list[list[float]]:
+    """The sorted values of a line in one piece, or in two where it lacks the value between them."""
+    values = sorted(line)
+    if through is None or through in line:
+        return [values]
+    both = [value for value in values if value < through], [value for value in values if value > through]
+    return [piece for piece in both if piece]
 
 
 def _aside(value: float, values: Sequence[float], shift: float) -> float:

@@ -1,9 +1,10 @@
 """A sweep for the terminal: a line per job, then a line per setting."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from spd_hydra.report.numbers import NOTHING, clipped, text_table
+from spd_hydra.report.numbers import NOTHING, text_table
 from spd_hydra.report.quantities import ABLATED, QUANTITIES, written
+from spd_hydra.report.setting_names import fitted, setting_text, short_names
 from spd_hydra.report.sweep import WIDTH, SweepGroup, SweepRow, is_shown, sweep_groups, varying_keys
 
 _QUANTITIES = [name for name in QUANTITIES if name != "steps_per_second"]  # for which there is no room
@@ -15,7 +16,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     """The sweep for the terminal: a line per job, then a line per setting with the solved fraction.
 
     Columns in which no finished job has anything are left out; where nobody knows the right answer the line
-    of a setting says what masked models keep.
+    of a setting says what masked models keep. Keys stand whole where there is room, else by their endings.
     """
     if not rows:
         return "no jobs\n"
@@ -23,25 +24,34 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     told = [] if keys == ["experiment"] else keys  # the name alone says as much
     shown = [name for name in ["solved", "seed", *_QUANTITIES] if is_shown(rows, name)]
     header = ["job", "setting", "state", *(_HEADINGS.get(name, name) for name in shown)]
-    cells = [
-        [row.folder, _setting(row, told), row.state, *(_cell(row, name) for name in shown)] for row in rows
-    ]
+    cells = [[row.folder, "", row.state, *(_cell(row, name) for name in shown)] for row in rows]
     other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
-    room = max(WIDTH - 4 - other, 8)
-    cells = [[line[0], clipped(line[1], room), *line[2:]] for line in cells]
+    groups = sweep_groups(rows)
+    facts = ["; ".join(_facts(group)) for group in groups]
+    of_row, of_group = max(WIDTH - 4 - other, 8), max(WIDTH - 4 - max(map(len, facts)), 20)
+    names = {key: key for key in keys}
+    if any(len(_setting(row, names, told)) > of_row for row in rows) or any(
+        len(_label(group, names)) > of_group for group in groups
+    ):
+        names = short_names(keys)
+    settings = fitted([_setting(row, names, told) for row in rows], of_row, keys=len(told))
+    cells = [[line[0], setting, *line[2:]] for line, setting in zip(cells, settings, strict=True)]
     lines = ["", *text_table(header, cells, left=3 + ("solved" in shown)), ""]
-    for group in sweep_groups(rows):
-        text = "; ".join(_facts(group))
-        lines.append(f"  {clipped(group.label(keys or None), max(WIDTH - 4 - len(text), 20))}: {text}")
+    labels = fitted([_label(group, names) for group in groups], of_group, keys=len(keys))
+    lines += [f"  {label}: {text}" for label, text in zip(labels, facts, strict=True)]
     errors = [f"  job {row.folder}: {row.reason}" for row in rows if row.error]
     if errors:
         lines += ["", *errors]
     return "\n".join([*lines, ""])
 
 
-def _setting(row: SweepRow, told: Sequence[str]) -> str:
-    given = " ".join(f"{key}={value}" for key, value in row.setting if key in told)
+def _setting(row: SweepRow, names: Mapping[str, str], told: Sequence[str]) -> str:
+    given = setting_text(row.setting, {key: names[key] for key in told})
     return given or row.experiment or NOTHING
+
+
+def _label(group: SweepGroup, names: Mapping[str, str]) -> str:
+    return setting_text(group.setting, names) or ("all jobs" if names else group.label())
 
 
 def _cell(row: SweepRow, name: str) -> str:

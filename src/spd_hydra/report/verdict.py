@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_hydra.report import ablations
-from spd_hydra.report.numbers import NOTHING, clipped, duration, number, text_table
+from spd_hydra.report.numbers import NOTHING, clipped, counted_steps, duration, number, text_table
 from spd_hydra.terminal import is_terminal
 
 WIDTH = 100
@@ -95,6 +95,34 @@ def certificate(summary: Mapping[str, Any]) -> bool | None:
     return certified
 
 
+def cosine_limits(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """What MMCS and ML2R must be: `≥ 0.99` and `1 ± 0.05`; nothing where the summary names no limits.
+
+    Where they are no part of the verdict (residual MLPs) they have none: `reported only`.
+    """
+    thresholds = summary.get("thresholds") or {}
+    if not thresholds.get("cosine_decides", True):
+        return "reported only", "reported only"
+    least, most = thresholds.get("mmcs"), thresholds.get("ml2r")
+    return "" if least is None else f"≥ {least:g}", "" if most is None else f"1 ± {most:g}"
+
+
+def thresholds_text(summary: Mapping[str, Any]) -> str:
+    """What the verdict asks for, in words; empty where the summary names no limits."""
+    thresholds = summary.get("thresholds") or {}
+    parts = []
+    if "tolerance" in thresholds:
+        strict = thresholds.get("strict_tolerance")
+        at = "" if strict is None else f", or {strict:g} where it is strict"
+        parts.append(f"no error at tolerance {thresholds['tolerance']:g}{at}")
+    least, size = cosine_limits(summary)
+    if thresholds.get("cosine_decides", True):
+        parts += [f"{name} {limit}" for name, limit in (("MMCS", least), ("ML2R", size)) if limit]
+    elif summary.get("mmcs") is not None:
+        parts.append("MMCS and ML2R are only reported")
+    return "; ".join(parts)
+
+
 def site_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per site: known answer, errors by tolerance, alive subcomponents, L0."""
     alive, l0 = summary.get("alive") or {}, summary.get("l0") or {}
@@ -133,7 +161,7 @@ def verdict_table(
         word, rest = first.split(":", 1)
         first = f"{GREEN if summary['solved'] else RED}{word}{RESET}:{rest}"
     name, seed, steps = summary.get("experiment", "run"), summary.get("seed", NOTHING), summary.get("steps")
-    lines = ["", clipped(f"{name}, seed {seed}, {number(steps)} steps", WIDTH)]
+    lines = ["", clipped(f"{name}, seed {seed}, {counted_steps(steps)}", WIDTH)]
     lines += [first] if colour else textwrap.wrap(first, WIDTH)
     for reason in reasons(summary):
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  · ", subsequent_indent="    ")
@@ -175,12 +203,11 @@ def _site_table(summary: Mapping[str, Any]) -> list[str]:
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
     """Key numbers, one topic per line, wrapped."""
-    thresholds, target = summary.get("thresholds") or {}, summary.get("target") or {}
+    target = summary.get("target") or {}
     seconds, losses = summary.get("seconds") or {}, summary.get("losses") or {}
     topics: list[tuple[str, list[str]]] = []
     if summary.get("mmcs") is not None:
-        wanted = f" (≥ {thresholds['mmcs']:g})" if "mmcs" in thresholds else ""
-        size = f" (1 ± {thresholds['ml2r']:g})" if "ml2r" in thresholds else ""
+        wanted, size = (f" ({limit})" if limit else "" for limit in cosine_limits(summary))
         topics.append(
             ("MMCS", [f"{number(summary['mmcs'])}{wanted}", f"ML2R {number(summary.get('ml2r'))}{size}"])
         )
@@ -219,7 +246,7 @@ def restart_losses(restarts: Mapping[str, Any]) -> list[str]:
         texts = [number(loss) for loss in losses if loss is not None]
         if index == 0:
             texts = ["not finite" if loss is None else number(loss) for loss in losses]
-        found += [f"losses after {number(one['steps'])} steps: {texts[0]}", *texts[1:]]
+        found += [f"losses after {counted_steps(one['steps'])}: {texts[0]}", *texts[1:]]
     return found
 
 
