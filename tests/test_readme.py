@@ -229,3 +229,5 @@ def test_everything_in_the_file_tree_exists() -> None:
         missing += [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
     assert named > 40
+    modules = {path.name for path in (ROOT / "src" / "spd_hydra").glob("[!_]*.py")}
+    assert {name for name in modules if name not in tree} == set()
