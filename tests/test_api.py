@@ -3,16 +3,21 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import spd_hydra
 from spd_hydra import decompose, load_run
 from spd_hydra.api import Run, submit
 from spd_hydra.config import RunConfig
+from spd_hydra.loss.recon import Recon
+from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
 
@@ -105,14 +110,112 @@ def test_from_python_too_a_saved_run_stays_what_it_is(done: Run, words: list[str
     assert (done.path / "config.yaml").read_text() == before
 
 
-def test_a_check_leaves_no_run_to_open(toy: Toy) -> None:
-    with pytest.raises(ConfigError, match="task: got check, which makes no run directory"):
-        decompose(toy("task=check"))
+@pytest.mark.parametrize(
+    ("task", "instead"),
+    [
+        ("check", "call spd_hydra.run.run(config), or spd-run task=check"),
+        ("prefetch", "call spd_hydra.run.run(config), or spd-run task=prefetch"),
+        ("sweep_status", "call spd-run task=sweep_status sweep=<directory>"),
+    ],
+)
+def test_a_task_that_leaves_no_run_to_open_is_refused_before_it_is_done(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, task: str, instead: str
+) -> None:
+    monkeypatch.setattr("spd_hydra.api.run", lambda config: pytest.fail("it was done"))
+    with pytest.raises(ConfigError) as caught:
+        decompose(toy(f"task={task}"))
+    assert str(caught.value) == (
+        f"task: got {task}, which makes no run directory that decompose() could return; {instead}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train.steps": -3}, "train.steps: got -3, must be ≥ 1"),
+        ({"train.lr": -1.0}, "train.lr: got -1.0, must be > 0"),
+        ({"train.steps": "5"}, "train.steps: got '5', must be 5"),
+        ({"train.steps": 5.0}, "train.steps: got 5.0, must be a whole number ≥ 1"),
+        ({"decomposition.C": 0}, "decomposition.C: got 0, must be ≥ 1"),
+        (
+            {"decomposition.sigmoid": "foo"},
+            "decomposition.sigmoid: got 'foo', must be one of leaky_hard, leaky_hard_paper, hard, sigmoid",
+        ),
+        (
+            {"decomposition.sigmoid": "leaky_hard"},
+            "decomposition.sigmoid: got 'leaky_hard', must be Sigmoid.leaky_hard",
+        ),
+        ({"decomposition.tied": {"a": 1}}, "decomposition.tied: got {'a': 1}, must be {'a': '1'}"),
+        (
+            {"decomposition.sites": {"a": 5}},
+            "decomposition.sites: got {'a': 5}, must be a dict of SitePattern by name",
+        ),
+        ({"model": "tms"}, "model: got 'tms', must be a TargetSpec"),
+        ({"name": "${oc.env:HOME}"}, "name: got '${oc.env:HOME}', must be a value, not a reference"),
+        (
+            {"loss.extra": {"mine": Recon(coeff=1.0)}},  # of a class that no group has
+            "the configuration could not be read back from its directory: Key 'routing' not in 'Loss'",
+        ),
+        (  # what is not saved too, and all at once
+            {"train.lr": "a", "seed": None, "trust_remote_code": 1},
+            "seed: got null, must be a whole number ≥ 0\n"
+            "trust_remote_code: got 1, must be True\n"
+            "train.lr: got 'a', must be a number > 0",
+        ),
+        (
+            {"train.lr": 0.0, "seed": -1},
+            "seed: got -1, must be ≥ 0\ntrain.lr: got 0.0, must be > 0",
+        ),
+    ],
+)
+def test_what_was_set_in_python_is_refused_before_anything_is_made(
+    toy: Toy, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    config = toy()
+    for key, value in values.items():
+        section, _, name = f"config.{key}".rpartition(".")
+        setattr(attrgetter(section)(SimpleNamespace(config=config)), name, value)
+    with pytest.raises(ConfigError) as caught:
+        decompose(config)
+    assert str(caught.value) == message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_was_set_in_python_counts_as_if_it_had_been_typed(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[RunConfig] = []
+
+    def begin(config: RunConfig) -> Outcome:
+        started.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spd_hydra.api.run", begin)
+    config = toy()
+    config.train.lr = 1  # a whole number is a number
+    config.target_steps = 7
+    with pytest.raises(KeyboardInterrupt):
+        decompose(config)
+    assert started == [toy("train.lr=1", "target_steps=7")]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         load_run(tmp_path)
+
+
+def test_for_a_folder_of_runs_these_are_named(done: Run, tmp_path: Path) -> None:
+    folder = done.path.parent
+    with pytest.raises(ConfigError) as caught:
+        load_run(folder)
+    assert str(caught.value) == (
+        f"{folder} is no run directory: it holds runs, {done.path.name}: take one of them, e.g. {done.path}"
+    )
+
+
+def test_the_package_lists_what_may_be_called() -> None:
+    names = [name for name in dir(spd_hydra) if not name.startswith("_")]
+    assert names == ["JobFailed", "Run", "compose", "decompose", "load_run", "submit"]
 
 
 def test_where_there_is_no_slurm_submit_says_so_and_leaves_nothing(

@@ -419,6 +419,11 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
             "decomposition.sites.x={pattern:hidden.0,D:8})",
         ),
         (
+            "~decomposition.sites.foo",
+            "decomposition.sites.foo: decomposition.sites has no entry foo, only embed, unembed. "
+            "(given as ~decomposition.sites.foo)",
+        ),
+        (
             "decomposition.C=30",
             "decomposition.C: got 30, but every entry has a C of its own; set decomposition.sites.embed.C, "
             "decomposition.sites.unembed.C",

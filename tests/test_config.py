@@ -192,6 +192,28 @@ def test_a_folder_without_a_configuration_is_no_run_directory(tmp_path: Path) ->
         load_config(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("runs", "listed"),
+    [
+        (["0"], "0"),
+        (["10", "9", "0"], "0, 9, 10"),
+        ([str(n) for n in range(12)], "0, 1, 2, …, 11"),
+    ],
+)
+def test_a_folder_of_runs_is_no_run_directory_and_says_which_it_holds(
+    tmp_path: Path, runs: list[str], listed: str
+) -> None:
+    for name in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path} is no run directory: it holds runs, {listed}: take one of them, e.g. {tmp_path / '0'}"
+    )
+
+
 @pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"", b"name: caf\xe9\n", b"a: 2026-99-99\n"])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.yaml"

@@ -1,5 +1,6 @@
 """Sections: what a field may hold, which key a message names, how classes are registered."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -178,6 +179,28 @@ def test_a_kind_cannot_be_taken_twice() -> None:
             pass
 
     assert registered("test_twice") == {"one": One}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("shar", "did you mean share?"), ("other", "it has share, low")],
+)
+def test_a_name_that_is_not_declared_cannot_be_set(name: str, hint: str) -> None:
+    inner = Inner()
+    with pytest.raises(ConfigError) as caught:
+        setattr(inner, name, 0.25)
+    assert str(caught.value) == f"{name}: Inner has no such key; {hint}"
+    assert inner == Inner()
+
+
+def test_a_declared_name_can_be_set_also_in_a_copy_and_of_a_base_class() -> None:
+    @dataclasses.dataclass(kw_only=True)
+    class Derived(Inner):
+        more: int = option(1, "one more")
+
+    section = copy.deepcopy(Derived())
+    section.share, section.more = 0.25, 3
+    assert section == Derived(share=0.25, more=3)
 
 
 def test_a_mutable_default_is_not_shared_between_sections() -> None:

@@ -30,3 +30,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # What completion offers, also before the first use.
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

@@ -14,8 +14,8 @@ from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose as compose
-from spd_hydra.composition import require_texts
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.composition import require_texts, settled
+from spd_hydra.config import RunConfig, Task, load_config
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.launcher import start
 from spd_hydra.launcher.handle import JobFailed as JobFailed
@@ -28,6 +28,13 @@ from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
 from spd_hydra.saved_run import read_target, require_trust
 from spd_hydra.section import ConfigError
+
+_LEAVES_NO_RUN = {
+    Task.check: "call spd_hydra.run.run(config), or spd-run task=check",
+    Task.prefetch: "call spd_hydra.run.run(config), or spd-run task=prefetch",
+    Task.sweep_status: "call spd-run task=sweep_status sweep=<directory>",
+}
+"""Tasks that decompose() refuses, with what does them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +154,20 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
         ConfigError: the configuration cannot work; nothing was trained and no directory made.
         RunError: training failed.
     """
-    config = config if isinstance(config, RunConfig) else compose(config)
+    # A whole configuration may have been changed since it was checked.
+    config = settled(config) if isinstance(config, RunConfig) else compose(config)
+    if config.task in _LEAVES_NO_RUN:
+        raise ConfigError(
+            f"task: got {config.task.name}, which makes no run directory that decompose() could return; "
+            f"{_LEAVES_NO_RUN[config.task]}"
+        )
     if config.train.replicas > 1:
         raise ConfigError(
             f"train.replicas: got {config.train.replicas}, but decompose() returns one run; train them with "
             "spd-run, then open each with load_run(...)"
         )
     outcome = run(config)
-    if outcome.run_dir is None:
-        raise ConfigError(f"task: got {config.task.name}, which makes no run directory; use task=decompose")
+    assert outcome.run_dir is not None, "the tasks that make none were refused"
     return load_run(outcome.run_dir, trust_remote_code=True)  # it has run here already
 
 

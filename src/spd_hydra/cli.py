@@ -65,6 +65,8 @@ def _main(arguments: argparse.Namespace) -> int:
             suite.require_none(composer, arguments.overrides)
             _require_no_saved_run(arguments.overrides)
             composer.composed(arguments.overrides)
+    if arguments.info:
+        logging.getLogger().handlers.clear()  # Hydra adds one of its own, and would say everything twice
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion:
         return call_hydra(with_entries(sys.argv[1:]), lambda cfg: None)
     # Imported only now: help, completion and a look at the configuration need none of what a run needs.

@@ -1,6 +1,7 @@
 """Start what a command line asks for: one run, or the jobs of a sweep and the table after them."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -
         _require_one_process(plan)
     if config.task not in _IN_THIS_PROCESS and isinstance(config.launcher, Background):
         return _in_background(plan, config.launcher, flags, config_dir)
-    return _sweep(plan, flags, config_dir) if plan.is_sweep else _single(plan, flags, config_dir)
+    if not plan.is_sweep:
+        return _single(plan, flags, config_dir)
+    sweep = _sweep_without_runs if config.task in _IN_THIS_PROCESS else _sweep
+    return sweep(plan, flags, config_dir)
 
 
 def sweep_status(config: RunConfig) -> int:
@@ -98,31 +102,36 @@ def _single(plan: Plan, flags: list[str], config_dir: str | None) -> int:
     return task.codes.get(0, code)
 
 
+def _sweep_without_runs(plan: Plan, flags: list[str], config_dir: str | None) -> int:
+    """Jobs that only say something: the folders that Hydra makes for each would stay empty."""
+    with tempfile.TemporaryDirectory(prefix="spd-run-") as directory:
+        task = Task(sys.argv, plan, config_dir)
+        return _swept(plan, flags, Path(directory), task)
+
+
+def _swept(plan: Plan, flags: list[str], directory: Path, task: Task) -> int:
+    code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    return ExitCode.jobs_failed if code == ExitCode.ok and any(task.codes.values()) else code
+
+
 def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
     directory, launcher = _sweep_directory(plan), plan.jobs[0].config.launcher
-    leaves_runs = plan.jobs[0].config.task not in _IN_THIS_PROCESS
     record = start.new_record(launcher, dict(enumerate(plan.jobs)), sys.argv)
 
     def on_start(number: int, job: Job) -> None:
         """A sweeper may take the jobs in another order than they were planned in, or choose as it goes."""
         nonlocal record
         record = record.with_jobs(start.new_record(launcher, {number: job}, sys.argv).jobs)
-        if leaves_runs:
-            record.write(directory)
+        record.write(directory)
 
     task = Task(sys.argv, plan, config_dir, on_start)
-    if leaves_runs:
-        _make(directory)
-        record.write(directory)
+    _make(directory)
+    record.write(directory)
     try:
-        code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+        return _swept(plan, flags, directory, task)
     finally:
         hide_secrets(directory)  # also where no job ran in this process
-        if leaves_runs:
-            _show(directory, watch.look(directory, record, None))
-    if code == ExitCode.ok and any(task.codes.values()):
-        return ExitCode.jobs_failed
-    return code
+        _show(directory, watch.look(directory, record, None))
 
 
 def _in_background(plan: Plan, launcher: Background, flags: list[str], config_dir: str | None) -> int:

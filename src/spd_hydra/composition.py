@@ -1,15 +1,30 @@
 """The run that words ask for: of the presets, or of a saved configuration where the words name one."""
 
 import dataclasses
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import Any, cast
 
-from spd_hydra.composer import Composer, apply_overrides
-from spd_hydra.config import Device, RunConfig, Task, load_config
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from spd_hydra.composer import Composer, apply_overrides, explain
+from spd_hydra.config import (
+    Device,
+    RunConfig,
+    Task,
+    from_dict,
+    load_config,
+    problems,
+    sections,
+    to_dict,
+)
+from spd_hydra.config_errors import wrong_value
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
 from spd_hydra.saved_run import fixed, require_trust
-from spd_hydra.section import ConfigError
+from spd_hydra.section import ConfigError, Problem, Section
 
 _OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
 
@@ -60,6 +75,65 @@ def require_texts(overrides: object, function: str) -> None:
         raise ConfigError(
             f"overrides: got {overrides!r}, must be a list of texts, e.g. {function}({listed!r})"
         )
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """A configuration that was made or changed in Python, as its run directory will give it again.
+
+    Raises:
+        ConfigError: lists everything that `compose` would have refused, and what could not be saved.
+    """
+    found = list(_wrong_types(config)) or problems(config)
+    if found:
+        raise ConfigError("\n".join(dict.fromkeys(str(problem) for problem in found)))
+    try:
+        from_dict(to_dict(config))
+    except ConfigError as error:
+        reason = explain(error.__cause__) if error.__cause__ else str(error)
+        raise ConfigError(f"the configuration could not be read back from its directory: {reason}") from error
+    return dataclasses.replace(config)  # what follows from a value that was set, such as target_steps
+
+
+def _wrong_types(config: RunConfig) -> Iterator[Problem]:
+    """Values that a field of this type does not hold, in this section and in those inside it."""
+    for key, section in sections(config):
+        # The class alone: OmegaConf refuses a section as a whole for one value, without naming all.
+        schema = OmegaConf.structured(type(section))
+        hints = typing.get_type_hints(type(section))
+        for field in dataclasses.fields(section):
+            message = _wrong_type(schema, field.name, getattr(section, field.name), hints[field.name])
+            if message is not None:
+                yield Problem(f"{key}.{field.name}" if key else field.name, message)
+
+
+def _wrong_type(schema: DictConfig, name: str, value: Any, hint: Any) -> str | None:
+    """What is wrong with a value of a field, or None; sections are looked into one by one."""
+    for declared in (hint, *typing.get_args(hint)):
+        if isinstance(declared, type) and issubclass(declared, Section):
+            return _wrong_section(value, declared, hint)
+    if isinstance(value, str) and ("${" in value or value == MISSING):
+        return f"got {value!r}, must be a value, not a reference"
+    try:
+        schema[name] = value
+        plain = cast(dict[str, Any], OmegaConf.to_container(schema))[name]
+    except Exception:  # OmegaConf has many for a value that does not fit
+        return wrong_value(name, value, schema)
+    # OmegaConf reads texts, '5' as 5, but here the value goes on as it is; a float may be given as an int.
+    is_alike = type(plain) is type(value) or (type(plain) is float and type(value) is int)
+    if is_alike and (plain == value or value != value):  # NaN equals nothing, also not itself
+        return None
+    return f"got {value!r}, must be {plain if isinstance(plain, Enum) else repr(plain)}"
+
+
+def _wrong_section(value: Any, declared: type[Section], hint: Any) -> str | None:
+    """What is wrong with a value where a section, or a dict of sections by name, is declared; or None."""
+    if typing.get_origin(hint) is dict:
+        fits = isinstance(value, dict) and all(isinstance(item, declared) for item in value.values())
+        wanted = f"a dict of {declared.__name__} by name"
+    else:
+        fits = isinstance(value, declared) or (value is None and type(None) in typing.get_args(hint))
+        wanted = f"a {declared.__name__}"
+    return None if fits else f"got {value!r}, must be {wanted}"
 
 
 def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path | str | None = None) -> Job:

@@ -268,8 +268,7 @@ def load_config(path: Path) -> RunConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        reason = f"it holds no {path.name}" if path.parent.is_dir() else "there is no such directory"
-        raise ConfigError(f"{path.parent} is no run directory: {reason}") from None
+        raise ConfigError(f"{path.parent} is no run directory: {_why_no_run(path)}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that there is not
@@ -277,6 +276,16 @@ def load_config(path: Path) -> RunConfig:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")
     return from_dict(data)
+
+
+def _why_no_run(path: Path) -> str:
+    if not path.parent.is_dir():
+        return "there is no such directory"
+    runs = sorted((p.parent.name for p in path.parent.glob(f"*/{path.name}")), key=lambda n: (len(n), n))
+    if not runs:
+        return f"it holds no {path.name}"
+    listed = ", ".join(runs) if len(runs) <= 5 else f"{', '.join(runs[:3])}, …, {runs[-1]}"
+    return f"it holds runs, {listed}: take one of them, e.g. {path.parent / runs[0]}"
 
 
 def problems(config: RunConfig) -> list[Problem]:

@@ -15,6 +15,7 @@ from spd_hydra.section import ConfigError, Section, registered
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _EXAMPLES = {int: "64,32", float: "0.5,0.1", str: "first,second"}
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+_TERMS, _EXTRA = "loss_term", "loss.extra"  # the config group of plug-ins' loss terms, and where they go
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
 
 
@@ -49,13 +50,16 @@ def full_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
                 yield from full_keys(child, f"{key}.")
 
 
-def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = ()) -> str:
-    """The message for a key that no section declares."""
+def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = (), *, is_deleted: bool = False) -> str:
+    """The message for a key that no section declares, and that was to be set or to be deleted."""
     entry = _new_entry(key, cfg)
     if entry:
         mapping, name = entry
         node = OmegaConf.select(cfg, mapping)
-        return f"{_no_entry(mapping, name, list(map(str, node)))} {_how_to_add(node, mapping, name)}"
+        missing = _no_entry(mapping, name, list(map(str, node)))
+        return missing if is_deleted else f"{missing} {_how_to_add(node, mapping, name)}"
+    if not is_deleted and (choice := _plugged_term(key, cfg)):
+        return choice
     group, _, name = key.rpartition(".")
     kinds = [kind for kind, cls in registered(group).items() if name in _field_names(cls)]
     if kinds:
@@ -104,7 +108,30 @@ def _new_entry(key: str, cfg: DictConfig) -> tuple[str, str] | None:
     return None
 
 
+def _plugged_term(key: str, cfg: DictConfig) -> str | None:
+    """Where a plug-in's loss term goes that a key speaks of as if it were one of our own."""
+    section, _, rest = key.partition(".")
+    name, _, inner = rest.partition(".")
+    terms = cfg.get("loss")
+    if section != "loss" or not isinstance(terms, DictConfig):
+        return None
+    kind = nearest(name, [*map(str, terms), *registered(_TERMS)])
+    if kind is None or kind in terms or kind in terms.get("extra", {}):
+        return None
+    words = f"{_choice(kind)} {_EXTRA}.{kind}.{inner or 'coeff'}=…"
+    return f"there is no such key; the term {kind} of a plug-in goes into {_EXTRA}: {words}"
+
+
+def _choice(name: str) -> str:
+    kind = name if name in registered(_TERMS) else "<term>"
+    return f"'+{_TERMS}@{_EXTRA}.{name}={kind}_schema'"
+
+
 def _how_to_add(node: DictConfig, mapping: str, name: str) -> str:
+    if mapping == _EXTRA:
+        known = ", ".join(registered(_TERMS))
+        of = f", of {known}" if known and name not in registered(_TERMS) else ""
+        return f"To add one choose the term of a plug-in{of}: {_choice(name)}"
     if not _holds_sections(node):
         return f"To add it: +{mapping}.{name}=…"
     fields = ",".join(f"{field.name}:…" for field in dataclasses.fields(node._metadata.element_type))

@@ -114,7 +114,8 @@ def apply(cfg: DictConfig, overrides: Sequence[Override], groups: Groups) -> Ite
 
 def _unknown(key: str, text: str, cfg: DictConfig, groups: Groups) -> Problem:
     given = redact_command([text])[0]
-    return Problem(key, f"{config_errors.unknown_key(key, cfg, groups)} (given as {given})")
+    message = config_errors.unknown_key(key, cfg, groups, is_deleted=text.startswith("~"))
+    return Problem(key, f"{message} (given as {given})")
 
 
 def _delete(cfg: DictConfig, key: str) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ from spd_hydra.logger.base import Logger
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.hf import AutoClass, HuggingFace
-from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.model.obtain import TrainedTarget, out_of_bounds
 from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError
 from spd_hydra.redaction import redact
@@ -110,7 +110,8 @@ def _only_target(config: RunConfig, directory: RunDirectory) -> Outcome:
     target = _target(config, directory, device_of(config))
     summary = {"experiment": config.name, "seed": config.seed, "target": target_facts(target)}
     directory.write_summary(summary)
-    say(f"target {'certified' if target.certified else 'NOT certified'}: {directory.path / TARGET_FILE}")
+    certified = "certified" if target.certified else f"NOT certified ({out_of_bounds(target.measurements)})"
+    say(f"target {certified}: {directory.path / TARGET_FILE}")
     return Outcome(directory.path, summary)
 
 

@@ -131,6 +131,9 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
         certified=target.certified,
         measurements=target.measurements,
         max_tries=model.training.max_tries if isinstance(model, TrainableTarget) else None,
+        short_target=(
+            model.training.steps if config.target_steps and isinstance(model, TrainableTarget) else None
+        ),
         anneals_late=any(
             term.scheduled(1 - LAST_QUARTER) != term.scheduled(1.0)
             for term in config.loss.active_terms().values()

@@ -6,6 +6,7 @@ object that the program runs with, and the source of the help text, so the three
 
 import contextlib
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -79,6 +80,19 @@ class Section:
         if not _checks_deferred.get():
             for problem in self.problems():
                 raise ConfigError(str(problem))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; a misspelt one would else go unheard.
+
+        Raises:
+            ConfigError: the class declares no such name.
+        """
+        if not hasattr(type(self), name) and name not in type(self).__dataclass_fields__:
+            fields = [field.name for field in dataclasses.fields(self)]
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(fields) or 'none'}"
+            raise ConfigError(f"{name}: {type(self).__name__} has no such key; {hint}")
+        super().__setattr__(name, value)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with this section by itself; subclasses add checks between fields."""

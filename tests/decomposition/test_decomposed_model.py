@@ -392,6 +392,19 @@ def test_masks_for_an_unknown_site_are_refused() -> None:
         model(batch_of("tms"), {"embd": SiteMask()})
 
 
+def test_an_unknown_site_is_refused_with_those_that_there_are() -> None:
+    model = make("tms")
+    for ask in (model.pieces, model.weight, model.weight_delta):
+        with pytest.raises(ValueError, match=r"no such site: \['foo'\]; the sites are \['embed', 'hidden.0'"):
+            ask("foo")
+
+
+def test_a_mask_on_its_own_is_refused_where_how_a_site_is_masked_is_meant() -> None:
+    with pytest.raises(TypeError) as caught:
+        make("tms")(batch_of("tms"), {"embed": torch.ones(BATCH, 20)})
+    assert str(caught.value) == "masks['embed']: got a Tensor, must be SiteMask(mask=…)"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_clean_pass_holds_each_sites_input_and_output(case: str) -> None:
     model, batch = make(case), batch_of(case)

@@ -207,7 +207,8 @@ def test_ties_need_no_values_on_the_meta_device() -> None:
         (
             {"unembed": "embed"},
             {"embed": 4},
-            "decomposition.tied.unembed: 'unembed' is not a site; the sites are embed",
+            "decomposition.tied.unembed: 'unembed' is not a site; the sites are embed; drop the tie too: "
+            "'~decomposition.tied.unembed'",
         ),
         (
             {"unembed": "embd"},

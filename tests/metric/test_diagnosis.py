@@ -28,7 +28,7 @@ SETTINGS = Settings(
     lr=1e-3, clip_ci_fn=None,
     certified=True, measurements=[],
     sites={"embed": ("first", C), "unembed": ("second", C)}, tied={"unembed": "embed"}, max_tries=100,
-    anneals_late=False,
+    short_target=None, anneals_late=False,
 )  # fmt: skip
 SETTINGS_OF_BOTH = dataclasses.replace(
     SETTINGS, sites={"embed": ("first", C), "hidden": ("hidden", C)}, tied={}
@@ -217,6 +217,14 @@ def test_a_bad_target_is_all_that_is_told() -> None:
     assert elsewhere.advice == "try another seed"
 
 
+def test_of_a_target_that_target_steps_kept_short_more_tries_are_not_advised() -> None:
+    settings = dataclasses.replace(SETTINGS, certified=False, max_tries=1, short_target=100)
+    assert only(evaluation(np.ones((N, C))), settings).advice == (
+        "target_steps, as debug=smoke sets it, trained the target in one try of 100 steps only, so it is not "
+        "meant to be certified: leave out debug=smoke or target_steps"
+    )
+
+
 def test_a_missing_direction_names_the_feature() -> None:
     U = np.eye(C, N)
     U[3] = [0, 0, 0, 0.6, 0.8]  # cosine 0.6 with feature 3
@@ -251,6 +259,22 @@ def test_importances_between_on_and_off_ask_for_many_more_steps() -> None:
     finding = only(evaluation(undecided))
     assert finding.symptom == "1 causal importances per feature are neither on nor off (0.2 to 0.8)"
     assert finding.advice == "try train.steps=24000 (now 6000)"
+
+
+def test_while_causal_importances_are_undecided_no_coefficient_is_called_too_high() -> None:
+    early = np.zeros((N, C))
+    early[:, :3] = 0.6  # no feature has one near 1, which says nothing yet
+    finding = only(evaluation(early))
+    assert finding.symptom == "2 causal importances per feature are neither on nor off (0.2 to 0.8)"
+    assert finding.advice == "try train.steps=24000 (now 6000)"
+
+
+def test_where_l0_falls_and_most_features_are_lost_more_steps_come_first() -> None:
+    history = [{"step": step, "split": "eval", "l0/total": l0} for step, l0 in [(4500, 2.0), (6000, 1.5)]]
+    lost = changed((0, 0, 0.3), (1, 1, 0.3), (2, 2, 0.3))  # three of five
+    steps, coefficient = diagnose(evaluation(lost), history, SETTINGS)
+    assert "try train.steps=" in steps.advice
+    assert "too high" in coefficient.advice
 
 
 def test_a_jump_of_the_gradient_asks_for_clipping_also_without_a_known_answer() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from spd_hydra import rng
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.model.base import Measurement, TargetSpec
-from spd_hydra.model.obtain import TrainedTarget, obtain_target
+from spd_hydra.model.obtain import TrainedTarget, obtain_target, out_of_bounds
 from spd_hydra.model.tms import TMS
 from spd_hydra.model.training import TargetTraining
 from spd_hydra.section import ConfigError
@@ -84,6 +85,29 @@ def test_without_any_certified_target_the_best_one_comes_back_and_says_so(
         assert again.loss is not None
         losses.append(again.loss)
     assert target.loss == min(losses)
+
+
+def test_after_the_one_try_of_target_steps_leaving_it_out_is_advised_before_more_tries(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    obtained(picky(wanted=99, max_tries=1))
+    (text,) = [record.getMessage() for record in caplog.records if "No target" in record.getMessage()]
+    assert "certified in 1 try of 1 step, and" in text
+    assert 0 < text.index("target_steps") < text.index("model.training.max_tries")
+
+
+def test_what_keeps_a_target_from_being_certified_is_told_with_its_bounds() -> None:
+    found = [
+        Measurement(name="margin", value=-0.6, lower=math.ulp(0.0), upper=math.inf),
+        Measurement(name="response", value=0.0, lower=0.5, upper=math.inf),
+        Measurement(name="norm_deviation", value=0.01, lower=0, upper=0.1),
+        Measurement(name="loss", value=0.25, lower=0, upper=0.125),
+        Measurement(name="angle", value=math.nan, lower=0, upper=3),
+    ]
+    assert out_of_bounds(found) == (
+        "margin -0.6, must be > 0; response 0, must be ≥ 0.5; loss 0.25, must be ≤ 0.125; "
+        "angle nan, must be ≥ 0 and ≤ 3"
+    )
 
 
 def test_the_last_try_is_trained_to_its_end_even_if_hopeless() -> None:

@@ -22,7 +22,7 @@ from spd_hydra.decomposition.masked_site import (
     standing_in,
     with_fixed_matrices,
 )
-from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks
 from spd_hydra.decomposition.patched_target import PatchedTarget
 from spd_hydra.decomposition.sites import check_ties, find_sites, unfit_sites
 from spd_hydra.decomposition.subcomponents import (
@@ -129,10 +129,14 @@ class DecomposedModel(nn.Module):
 
     def pieces(self, site: str) -> Subcomponents:
         """The subcomponents of a site: `.V`, `[d_in, C]`, and `.U`, `[C, d_out]`."""
+        if _key(site) not in self.subcomponents:
+            raise no_such_site([site], self.site_names)
         return cast(Subcomponents, self.subcomponents[_key(site)])
 
     def weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
         """The target's own matrix at a site."""
+        if site not in self._layers:
+            raise no_such_site([site], self.site_names)
         return weight_matrix(self._layers[site])
 
     def weight_delta(self, site: str) -> Float[Tensor, "d_out d_in"]:
@@ -209,9 +213,7 @@ class DecomposedModel(nn.Module):
         """
         if masks is None:
             return cast(Tensor, self.target(batch))
-        unknown = set(masks) - set(self.site_names)
-        if unknown:
-            raise ValueError(f"no such site: {sorted(unknown)}; the sites are {list(self.site_names)}")
+        require_masks(masks, self.site_names)
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:

@@ -1,5 +1,6 @@
 """Masks m on subcomponents and δ on the weight delta, made from causal importances g and sources r."""
 
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -19,6 +20,26 @@ class SiteMask(NamedTuple):
     mask: Float[Tensor, "*positions C"] | None = None
     delta: Float[Tensor, "*positions"] | None = None
     route: Bool[Tensor, "*positions"] | None = None
+
+
+def require_masks(masks: Mapping[str, SiteMask], sites: Iterable[str]) -> None:
+    """Refuse masks of what is no site, and a mask on its own where how its site is masked is meant.
+
+    Raises:
+        ValueError: names the sites that there are.
+        TypeError: says how the mask is given.
+    """
+    sites = list(sites)
+    if unknown := set(masks) - set(sites):
+        raise no_such_site(unknown, sites)
+    for site, mask in masks.items():
+        if not isinstance(mask, SiteMask):
+            raise TypeError(f"masks[{site!r}]: got a {type(mask).__name__}, must be SiteMask(mask=…)")
+
+
+def no_such_site(names: Iterable[str], sites: Iterable[str]) -> ValueError:
+    """What is raised for names that are no sites."""
+    return ValueError(f"no such site: {sorted(names)}; the sites are {list(sites)}")
 
 
 class MaskSource(Enum):

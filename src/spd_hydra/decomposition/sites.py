@@ -162,7 +162,11 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
         where = f"decomposition.tied.{name}"
         for site in (name, source):
             if site not in sites:
-                raise ConfigError(f"{where}: {site!r} is not a site; the sites are {', '.join(sites)}")
+                # A slip in a name is no layer; a layer that is none of the sites was left out of them.
+                is_layer = any(layer == site for layer, _ in target.named_modules())
+                advice = f"; drop the tie too: '~{where}'" if is_layer else ""
+                known = ", ".join(sites)
+                raise ConfigError(f"{where}: {site!r} is not a site; the sites are {known}{advice}")
         if source in tied:
             raise ConfigError(
                 f"{where}: {source!r} is itself tied; name the site that owns the subcomponents"

@@ -19,6 +19,7 @@ def diagnose(evaluation: Evaluation, history: symptoms.Rows, settings: Settings)
 
     A cause leaves out what it would bring about itself: nothing counts on a bad target; with too few
     subcomponents some have to be shared; before the end of training causal importances are still too many.
+    While most are undecided, a feature without a subcomponent says nothing of the coefficient.
     Of a coefficient too high and too low the stronger case is told. Without a known answer only what needs
     none: L0 that still falls, a jump of the gradient.
 
@@ -36,22 +37,29 @@ def diagnose(evaluation: Evaluation, history: symptoms.Rows, settings: Settings)
     if is_known and (few := _too_few(evaluation, settings)):
         return [*found, *few][:MOST_FINDINGS]
     checks = _failed(evaluation) if is_known else []
-    undertrained = _undertrained(evaluation, history, checks, settings)
+    undecided = _undecided(evaluation, checks)
+    undertrained = _undertrained(evaluation, history, undecided, settings)
     if not is_known:
         return [*found, *undertrained]
-    found += _of_sites(evaluation, checks, settings, is_over=not undertrained) + undertrained
+    found += undertrained
+    if not undertrained:
+        found += _of_sites(evaluation, checks, settings)
+    elif undecided < UNDECIDED:  # else too early to tell which features will have a subcomponent
+        found += _mostly_lost(evaluation, checks, settings)
     if not found and (missed := _no_direction(evaluation, settings)):
         return [missed]
     return (found or [_near_miss(evaluation, checks, settings)])[:MOST_FINDINGS]
 
 
-def _of_sites(
-    evaluation: Evaluation, checks: Sequence[SiteCheck], settings: Settings, *, is_over: bool
-) -> list[Finding]:
-    """What the sites show, the strongest first; before training is over only what it will not mend itself."""
+def _mostly_lost(evaluation: Evaluation, checks: Sequence[SiteCheck], settings: Settings) -> list[Finding]:
+    """A coefficient that is too high for most features: what a training that goes on does not mend."""
+    high = worst(too_high, evaluation, checks, settings)
+    return [high.finding] if high is not None and high.strength > MOST else []
+
+
+def _of_sites(evaluation: Evaluation, checks: Sequence[SiteCheck], settings: Settings) -> list[Finding]:
+    """What the sites show at the end of a training, the strongest first."""
     high, low, common = (worst(one, evaluation, checks, settings) for one in (too_high, too_low, shared))
-    if not is_over:
-        return [high.finding] if high is not None and high.strength > MOST else []
     sides = [case for case in (high, low) if case is not None]
     coefficient = max(sides, key=lambda case: case.strength, default=None)
     if coefficient is not None and coefficient.strength > MOST:
@@ -72,7 +80,12 @@ def _bad_target(settings: Settings) -> Finding:
     bad = ", ".join(f"{one.name} {one.value:.3g}" for one in settings.measurements if not one.passed)
     tries = settings.max_tries
     advice = "try another seed"
-    if tries is not None:
+    if settings.short_target is not None:
+        advice = (
+            f"target_steps, as debug=smoke sets it, trained the target in one try of {settings.short_target} "
+            "steps only, so it is not meant to be certified: leave out debug=smoke or target_steps"
+        )
+    elif tries is not None:
         advice = f"try model.training.max_tries={2 * tries} (now {tries}), or another seed"
     why = f" (out of bounds: {bad})" if bad else ""
     return Finding(
@@ -118,8 +131,14 @@ def _too_few(evaluation: Evaluation, settings: Settings) -> list[Finding]:
     return found
 
 
+def _undecided(evaluation: Evaluation, checks: Sequence[SiteCheck]) -> float:
+    """Causal importances per feature that are neither on nor off, at the worst identity site."""
+    probes = [evaluation.sites[check.site].probe_lower for check in checks if check.name == "identity"]
+    return max((symptoms.identity_symptoms(g).undecided for g in probes if g is not None), default=0.0)
+
+
 def _undertrained(
-    evaluation: Evaluation, history: symptoms.Rows, checks: Sequence[SiteCheck], settings: Settings
+    evaluation: Evaluation, history: symptoms.Rows, undecided: float, settings: Settings
 ) -> list[Finding]:
     """L0 still falls, or most features have causal importances that are neither on nor off.
 
@@ -133,8 +152,6 @@ def _undertrained(
             f"L0 still falls: {fall.first:.3g} at step {fall.first_step:,}, {fall.last:.3g} at step "
             f"{fall.last_step:,}, {fall.share:.0%} per quarter of training"
         )
-    probes = [evaluation.sites[check.site].probe_lower for check in checks if check.name == "identity"]
-    undecided = max((symptoms.identity_symptoms(g).undecided for g in probes if g is not None), default=0.0)
     if undecided >= UNDECIDED:
         signs.append(
             f"{undecided:.2g} causal importances per feature are neither on nor off "

@@ -26,6 +26,7 @@ class Settings:
         tied: by module path, the site whose subcomponents it shares.
         measurements: of the target, with their bounds.
         max_tries: of the target's training; None where it is not trained here.
+        short_target: steps of a target that `target_steps` has trained in one try; None where it is not set.
         anneals_late: a parameter of the loss, and L0 with it, still moves in the last quarter of training.
     """
 
@@ -41,6 +42,7 @@ class Settings:
     certified: bool
     measurements: Sequence[Measurement]
     max_tries: int | None
+    short_target: int | None
     anneals_late: bool
 
 

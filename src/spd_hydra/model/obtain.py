@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,39 @@ def obtain_target(
         if path is not None:
             _write_cache(target, path)
     if not target.certified:
-        logger.warning(
-            "No target was certified in %s, and no decomposition of it "
-            "counts as solved. Raise model.training.max_tries or change the recipe; see the summary.",
-            "1 try" if target.tries == 1 else f"{target.tries} tries; this is the best of them",
-        )
+        _warn(target, spec)
     return target
+
+
+def _warn(target: TrainedTarget, spec: TrainableTarget) -> None:
+    tries, advice = f"{target.tries} tries; this is the best of them", "Raise model.training.max_tries"
+    if spec.training.max_tries == 1:
+        # What brought the tries down is not known here: a configuration with target_steps, or the recipe.
+        steps = spec.training.steps
+        tries = f"1 try of {steps:,} {'step' if steps == 1 else 'steps'}"
+        advice = (
+            "If target_steps is given, as by debug=smoke, the target is not meant to be certified: leave "
+            "that out; otherwise raise model.training.max_tries"
+        )
+    logger.warning(
+        "No target was certified in %s, and no decomposition of it "
+        "counts as solved. %s or change the recipe; see the summary.",
+        tries,
+        advice,
+    )
+
+
+def out_of_bounds(measurements: Iterable[Measurement]) -> str:
+    """What keeps a target from being certified: `margin -0.6, must be > 0; response 0, must be ≥ 0.5`."""
+    return "; ".join(f"{one.name} {one.value:.3g}, {_bounds(one)}" for one in measurements if not one.passed)
+
+
+def _bounds(one: Measurement) -> str:
+    lower = "> 0" if one.lower == math.ulp(0.0) else f"≥ {one.lower:g}"
+    bounds = [lower] if math.isfinite(one.lower) and not one.value >= one.lower else []
+    if math.isfinite(one.upper) and not one.value <= one.upper:
+        bounds.append(f"≤ {one.upper:g}")
+    return f"must be {' and '.join(bounds)}" if bounds else "must be a number"
 
 
 def cache_root(cache_dir: Path | str) -> Path:
