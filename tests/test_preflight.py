@@ -12,12 +12,14 @@ import transformers
 from tests.model.tiny_hf import LENGTH, SMALL, VOCAB
 from torch import nn
 
+from spd_hydra.build import assemble, untrained_target
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.preflight import preflight
 from spd_hydra.run import run
 from spd_hydra.section import ConfigError
+from spd_hydra.simulation import simulate
 
 Toy = Callable[..., RunConfig]
 
@@ -158,3 +160,55 @@ def test_sites_that_run_twice_are_refused_on_the_meta_device(tmp_path: Path) -> 
         ConfigError, match=r"^decomposition\.sites: got .*which the target runs more than once"
     ):
         preflight(on_tokens(model, tmp_path, "model.auto_class=masked_lm"))
+
+
+RECURRENT: dict[str, Callable[[], Any]] = {
+    "lfm2": lambda: transformers.Lfm2ForCausalLM(
+        transformers.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    ),
+    "bamba": lambda: transformers.BambaForCausalLM(
+        transformers.BambaConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            attn_layer_indices=[1],
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_large_model_with_recurrent_layers_is_checked_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("spd_hydra.preflight._SMALL", 0)
+    config = on_tokens(RECURRENT[name](), tmp_path)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    parts = preflight(config)
+    assert {(type(p), p.device.type) for p in parts.model.parameters()} == {(nn.Parameter, "meta")}
+    assert parts.position_shape == (LENGTH,)
+    with pytest.raises(ConfigError, match="nowhere"):
+        preflight(on_tokens(RECURRENT[name](), tmp_path, "decomposition.default_pattern=nowhere"))
+
+
+@pytest.mark.slow
+def test_what_is_checked_without_weights_needs_what_it_needs_with_them(tmp_path: Path) -> None:
+    config = on_tokens(RECURRENT["lfm2"](), tmp_path)
+    cpu = torch.device("cpu")
+    without, with_weights = preflight(config), assemble(config, untrained_target(config), cpu)
+    needs = [simulate(parts, rows=4, device=cpu) for parts in (without, with_weights)]
+    assert without.model.site_shapes() == with_weights.model.site_shapes()
+    assert needs[0] == needs[1]
+
+
+def test_a_large_model_that_reads_values_also_where_it_is_traced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spd_hydra.preflight._SMALL", 0)
+    sizes = {name: SMALL[name] for name in ("vocab_size", "max_position_embeddings")}
+    xlm = transformers.XLMConfig(**sizes, **{"emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 3})
+    config = on_tokens(transformers.XLMWithLMHeadModel(xlm), tmp_path, "model.auto_class=masked_lm")
+    with pytest.raises(ConfigError, match=r"cannot be checked without the values of its weights \(Runtime"):
+        preflight(config)

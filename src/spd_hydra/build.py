@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -193,11 +195,13 @@ def assemble(
     *,
     untrained: bool = True,
     takes_padding: bool = False,
+    passes: AbstractContextManager[Any] | None = None,
 ) -> Parts:
     """Decomposed model, objective and data for a target; on the meta device without a known answer.
 
     With `untrained=False` initial values that need data are left out: trained ones will be loaded. With
-    `takes_padding=True` the model takes padded tokens also where the run's own rows have no padding.
+    `takes_padding=True` the model takes padded tokens also where the run's own rows have no padding. The
+    target runs within `passes`.
 
     Raises:
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
@@ -211,8 +215,8 @@ def assemble(
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     has_values = device.type != "meta"
     require_vectors(model)
-    require_outputs_that_stay(model, example)
-    with torch.no_grad():
+    with passes or nullcontext(), torch.no_grad():
+        require_outputs_that_stay(model, example)
         clean = model.clean_pass(example)
         if has_values:
             model.roots = find_roots(model, example, clean)

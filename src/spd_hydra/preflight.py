@@ -1,8 +1,11 @@
 """What is built before a launch, so that mistakes show before anything is trained."""
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spd_hydra import distributed, rng
 from spd_hydra.build import Parts, assemble, device_of, untrained_target
@@ -30,24 +33,46 @@ def preflight(config: RunConfig) -> Parts:
     """
     if not isinstance(config.launcher, Slurm):  # else the job has other devices than this machine
         device_of(config)
-    meta = torch.device("meta")
-    try:
-        with meta:
-            parts = assemble(config, untrained_target(config), meta)
-    except ConfigError:
-        raise
-    except Exception as error:  # a target or a data source of a plug-in may need values
-        _require_small(config, error)
-        target = untrained_target(config)
-        if isinstance(target, TokensIn):
-            _require_runs_on_tokens(config, target)
-        parts = assemble(config, target, torch.device("cpu"))
+    parts, passes = _parts(config)
     if config.loss.divergence is Divergence.kl:
-        _require_classes(parts)
+        with passes:
+            _require_classes(parts)
     # Ranks that share a run were started from a configuration that was checked before they met.
     if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
         _require_metric(config)
     return parts
+
+
+def _parts(config: RunConfig) -> tuple[Parts, AbstractContextManager[Any]]:
+    """The parts, without values if they can do without, and what their target has to run within."""
+    meta = torch.device("meta")
+    reasons: list[Exception] = []
+    # Some models of transformers read values unless they see that they are traced, as on fake tensors.
+    for passes in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        try:
+            with meta:
+                return assemble(config, untrained_target(config), meta, passes=passes), passes
+        except ConfigError:
+            raise
+        except Exception as error:  # a target or a data source of a plug-in may need values
+            reasons.append(error)
+    return _with_values(config, reasons[0]), nullcontext()
+
+
+def _with_values(config: RunConfig, error: Exception) -> Parts:
+    """The parts on the CPU.
+
+    Args:
+        error: why they cannot do without values.
+
+    Raises:
+        ConfigError: they would be too large, or the target cannot be run on what it gets.
+    """
+    _require_small(config, error)
+    target = untrained_target(config)
+    if isinstance(target, TokensIn):
+        _require_runs_on_tokens(config, target)
+    return assemble(config, target, torch.device("cpu"))
 
 
 def _require_small(config: RunConfig, error: Exception) -> None:

@@ -1,9 +1,11 @@
 """Blocks of a target, whose clean output stands in for them where nothing before them is masked."""
 
+from collections import deque
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 AtBlock = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """Called in place of a block with its path, the block, and its arguments; gives the output."""
@@ -21,17 +23,66 @@ class BlockSwitch:
         self.at_block: AtBlock | None = None
 
 
+_CLOSED = (type(None), bool, int, float, str, type, ModuleType)  # of which nothing inside is looked at
+_COLLECTIONS = (tuple, list, dict, set, frozenset, deque)
+
+
+class _Contents:
+    """What can be reached from a value by elements and attributes, to see later whether it was changed."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._found = _reachable(value)
+
+    def changed(self) -> bool:
+        """Whether anything else can be reached now, or a tensor was written to."""
+        now = _reachable(self._value)
+        return len(now) != len(self._found) or any(
+            one is not other or version != before
+            for (one, version), (other, before) in zip(now, self._found, strict=True)
+        )
+
+
+def _reachable(value: Any) -> list[tuple[Any, int]]:
+    """All that can be reached, in a fixed order, and how often each tensor was written to."""
+    found: list[tuple[Any, int]] = []
+    looked_into: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        is_tensor = isinstance(one, Tensor)
+        found.append((one, one._version if is_tensor and not one.is_inference() else 0))
+        if is_tensor or isinstance(one, _CLOSED) or id(one) in looked_into:
+            continue
+        looked_into.add(id(one))  # objects may refer to each other in a circle
+        if isinstance(one, _COLLECTIONS):
+            waiting += one
+        if isinstance(one, dict):
+            waiting += one.values()
+        waiting += getattr(one, "__dict__", {}).values()
+    return found
+
+
 class BlockWrapper(nn.Module):
-    """A block that does what a switch says."""
+    """A block that does what a switch says, as long as to give an output is all that it does.
+
+    One that changes what it is given, such as a cache of keys and values that later blocks read, runs as it
+    is in every pass after the first, which is a clean one: its output does not stand for it, and to run it
+    again in a backward pass would change that a second time.
+    """
 
     def __init__(self, path: str, block: nn.Module, switch: BlockSwitch) -> None:
         super().__init__()
         self.path, self.block, self.switch = path, block, switch
+        self.changes_arguments = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.switch.at_block is None:
+        if self.switch.at_block is None or self.changes_arguments:
             return self.block(*args, **kwargs)
-        return self.switch.at_block(self.path, self.block, args, kwargs)
+        given = _Contents((args, kwargs))
+        output = self.switch.at_block(self.path, self.block, args, kwargs)
+        self.changes_arguments = given.changed()
+        return output
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,6 +112,7 @@ class CleanBlocks:
 
     def __init__(self) -> None:
         self._outputs: dict[str, Any] = {}
+        self._as_given: dict[str, _Contents] = {}
         self._again: set[str] = set()  # blocks that ran more than once: one output does not stand for them
         self._before: dict[str, frozenset[str]] = {}
         self._sites: list[str] = []  # in the order in which they began
@@ -70,7 +122,7 @@ class CleanBlocks:
         output = block(*args, **kwargs)
         if path in self._outputs:
             self._again.add(path)
-        self._outputs[path] = output
+        self._outputs[path], self._as_given[path] = output, _Contents(output)
         return output
 
     def site_begins(self, site: str) -> None:
@@ -89,7 +141,9 @@ class CleanBlocks:
             site: the masked one.
             run: runs that block and those after it.
         """
-        known = self._before[site] - self._again
+        ran_once = self._before[site] - self._again
+        # What followed, in the clean pass or a masked one, may have gone on in an output's own memory.
+        known = {path for path in ran_once if not self._as_given[path].changed()}
 
         def at_block(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self._outputs[path] if path in known else run(path, block, args, kwargs)
