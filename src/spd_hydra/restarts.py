@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from spd_hydra import distributed
+from spd_hydra.counted import counted
 from spd_hydra.finite import TrainingError
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.progress import Progress, format_number
@@ -163,10 +164,8 @@ class _Choice:
         trainer.facts["restarts"] = {"chosen": chosen, "rounds": self._rounds, "steps_of_others": others}
         for one in self._rounds:
             texts = [format_number(loss) for loss in one["losses"] if loss is not None]
-            noun = "initialisation" if len(texts) == 1 else "initialisations"
-            text = "%slosses of %d %s after %s: %s"
-            steps_taken = "1 step" if one["steps"] == 1 else f"{one['steps']} steps"
-            logger.info(text, self._owner, len(texts), noun, steps_taken, ", ".join(texts))
+            those, after = counted(len(texts), "initialisation"), counted(one["steps"], "step")
+            logger.info("%slosses of %s after %s: %s", self._owner, those, after, ", ".join(texts))
         if steps == trainer.training.steps:  # nothing is left to train, and so to save, for others
             trainer.save()
         return None

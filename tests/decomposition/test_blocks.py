@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.decomposition.random_weights import draw_weights
 from torch import Tensor, nn
 
 from spd_hydra import rng
@@ -35,10 +36,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Counted() for _ in range(4))
         self.again = again
-        generator = rng.generator(0, "stack")
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = list(self.blocks)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.decomposition.random_weights import draw_weights
 from torch import Tensor, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
@@ -79,10 +80,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(what) for what in blocks)
         self.store = store
-        generator = rng.generator(0, "stack")
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         store = self.store()

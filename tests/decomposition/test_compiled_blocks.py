@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+from tests.decomposition.random_weights import draw_weights
 from torch import Tensor, nn
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.utils.flop_counter import FlopCounterMode
 
-from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
@@ -59,10 +59,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(factor) for factor in factors)
         self.hint = hint
-        generator = rng.generator(0, "stack")
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -105,8 +105,8 @@ def test_what_keeps_a_target_from_being_certified_is_told_with_its_bounds() -> N
         Measurement(name="angle", value=math.nan, lower=0, upper=3),
     ]
     assert out_of_bounds(found) == (
-        "margin -0.6, must be > 0; response 0, must be ≥ 0.5; loss 0.25, must be ≤ 0.125; "
-        "angle nan, must be ≥ 0 and ≤ 3"
+        "margin -0.6, must be > 0; response 0, must be ≥ 0.5; loss 0.25, must be 0 to 0.125; "
+        "angle nan, must be 0 to 3"
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -48,10 +47,6 @@ class Layout:
     end: int | None
     vocab_size: int
     begin: tuple[int, ...] = ()
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that rows depend on; an empty `begin` is left out, so that older caches are found."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "begin" or value}
 
     @property
     def dtype(self) -> np.dtype[np.signedinteger | np.unsignedinteger]:

@@ -216,8 +216,7 @@ class Tokens(DataSource):
         masks = reader.mask(columns), reader.mask(others or {})
         identity = [
             *(_FORMAT, source.identity, held_out.identity if held_out else self.eval_fraction),
-            *(reader.identity(), layout.identity()),
-            *(masks if any(masks) else ()),  # so that older caches of data without any are found
+            *(reader.identity(), masks, dataclasses.asdict(layout)),
         ]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return TokenRows(

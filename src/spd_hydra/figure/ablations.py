@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spd_hydra.counted import counted
 from spd_hydra.figure.base import History, figure
-from spd_hydra.figure.style import INK, MUTED, colour_of, counted, new_figure, panels
+from spd_hydra.figure.style import INK, MUTED, colour_of, new_figure, panels
 from spd_hydra.metric.evaluation import Evaluation
 
 if TYPE_CHECKING:

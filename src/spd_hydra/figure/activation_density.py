@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
+from spd_hydra.counted import counted
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
@@ -12,7 +13,6 @@ from spd_hydra.figure.style import (
     FAINT,
     MUTED,
     colour_of,
-    counted,
     new_figure,
     panels,
     plain,

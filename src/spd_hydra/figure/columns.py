@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Int
 
-from spd_hydra.figure.style import counted
+from spd_hydra.counted import counted
 from spd_hydra.metric.evaluation import Evaluation, SiteCheck, SiteEvaluation
 
 if TYPE_CHECKING:

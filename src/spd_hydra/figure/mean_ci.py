@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spd_hydra.counted import counted
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.columns import expected_of
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
-from spd_hydra.figure.style import MUTED, colour_of, counted, new_figure, panels, plain
+from spd_hydra.figure.style import MUTED, colour_of, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
 if TYPE_CHECKING:

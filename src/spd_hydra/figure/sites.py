@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spd_hydra.counted import counted
 from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.site_names import site_labels
-from spd_hydra.figure.style import FAINT, MUTED, PALETTE, counted, new_figure, panels, plain
+from spd_hydra.figure.style import FAINT, MUTED, PALETTE, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation
 
 if TYPE_CHECKING:

@@ -109,8 +109,3 @@ def shortened(text: str, limit: int = 48) -> str:
 def plain(text: str) -> str:
     """A name as it is: matplotlib must not read `$` in it as mathematics."""
     return text.replace("$", r"\$")
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 site`, `2 sites`, `4,096 positions`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,6 +1,7 @@
 """What a target model must offer to be decomposed."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,16 @@ class Measurement:
     def passed(self) -> bool:
         """Whether the value lies in the interval; NaN never does."""
         return self.lower <= self.value <= self.upper
+
+
+def interval(lower: float | None, upper: float | None) -> str:
+    """A closed interval as people read it: 69 to 75, ≥ 0.5, ≤ 3, > 0; empty without bounds."""
+    has_lower, has_upper = (bound is not None and math.isfinite(bound) for bound in (lower, upper))
+    if has_lower and has_upper:
+        return f"{lower:g}" if lower == upper else f"{lower:g} to {upper:g}"
+    if has_lower:
+        return "> 0" if lower == math.ulp(0.0) else f"≥ {lower:g}"  # the least positive number there is
+    return f"≤ {upper:g}" if has_upper else ""
 
 
 @dataclass(frozen=True, kw_only=True)

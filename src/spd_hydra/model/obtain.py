@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from spd_hydra import rng
-from spd_hydra.model.base import Measurement, TargetSpec
+from spd_hydra.counted import counted
+from spd_hydra.model.base import Measurement, TargetSpec, interval
 from spd_hydra.model.training import BatchSource, TrainableTarget, fresh_loss, train
 from spd_hydra.model.weights import WeightsError, load_target_weights, save_target
 from spd_hydra.section import ConfigError, kind_of
@@ -99,8 +100,7 @@ def _warn(target: TrainedTarget, spec: TrainableTarget) -> None:
     tries, advice = f"{target.tries} tries; this is the best of them", "Raise model.training.max_tries"
     if spec.training.max_tries == 1:
         # What brought the tries down is not known here: a configuration with target_steps, or the recipe.
-        steps = spec.training.steps
-        tries = f"1 try of {steps:,} {'step' if steps == 1 else 'steps'}"
+        tries = f"1 try of {counted(spec.training.steps, 'step')}"
         advice = (
             "If target_steps is given, as by debug=smoke, the target is not meant to be certified: leave "
             "that out; otherwise raise model.training.max_tries"
@@ -115,15 +115,11 @@ def _warn(target: TrainedTarget, spec: TrainableTarget) -> None:
 
 def out_of_bounds(measurements: Iterable[Measurement]) -> str:
     """What keeps a target from being certified: `margin -0.6, must be > 0; response 0, must be ≥ 0.5`."""
-    return "; ".join(f"{one.name} {one.value:.3g}, {_bounds(one)}" for one in measurements if not one.passed)
-
-
-def _bounds(one: Measurement) -> str:
-    lower = "> 0" if one.lower == math.ulp(0.0) else f"≥ {one.lower:g}"
-    bounds = [lower] if math.isfinite(one.lower) and not one.value >= one.lower else []
-    if math.isfinite(one.upper) and not one.value <= one.upper:
-        bounds.append(f"≤ {one.upper:g}")
-    return f"must be {' and '.join(bounds)}" if bounds else "must be a number"
+    return "; ".join(
+        f"{one.name} {one.value:.3g}, must be {interval(one.lower, one.upper) or 'a number'}"
+        for one in measurements
+        if not one.passed
+    )
 
 
 def cache_root(cache_dir: Path | str) -> Path:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from spd_hydra import atomic
 from spd_hydra.figure.base import Drawn, History
 from spd_hydra.metric.evaluation import Evaluation
+from spd_hydra.model.base import interval
 from spd_hydra.report import ablations
 from spd_hydra.report.contexts import text_section
 from spd_hydra.report.html import render
@@ -197,7 +197,7 @@ def _target(target: Mapping[str, Any], certified: bool | None) -> dict[str, Any]
         value, lower, upper = (measurement.get(key) for key in ("value", "lower", "upper"))
         inside = None not in (value, lower, upper) and lower <= value <= upper  # type: ignore[operator]
         measurement["passed"] = bool(measurement.get("passed", inside))
-        measurement["allowed"] = _interval(lower, upper)
+        measurement["allowed"] = interval(lower, upper) or NOTHING
     facts = {k: v for k, v in target.items() if k not in {"certified", "measurements"}}
     return {
         "certified": certified,
@@ -208,16 +208,6 @@ def _target(target: Mapping[str, Any], certified: bool | None) -> dict[str, Any]
         },
         "measurements": measured,
     }
-
-
-def _interval(lower: Any, upper: Any) -> str:
-    """A closed interval as people read it: 69 to 75, ≥ 0.5, ≤ 3, > 0, –."""
-    has_lower, has_upper = (isinstance(x, int | float) and math.isfinite(x) for x in (lower, upper))
-    if has_lower and has_upper:
-        return f"{lower:g}" if lower == upper else f"{lower:g} to {upper:g}"
-    if has_lower:
-        return "> 0" if lower == math.ulp(0.0) else f"≥ {lower:g}"  # the least positive number there is
-    return f"≤ {upper:g}" if has_upper else NOTHING
 
 
 def embedded(figures: Sequence[Drawn]) -> tuple[list[dict[str, Any]], list[str]]:
