@@ -75,7 +75,7 @@ def compare(config: RunConfig) -> Peak:
     for _ in range(_STEPS):
         variant.step()
     parameters = sum(p.nbytes for p in trainer.model.parameters())
-    trained = sum(p.nbytes for p in trainer.components + trainer.ci_fn)
+    trained = sum(p.nbytes for p in trainer.updates.components + trainer.updates.ci_fn)
     # Gradients of the step before are there until a step that is compiled as a whole returns its own;
     # otherwise they are dropped first, which the profiler does not see.
     before = trained if trainer.loss_and_gradients.is_compiled else 0

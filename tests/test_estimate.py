@@ -44,7 +44,7 @@ def most_bytes_in_a_step(trainer: Trainer) -> int:
     """Parameters, target, gradients, moments, and what the allocator gives out in a step."""
     for _ in range(2):
         trainer.train_step()
-    trained = sum(p.numel() for p in trainer.components + trainer.ci_fn)
+    trained = sum(p.numel() for p in trainer.updates.components + trainer.updates.ci_fn)
     frozen = sum(p.numel() for p in trainer.model.target.parameters())
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

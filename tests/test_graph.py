@@ -275,7 +275,7 @@ def test_a_recording_that_fails_changes_nothing_and_is_told_once(
 
     def protected() -> list[Tensor]:
         (trainer,) = failing
-        gradients = [p.grad for p in trainer.components + trainer.ci_fn if p.grad is not None]
+        gradients = [p.grad for p in trainer.updates.components + trainer.updates.ci_fn if p.grad is not None]
         return [*(t for part in trainer.state() for t in part.values()), *gradients]
 
     recorder = Unrecordable(piece, protected)
@@ -319,7 +319,7 @@ def test_a_replayed_loss_that_breaks_stops_the_run_before_the_update(make: Make,
     for _ in range(REHEARSALS + 2):
         trainer.train_step()
     with torch.no_grad():
-        trainer.components[0].fill_(torch.nan)
+        trainer.updates.components[0].fill_(torch.nan)
     before = copied(trainer.state())
     with pytest.raises(TrainingError, match=f"the loss is nan at step {REHEARSALS + 2}, in: "):
         trainer.train_step()
@@ -355,13 +355,13 @@ def test_on_a_cpu_nothing_is_recorded_and_nothing_is_said(
                 sampler=trainer.sampler,
                 step=trainer.loss_and_gradients,
                 objective=trainer.objective,
-                optimizer=trainer.optimizer,
+                optimizer=trainer.updates.optimizer,
                 update=lambda: None,
             )
             is None
         )
     assert caplog.records == []
-    assert trainer.optimizer.param_groups[0]["lr"] == trainer.training.lr
+    assert trainer.updates.optimizer.param_groups[0]["lr"] == trainer.training.lr
 
 
 # ---- the recorder of a GPU, on one that only writes down what it is asked --------------------------------

@@ -167,7 +167,7 @@ def test_a_recording_that_fails_changes_nothing_and_is_told(
     work = getattr(owner, name)
 
     def waiting(*arguments: Any) -> Any:
-        trainer.components[0].sum().item()  # which cannot be recorded
+        trainer.updates.components[0].sum().item()  # which cannot be recorded
         return work(*arguments)
 
     setattr(owner, name, waiting)

@@ -138,7 +138,7 @@ def test_each_draws_what_it_would_draw_alone(make: Make) -> None:
 
 def break_at(trainer: Trainer) -> None:
     with torch.no_grad():
-        next(iter(trainer.components)).fill_(torch.nan)
+        next(iter(trainer.updates.components)).fill_(torch.nan)
 
 
 def test_one_that_breaks_drops_out_and_the_others_never_know(make: Make) -> None:

@@ -87,7 +87,7 @@ def test_the_worse_half_ends_at_each_comparison(make: Make) -> None:
     }
     assert len(seen) == 10
     assert [row["step"] for row in rows(trainer)] == [1, 2, 3, 4]
-    alone.fit_weights()
+    alone.updates.fit_weights()
     while alone.step < 4:
         alone.train_step()
     assert equal(trainer.model.trainable_state(), alone.model.trainable_state())

@@ -79,9 +79,9 @@ def fit(job: Job, out: Path) -> dict[str, int]:
         else:
             trainer.restore(load_checkpoint(out / job.start / "checkpoints" / f"step_{SAVED}"))
         trainer.fit()
-    parameters = trainer.components + trainer.ci_fn
-    states = [state for own in trainer.optimizer.state.values() for state in own.values()]
-    updated = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    parameters = trainer.updates.components + trainer.updates.ci_fn
+    states = [state for own in trainer.updates.optimizer.state.values() for state in own.values()]
+    updated = [p for group in trainer.updates.optimizer.param_groups for p in group["params"]]
     return {
         "parameters": bytes_behind(parameters),
         "moments": bytes_behind([state for state in states if state.dim()]),
@@ -293,7 +293,7 @@ def test_alone_sharing_changes_nothing(make: Make, caplog: pytest.LogCaptureFixt
     plain, shared = make(), make(SHARED)
     assert "train.shard=optimizer has no effect: there is one process" in caplog.text
     for trainer in (plain, shared):
-        trainer.fit_weights()
+        trainer.updates.fit_weights()
         trainer.train_step()
     for name, value in plain.model.trainable_state().items():
         assert torch.equal(shared.model.trainable_state()[name], value)

@@ -60,8 +60,8 @@ def saved_steps(trainer: Trainer) -> list[int]:
 def first_gradients(trainer: Trainer) -> dict[str, float]:
     """Norms of the gradients that the optimiser saw in its first step: its mean is a tenth of them."""
     norms = {}
-    for part, parameters in [("components", trainer.components), ("ci_fn", trainer.ci_fn)]:
-        means = [trainer.optimizer.state[p]["exp_avg"] * 10 for p in parameters]
+    for part, parameters in [("components", trainer.updates.components), ("ci_fn", trainer.updates.ci_fn)]:
+        means = [trainer.updates.optimizer.state[p]["exp_avg"] * 10 for p in parameters]
         norms[part] = float(torch.cat([mean.flatten() for mean in means]).norm())
     return norms
 
@@ -79,9 +79,9 @@ def test_the_learning_rate_follows_the_schedule_step_by_step(make: Make) -> None
 def test_the_first_update_moves_by_the_learning_rate(make: Make) -> None:
     # Adam's first step is lr · g / (|g| + 1e-8): at most lr, and nearly that where |g| is not tiny.
     trainer = make("train.lr=0.003", "train.lr_schedule.kind=constant")
-    before = values(trainer.components + trainer.ci_fn)
+    before = values(trainer.updates.components + trainer.updates.ci_fn)
     trainer.train_step()
-    after = values(trainer.components + trainer.ci_fn)
+    after = values(trainer.updates.components + trainer.updates.ci_fn)
     moved = [float((new - old).abs().max()) for new, old in zip(after, before, strict=True)]
     assert max(moved) == pytest.approx(0.003, rel=1e-3)
 
@@ -141,32 +141,32 @@ def test_a_step_is_a_function_of_the_seed(make: Make) -> None:
 
 def test_the_warmup_fits_the_weights_and_leaves_the_ci_fn_alone(make: Make) -> None:
     trainer = make("train.faithfulness_warmup={steps:50,lr:0.01,weight_decay:0.0}")
-    ci_before = values(trainer.ci_fn)
+    ci_before = values(trainer.updates.ci_fn)
 
     def error() -> float:
         deltas = [trainer.model.weight_delta(site).detach() for site in trainer.model.site_names]
         return float(torch.cat([delta.flatten() for delta in deltas]).square().mean())
 
     before = error()
-    trainer.fit_weights()
+    trainer.updates.fit_weights()
     assert error() < before / 10
-    for new, old in zip(trainer.ci_fn, ci_before, strict=True):
+    for new, old in zip(trainer.updates.ci_fn, ci_before, strict=True):
         assert torch.equal(new, old)
     assert trainer.step == 0
 
 
 def test_the_optimiser_of_the_warmup_is_forgotten(make: Make) -> None:
     trainer = make("train.faithfulness_warmup.steps=3")
-    trainer.fit_weights()
-    assert len(trainer.optimizer.state) == 0
-    assert all(parameter.grad is None for parameter in trainer.components)
+    trainer.updates.fit_weights()
+    assert len(trainer.updates.optimizer.state) == 0
+    assert all(parameter.grad is None for parameter in trainer.updates.components)
 
 
 def test_without_warmup_training_starts_from_the_initial_values(make: Make) -> None:
     trainer = make("train.faithfulness_warmup.steps=0")
-    before = values(trainer.components)
-    trainer.fit_weights()
-    for new, old in zip(trainer.components, before, strict=True):
+    before = values(trainer.updates.components)
+    trainer.updates.fit_weights()
+    for new, old in zip(trainer.updates.components, before, strict=True):
         assert torch.equal(new, old)
 
 
@@ -177,7 +177,7 @@ def test_the_warmup_is_not_repeated_after_a_resume(make: Make, monkeypatch: pyte
     checkpoint = load_newest(first.run.checkpoints)
     assert checkpoint is not None
     again.restore(checkpoint)
-    monkeypatch.setattr(again, "fit_weights", lambda: pytest.fail("warmed up a second time"))
+    monkeypatch.setattr(again.updates, "fit_weights", lambda: pytest.fail("warmed up a second time"))
     again.fit()
     assert again.step == STEPS + 2
 
@@ -279,14 +279,14 @@ def test_weights_that_an_update_breaks_are_neither_measured_nor_saved(
 ) -> None:
     often = {"eval.every": 100, "train.checkpoint_every": 100, due: 3}
     trainer = make(*(f"{key}={steps}" for key, steps in often.items()))
-    take = trainer.optimizer.step
+    take = trainer.updates.optimizer.step
 
     def overflowing() -> None:
         take()
         if trainer.step == 2:
-            next(iter(trainer.components)).data[0] = math.inf
+            next(iter(trainer.updates.components)).data[0] = math.inf
 
-    monkeypatch.setattr(trainer.optimizer, "step", overflowing)
+    monkeypatch.setattr(trainer.updates.optimizer, "step", overflowing)
     with pytest.raises(TrainingError, match=r"^the weights are not finite after step 3\. Checkpoints in"):
         trainer.fit()
     assert saved_steps(trainer) == []

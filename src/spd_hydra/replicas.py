@@ -86,8 +86,8 @@ class Replicas:
         stacked = [self._step.parameters[f"model.{name}"] for name in names]
         own = dict(zip([id(first.model.get_parameter(name)) for name in names], stacked, strict=True))
         self._parts = {
-            "components": [own[id(p)] for p in first.components],
-            "ci_fn": [own[id(p)] for p in first.ci_fn],
+            "components": [own[id(p)] for p in first.updates.components],
+            "ci_fn": [own[id(p)] for p in first.updates.ci_fn],
         }
         self._members = [
             [trainer.model.get_parameter(name) for name in names] for trainer in trainers
@@ -116,7 +116,7 @@ class Replicas:
         """
         if self.step == 0:
             for trainer in self.trainers:
-                trainer.fit_weights()
+                trainer.updates.fit_weights()
         self.begin()
         self._tell_failed(self.failed)
         results: list[Evaluation | None] = [None] * len(self.trainers)
@@ -162,7 +162,7 @@ class Replicas:
         """Make the optimiser's moments those of the trainers, if any has some."""
         self._optimizer.state.clear()
         states: list[list[dict[str, Tensor]]] = [
-            [trainer.optimizer.state.get(p, {}) for p in own]
+            [trainer.updates.optimizer.state.get(p, {}) for p in own]
             for trainer, own in zip(self.trainers, self._members, strict=True)
         ]
         whole = next((replica for replica in states if all(replica)), None)
@@ -303,7 +303,7 @@ class Replicas:
         for number, (trainer, members) in enumerate(zip(self.trainers, self._members, strict=True)):
             for parameter, stacked in zip(members, self._stacked, strict=True):
                 state = self._optimizer.state[stacked]
-                trainer.optimizer.state[parameter] = {
+                trainer.updates.optimizer.state[parameter] = {
                     "step": state["step"],
                     "exp_avg": state["exp_avg"][number],
                     "exp_avg_sq": state["exp_avg_sq"][number],

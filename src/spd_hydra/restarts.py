@@ -125,7 +125,7 @@ class _Choice:
             self._trainer.set_state(end.parameters, end.optimizer, step=self._rounds[-1]["steps"])
         else:  # not begun, or broken: a group takes the same steps for all of its trainers
             self._trainer.set_state(self._initial_state(number), {}, step=0)
-            self._trainer.fit_weights()
+            self._trainer.updates.fit_weights()
             self._trainer.step = self._rounds[-1]["steps"] if self._rounds else 0
 
     def put_down(self, place: int, end: "Beginning | TrainingError") -> None:

@@ -3,12 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spd_hydra import distributed
 from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
@@ -21,21 +19,17 @@ from spd_hydra.finite import (
 )
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.logger.base import Logger
-from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
-from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.step import Ascent, Step
 from spd_hydra.stop import StopSignals, kept_from_children
 from spd_hydra.stopwatch import Stopwatch
-from spd_hydra.trainer_config import Evaluation, Sharding, Training
-
-if TYPE_CHECKING:
-    from spd_hydra.shards import Shards
+from spd_hydra.trainer_config import Evaluation, Training
+from spd_hydra.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +72,17 @@ class Trainer:
         self.step = 0
         self.stopwatch = Stopwatch()
         self.facts: dict[str, Any] = {}
-        self.components: list[nn.Parameter] = list(self.model.component_parameters())
-        self.ci_fn: list[nn.Parameter] = list(self.model.ci_parameters())
-        self.shards = _shards(training.shard, self.components + self.ci_fn)
-        # What this rank's optimiser changes, and takes gradients of: the parameters, or its pieces of them.
-        self.updated = {"components": self._own(self.components), "ci_fn": self._own(self.ci_fn)}
-        self.optimizer = adamw(self.updated.values(), lr=training.lr, weight_decay=0.0)
+        self.updates = Updates(self.model, training)
         self._is_on_cpu = self.model.device.type == "cpu"
         compile = training.compile and can_compile(self.model.device.type)
         self._is_to_be_compiled = compile  # by the first step
         if compile and compiles_blocks(objective, training):
             self.model.compiled_blocks, compile = CompiledBlocks(), False
-        self.loss_and_gradients = Step(objective, compile=compile, pieces=self.shards)
+        self.loss_and_gradients = Step(objective, compile=compile, pieces=self.updates.shards)
         self.accumulated: AccumulatedStep | None = None
         if training.accumulate > 1:
             split = SplitSampler(sampler, training.accumulate)
-            self.accumulated = AccumulatedStep(objective, split, compile=compile, pieces=self.shards)
+            self.accumulated = AccumulatedStep(objective, split, compile=compile, pieces=self.updates.shards)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
         self._is_prepared = False
@@ -109,7 +98,7 @@ class Trainer:
             Stopped: a signal asked for it; a checkpoint was saved.
         """
         if self.step == 0:
-            self.fit_weights()
+            self.updates.fit_weights()
         self.take_from_rank_0()
         result = None
         progress = Progress(self.training.steps, self.step, disable=self.run.follows)
@@ -148,10 +137,7 @@ class Trainer:
         self.model.load_trainable_state(parameters)
         self.adversary.set_state(optimizer)
         moments = {name: value for name, value in optimizer.items() if not is_adversarys(name)}
-        moments = moments if self.shards is None else self.shards.cut(moments)
-        with nullcontext() if self._graph is None else in_same_memory(self.optimizer):
-            self.optimizer.state.clear()
-            load_state_tensors(self.optimizer, self._named_updated(), moments)
+        self.updates.set_moments(moments, in_place=self._graph is not None)
         self.step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -159,17 +145,12 @@ class Trainer:
 
         Of moments that are shared out, this rank's pieces.
         """
-        moments = state_tensors(self.optimizer, self._named_updated())
-        return self.model.trainable_state(), moments | self.adversary.state()
+        return self.model.trainable_state(), self.updates.moments() | self.adversary.state()
 
     def take_from_rank_0(self) -> None:
-        """Go on from rank 0's parameters and moments: on another kind of machine they may differ a little.
-
-        Moments that are shared out are nobody else's, and stay as they are.
-        """
-        parameters, optimizer = self.state()
-        common = optimizer if self.shards is None else self.adversary.state()
-        distributed.take_from_rank_0([*parameters.values(), *common.values()])
+        """Go on from what rank 0 has: on another kind of machine it may differ a little."""
+        own = self.model.trainable_state() | self.adversary.state()
+        self.updates.take_from_rank_0(list(own.values()))
 
     def stop_if_asked(self, *, saving: bool = True) -> None:
         """At the end of a step, where all is whole: if any rank is asked to, save, if asked here, and end.
@@ -213,7 +194,7 @@ class Trainer:
         # Before this step is logged, measured or saved. Norms take as long as a third of a toy's step, and
         # reading the loss waits for the device, which is free on a CPU.
         recorded = self.is_recorded(self.step + 1)
-        self.gradient_norms = self._norms() if recorded else {}
+        self.gradient_norms = self.updates.norms() if recorded else {}
         if recorded or self._is_on_cpu:
             self.require_finite(loss)
         if self._graph is None:
@@ -233,7 +214,7 @@ class Trainer:
             sampler=self.sampler,
             step=self.loss_and_gradients,
             objective=self.objective,
-            optimizer=self.optimizer,
+            optimizer=self.updates.optimizer,
             update=self._update,
         )
         self._is_prepared = True
@@ -242,8 +223,7 @@ class Trainer:
         progress = self.step / self.training.steps
         if self._graph is not None:
             return self._graph.gradients(self.step, lr=self.lr, progress=progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.updates.set_lr(self.lr)
         if (accumulated := self.accumulated) is not None:
             self._ascend(lambda: accumulated.parts(self.step))
             return accumulated(self.step, self.objective.scheduled(progress))
@@ -258,39 +238,17 @@ class Trainer:
             self.adversary.ascend(left)
 
     def _update(self) -> None:
-        self._clip(self.updated["components"], self.training.clip_components)
-        self._clip(self.updated["ci_fn"], self.training.clip_ci_fn)
-        self.optimizer.step()
-        if self.shards is not None:
-            self.shards.gather(self.components + self.ci_fn)
+        self.updates.step()
         self.adversary.ascend()
-
-    def fit_weights(self) -> None:
-        """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""
-        warmup = self.training.faithfulness_warmup
-        components = self.updated["components"]
-        optimizer = adamw([components], lr=warmup.lr, weight_decay=warmup.weight_decay)
-        for _ in range(warmup.steps):
-            optimizer.zero_grad()
-            statistics = faithfulness_statistics(self.model)
-            torch.autograd.backward(statistics["sum"] / statistics["count"])
-            if self.shards is not None:
-                self.shards.take_gradients(self.components)
-            optimizer.step()
-            if self.shards is not None:
-                self.shards.gather(self.components)
-        optimizer.zero_grad()
 
     def save(self) -> None:
         """Write a checkpoint of this step, from which all ranks go on."""
         self.take_from_rank_0()
-        parameters, optimizer = self.state()
-        if self.shards is not None:
-            optimizer = self.shards.join(optimizer, self._named_parameters(), keep=not self.run.follows)
+        moments = self.updates.whole_moments(keep=not self.run.follows)
         if self.run.follows:
             return
         self.run.sync_metrics()
-        tensors = {"model": parameters, "optimizer": optimizer}
+        tensors = {"model": self.model.trainable_state(), "optimizer": moments | self.adversary.state()}
         state = {"step": self.step, "facts": self.facts, "times": self.stopwatch.state()}
         keep, allowed = self.training.keep_checkpoints, self.run.require_ownership
         save_checkpoint(self.run.checkpoints, self.step, tensors, state, keep, allowed)
@@ -303,15 +261,6 @@ class Trainer:
         self.stopwatch.add(checkpoint.state.get("times", {}))
         self.run.truncate_metrics(self.step)
 
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-
-    def _named_updated(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, self._own([p])[0]) for name, p in self._named_parameters()]
-
-    def _own(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        return parameters if self.shards is None else self.shards.of(parameters)
-
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps, and after the last, is due now."""
         return self.step % every == 0 or self.step == self.training.steps
@@ -320,18 +269,6 @@ class Trainer:
         """Whether this step is logged, measured or saved."""
         often = (self.training.log_every, self.training.checkpoint_every, self.evaluation.every)
         return step == self.training.steps or any(step % every == 0 for every in often)
-
-    def _norms(self) -> dict[str, Tensor]:
-        """Norms of the gradients, before any clipping."""
-        norms: dict[str, Tensor] = {}
-        for name, part in self.updated.items():
-            norm = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
-            norms[name] = norm if self.shards is None else self.shards.whole(norm)
-        return norms
-
-    def _clip(self, parameters: list[nn.Parameter], limit: float | None) -> None:
-        if limit is not None:
-            nn.utils.clip_grad_norm_(parameters, limit)
 
     def require_finite(self, loss: StepLoss) -> None:
         """Raise TrainingError if the loss or a gradient norm that was taken is not finite."""
@@ -356,7 +293,8 @@ class Trainer:
         require_finite_evaluation(metrics, step=self.step, advice=self._advice)
 
     def _require_finite_weights(self) -> None:
-        require_finite_weights(self.components + self.ci_fn, step=self.step, advice=self._advice)
+        weights = self.updates.components + self.updates.ci_fn
+        require_finite_weights(weights, step=self.step, advice=self._advice)
 
     def _evaluate(self) -> EvaluationResult:
         result = self.measure()
@@ -380,15 +318,3 @@ def compiles_blocks(objective: Objective, training: Training) -> bool:
     if model.patched.n_blocks == 0 or model.patched.shares_products or training.replicas > 1:
         return False
     return objective.block_runs > _MOST_BLOCK_RUNS if asked is None else asked
-
-
-def _shards(wanted: Sharding, parameters: list[nn.Parameter]) -> "Shards | None":
-    """The parameters shared out over ranks; None if that is not wanted, or if there is one rank."""
-    if wanted is Sharding.none:
-        return None
-    if distributed.world_size() == 1:
-        logger.info("train.shard=%s has no effect: there is one process, which keeps all", wanted.name)
-        return None
-    from spd_hydra.shards import Shards  # noqa: PLC0415
-
-    return Shards(parameters)
