@@ -135,6 +135,13 @@ def test_advice_knows_the_keys_of_every_site(layers: str, tied: bool) -> None:
     assert settings.anneals_late is (layers == "resid_mlp3")  # until 85 % of training, not until 75 %
 
 
+@pytest.mark.parametrize(("end", "late"), [(0.7, False), (0.8, True)])
+def test_a_squeeze_in_the_last_quarter_moves_the_loss_late(end: float, late: bool) -> None:
+    squeeze = f"{{squeeze:3.0,squeeze_from:{end - 0.02},squeeze_to:{end}}}"
+    _, settings = settings_for("experiment=tms_5-2", f"loss.importance_minimality={squeeze}")
+    assert settings.anneals_late is late
+
+
 def test_advice_knows_which_term_asks_for_sparsity() -> None:
     smooth = ["loss.importance_minimality.coeff=0", "loss.smooth_l0.coeff=2e-3"]
     for words, expected in [([], ("importance_minimality", 6e-3)), (smooth, ("smooth_l0", 2e-3))]:
@@ -447,7 +454,7 @@ def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.Monke
     seen: list[str] = []
     from spd_hydra import run as module
 
-    def spying(config: RunConfig, directory: Any, signals: Any) -> Outcome:
+    def spying(config: RunConfig, directory: Any, signals: Any, trackers: Any) -> Outcome:
         seen.append(read_json(directory.path / "status.json")["status"])
         return Outcome(directory.path, {"steps": 0})
 

@@ -24,6 +24,8 @@ from spd_hydra.summary import summarise
 
 log = logging.getLogger(__name__)
 
+_LATE = [1 - LAST_QUARTER * share / 100 for share in range(101)]  # fractions of training
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -135,7 +137,7 @@ def settings_of(parts: Parts, target: TrainedTarget) -> Settings:
             model.training.steps if config.target_steps and isinstance(model, TrainableTarget) else None
         ),
         anneals_late=any(
-            term.scheduled(1 - LAST_QUARTER) != term.scheduled(1.0)
+            any(term.scheduled(progress) != term.scheduled(1.0) for progress in _LATE)
             for term in config.loss.active_terms().values()
         ),
     )

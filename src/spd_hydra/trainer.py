@@ -299,7 +299,7 @@ class Trainer:
     def _evaluate(self) -> EvaluationResult:
         result = self.measure()
         self.require_finite_evaluation(result.metrics)
-        self.log("eval", result.metrics)
+        self.log("eval", result.row())
         every = self.evaluation.figures_every
         if self.evaluation.figures and every and self.step % every == 0 and self.step < self.training.steps:
             self.on_figures(result)

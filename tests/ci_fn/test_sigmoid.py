@@ -32,9 +32,9 @@ LOWER_SLOPES = {
     Sigmoid.sigmoid: (LOGISTIC_SLOPE, LOGISTIC_SLOPE),
 }
 UPPER_SLOPES = {
-    Sigmoid.leaky_hard: [0, 0, 1, 1, 1, A, A],
-    Sigmoid.leaky_hard_paper: [0, 0, 1, 1, 1, A, A],
-    Sigmoid.hard: [0, 0, 1, 1, 1, 0, 0],
+    Sigmoid.leaky_hard: [0, 0, 0, 1, 1, A, A],
+    Sigmoid.leaky_hard_paper: [0, 0, 0, 1, 1, A, A],
+    Sigmoid.hard: [0, 0, 0, 1, 1, 0, 0],
     Sigmoid.sigmoid: LOGISTIC_SLOPE,
 }
 

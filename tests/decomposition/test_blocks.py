@@ -102,6 +102,42 @@ def test_a_block_that_runs_twice_is_never_replaced() -> None:
     torch.testing.assert_close(found, of(batch, masks))
 
 
+class InParts(nn.Module):
+    """Layers whose parts the target runs itself: a list, a dictionary or a sequence in a list."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(self.layer() for _ in range(2))
+        draw_weights(self)
+
+    def layer(self) -> nn.Module:
+        parts = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]
+        if self.kind == "dictionary":
+            return nn.ModuleDict({"0": parts[0], "1": parts[1]})
+        return nn.ModuleList(parts) if self.kind == "list" else nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            assert layer
+            first, second = (layer["0"], layer["1"]) if self.kind == "dictionary" else list(layer)  # type: ignore
+            assert len(layer) == 2  # type: ignore[arg-type]
+            x = x + second(torch.tanh(first(x)))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["list", "dictionary", "sequence"])
+def test_a_target_may_run_the_parts_of_its_layers(kind: str) -> None:
+    target, batch = InParts(kind), torch.randn(7, WIDTH, generator=rng.generator(0, "batch"))
+    sites = {"all": SitePattern(pattern="layers.*", C=3)}
+    of = DecomposedModel(target, Decomposition(sites=sites), SharedMLPCausalImportance(hidden=[4]), seed=0)
+    kept = reuse(of, batch)
+    assert len(of.site_names) == 4
+    torch.testing.assert_close(kept.clean.output, target(batch))
+    masks = {"layers.1.0": mask()}
+    torch.testing.assert_close(of(batch, masks, reuse=kept), of(batch, masks))
+
+
 def test_gradients_are_those_of_whole_passes() -> None:
     batch = torch.randn(7, WIDTH, generator=rng.generator(0, "batch"))
     gradients = []

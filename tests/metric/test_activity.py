@@ -65,6 +65,13 @@ def test_padding_is_not_counted() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_batch_of_nothing_but_padding_counts_nothing() -> None:
+    activity = counted(G)
+    activity.add({"site": torch.ones(2, 3)}, torch.tensor([False, False]))
+    assert activity.positions == len(G)
+    assert activity.alive() == counted(G).alive()
+
+
 def test_sites_are_counted_apart_and_may_differ_in_size() -> None:
     activity = Activity(0.1)
     activity.add({"a": G, "b": torch.ones(4, 2)})

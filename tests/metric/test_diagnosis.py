@@ -167,14 +167,17 @@ def test_too_small_a_c_names_every_tied_key_and_nothing_that_follows_from_it() -
     assert finding.advice == "try decomposition.sites.first.C=10 decomposition.sites.second.C=10 (now 4)"
 
 
-@pytest.mark.parametrize(("columns", "words"), [(4, "too low: try"), (1, "too high: try")])
-def test_a_dense_site_with_too_many_or_too_few_says_so(columns: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("columns", "found", "words"),
+    [(4, "4 subcomponents are", "too low: try"), (1, "1 subcomponent is", "too high: try")],
+)
+def test_a_dense_site_with_too_many_or_too_few_says_so(columns: int, found: str, words: str) -> None:
     dense = np.zeros((N, C))
     dense[:, :columns] = 1.0
     settings = dataclasses.replace(SETTINGS, sites={"embed": ("first", C), "hidden": ("hidden", C)}, tied={})
     metrics = {"alive/hidden": 7.0}
     finding = only(evaluation(dense=dense, metrics=metrics), settings)
-    assert finding.symptom == f"hidden: {columns} subcomponents are needed (7 alive), not 2"
+    assert finding.symptom == f"hidden: {found} needed (7 alive), not 2"
     assert words in finding.advice
 
 
@@ -327,6 +330,13 @@ def test_sites_with_the_same_trouble_share_a_finding() -> None:
     assert only(found).symptom.endswith("(g 0.97 and 0.98) (likewise at unembed)")
 
 
+def test_sites_with_other_troubles_are_not_told_to_have_the_same() -> None:
+    nothing, one_of_two = np.zeros((N, C)), np.zeros((N, C))
+    one_of_two[:, 0] = 1.0
+    (finding,) = diagnose(evaluation(nothing, one_of_two), STEADY, SETTINGS_OF_BOTH)
+    assert finding.symptom == "embed: no subcomponent is needed by any feature (largest g 0.00)"
+
+
 # ---- measurements -----------------------------------------------------------------------------------
 
 
@@ -356,6 +366,18 @@ def test_few_evaluations_are_compared_per_quarter_of_training() -> None:
     assert fall is not None
     assert fall.share == pytest.approx(1 - 0.5**0.5)  # half of it in two quarters
     assert fall_of_l0(rows[:1]) is None
+
+
+@pytest.mark.parametrize("what", ["ci_threshold", "n_positions"])
+def test_an_evaluation_that_measures_otherwise_shows_no_fall(what: str) -> None:
+    rows = [
+        {"step": 300, "split": "eval", "l0/total": 16.0, what: 0.1},
+        {"step": 350, "split": "eval", "l0/total": 8.1, what: 0.5},
+        {"step": 400, "split": "eval", "l0/total": 8.0, what: 0.5},
+    ]
+    assert fall_of_l0(rows) is None
+    assert fall_of_l0([row | {what: 0.5} for row in rows]) is not None
+    assert fall_of_l0([rows[0], rows[2]]) is None
 
 
 def test_training_rows_serve_where_there_are_no_evaluations_and_noise_is_no_fall() -> None:

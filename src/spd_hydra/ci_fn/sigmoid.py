@@ -38,13 +38,15 @@ def causal_importance(z: Float[Tensor, "*positions C"], sigmoid: Sigmoid) -> Cau
 
 
 def upper(z: Tensor, sigmoid: Sigmoid = Sigmoid.leaky_hard) -> Tensor:
-    """Upper function. Leaky: 0 below 0 with zero gradient, z on [0, 1], slope 0.01 above 1."""
+    """Upper function. Leaky: 0 up to z = 0 with zero gradient, z on (0, 1], slope 0.01 above 1."""
     if sigmoid is Sigmoid.sigmoid:
         return torch.sigmoid(z)
-    clamped = z.clamp(0, 1)
+    # clamp(z, 0) would let the gradient pass at 0, where functions with zero biases start on inputs of zeros.
+    # For p < 1 it is p·ε^(p-1) there, 5e5 for 0.5, which Adam's second moment would keep.
+    positive = torch.where(z <= 0, 0.0, z)
     if sigmoid is Sigmoid.hard:
-        return clamped
-    return torch.where(z > 1, 1 + SLOPE * (z - 1), clamped)
+        return positive.clamp(max=1)
+    return torch.where(z > 1, 1 + SLOPE * (z - 1), positive)
 
 
 def lower(z: Tensor, sigmoid: Sigmoid = Sigmoid.leaky_hard) -> Tensor:

@@ -1,7 +1,7 @@
 """Blocks of a target, whose clean output stands in for them where nothing before them is masked."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -88,19 +88,39 @@ class BlockWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(
-                super().__getattr__("block"), name
-            )  # a target may ask its blocks for what they are
+            # A target may ask its blocks for what they are.
+            return getattr(super().__getattr__("block"), name)
 
 
-def wrap_blocks(patched: nn.Module, switch: BlockSwitch) -> None:
-    """Wrap the elements of the outermost lists of modules."""
-    lists = {path: module for path, module in patched.named_modules() if isinstance(module, nn.ModuleList)}
-    for path, blocks in lists.items():
-        if any(path.startswith(f"{outer}.") for outer in lists):
+class SequentialWrapper(BlockWrapper):
+    """A block of which a target may also run the parts one by one; then they run as they are."""
+
+    block: nn.Sequential
+
+    def __getitem__(self, index: Any) -> nn.Module:
+        return self.block[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.block)
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+
+def wrap_blocks(patched: nn.Module, switch: BlockSwitch, path: str = "") -> None:
+    """Wrap the elements of the outermost lists of modules that are called as a whole.
+
+    A list or dictionary in a list is not called: its own elements are looked at.
+    """
+    for name, child in list(patched.named_children()):
+        at = f"{path}.{name}".lstrip(".")
+        if isinstance(child, BlockWrapper):  # of a list that is in two places
             continue
-        for index, block in enumerate(blocks):
-            blocks[index] = BlockWrapper(f"{path}.{index}".lstrip("."), block, switch)
+        if isinstance(patched, nn.ModuleList) and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            wrapper = SequentialWrapper if isinstance(child, nn.Sequential) else BlockWrapper
+            patched[int(name)] = wrapper(at, child, switch)
+        else:
+            wrap_blocks(child, switch, at)
 
 
 class CleanBlocks:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.loss.at_once import is_mapped
 
 Sources = dict[str, Float[Tensor, "*#positions columns"]]
 """By site: r of each of the C subcomponents, then δ, in [0, 1]; axes of length 1 are shared along."""
@@ -142,7 +143,7 @@ def _value_and_slope(
     divergence: Callable[[Sources], Float[Tensor, " rows"]], r: Sources
 ) -> tuple[Float[Tensor, " rows"], Sources]:
     """Divergence by row and the gradient of its sum, also where nothing is recorded for gradients."""
-    if torch._C._functorch.maybe_current_level() is not None:  # mapped over replicas
+    if is_mapped():  # mapped over replicas
         return _mapped_value_and_slope(divergence, r)
     with torch.enable_grad():
         leaves = {site: own.detach().requires_grad_() for site, own in r.items()}

@@ -94,7 +94,7 @@ class Loss(Section):
             statistics: sums over everything that was seen.
             reference_positions: positions in a global training batch, for terms that depend on it.
         """
-        return statistics["sum"] / statistics["count"]
+        return mean(statistics["sum"], statistics["count"])
 
     def weight(self, statistics: Statistics) -> Float[Tensor, ""] | float:
         """What the value counts in the training loss: `coeff`, unless it moves during training."""
@@ -112,3 +112,8 @@ class Loss(Section):
     def scheduled(self, progress: float) -> dict[str, float]:
         """Parameters that change during training, at `progress` in [0, 1]."""
         return {}
+
+
+def mean(total: Tensor, count: Float[Tensor, ""]) -> Tensor:
+    """A sum over its count; over nothing, as a part of a batch that is all padding, 0 and not 0 / 0."""
+    return total / torch.where(count == 0, 1.0, count)

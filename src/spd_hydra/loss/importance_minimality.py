@@ -56,8 +56,7 @@ class ImportanceMinimality(SparsityLoss):
         return g + self.eps if self.p_start == 1 else power(g + self.eps, self.p_start)
 
     def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
-        count = statistics["count"]
-        f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
+        f = self.means(statistics)
         if self.beta == 0:
             return f.sum()
         return (f * (1 + self.beta * torch.log2(1 + reference_positions * f))).sum()

@@ -52,6 +52,5 @@ class SmoothL0(SparsityLoss):
         return sums | self.counts(inputs)
 
     def value(self, statistics: Statistics, reference_positions: Tensor | float) -> Float[Tensor, ""]:
-        count = statistics["count"]
-        f = torch.cat([total / count for key, total in statistics.items() if key.startswith("sum/")])
+        f = self.means(statistics)
         return (f * (1 + self.frequency_coeff * torch.log2(1 + self.frequency_scale * f))).sum()

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.base import Loss, LossInputs, Statistics, mean
 from spd_hydra.schedule import annealed
 from spd_hydra.section import Problem, option
 
@@ -54,4 +55,10 @@ class SparsityLoss(Loss):
     def weight(self, statistics: Statistics) -> Float[Tensor, ""] | float:
         if self.squeeze == 1:
             return self.coeff
-        return self.coeff * (statistics["squeeze"] / statistics["count"])
+        return self.coeff * mean(statistics["squeeze"], statistics["count"])
+
+    @staticmethod
+    def means(statistics: Statistics) -> Float[Tensor, " subcomponents"]:
+        """Of what is summed over positions for each subcomponent of all sites, the means."""
+        sums = [total for key, total in statistics.items() if key.startswith("sum/")]
+        return mean(torch.cat(sums), statistics["count"])

@@ -39,6 +39,8 @@ class Activity:
         self, ci: dict[str, Float[Tensor, "*positions C"]], valid: Bool[Tensor, "*positions"] | None = None
     ) -> None:
         """Count one batch of lower causal importances, by site, without the positions that are not valid."""
+        if valid is not None and not valid.any():
+            return
         for site, values in ci.items():
             g = (values if valid is None else values[valid]).float().flatten(0, -2)
             new = SiteActivity(

@@ -128,3 +128,7 @@ class Evaluation:
     solved: bool | None = None
     strict: bool | None = None
     text: Text | None = None
+
+    def row(self) -> dict[str, float]:
+        """What the metrics log holds of it: the numbers, and what has to be alike in two to be compared."""
+        return self.metrics | {"n_positions": float(self.n_positions), "ci_threshold": self.ci_threshold}

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from spd_hydra.counted import counted
 from spd_hydra.metric.evaluation import Evaluation, FloatArray, SiteCheck
 from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps, values
 from spd_hydra.metric.known_answer import TOLERANCE
@@ -23,9 +24,13 @@ FIRST_ADVERSARY = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A finding at one site with its strength: the share of features or subcomponents that show it."""
+    """A finding at one site with its strength: the share of features or subcomponents that show it.
+
+    Two of one `kind` say the same of their sites.
+    """
 
     strength: float
+    kind: str
     finding: Finding
 
 
@@ -35,12 +40,14 @@ def worst(
     checks: Sequence[SiteCheck],
     settings: Settings,
 ) -> Case | None:
-    """The strongest case among the sites, which also names the others; None where no site is one."""
+    """The strongest case among the sites, which also names those like it; None where no site is one."""
     cases = [case for check in checks if (case := measure(evaluation, check, settings)) is not None]
     if not cases:
         return None
     strongest = max(cases, key=lambda case: case.strength)
-    others = [str(case.finding.site) for case in cases if case is not strongest]
+    others = [
+        str(case.finding.site) for case in cases if case is not strongest and case.kind == strongest.kind
+    ]
     also = f" (likewise at {listed(others)})" if others else ""
     finding = dataclasses.replace(strongest.finding, symptom=strongest.finding.symptom + also)
     return dataclasses.replace(strongest, finding=finding)
@@ -48,7 +55,7 @@ def worst(
 
 def too_high(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features that nothing is important for, or a dense site that needs too few subcomponents."""
-    g, coeff = _probe(evaluation, check), settings.sparsity_coeff
+    g, coeff, kind = _probe(evaluation, check), settings.sparsity_coeff, check.name
     seen = identity_symptoms(g) if check.name == "identity" else None
     missing = len(seen.unserved) if seen else check.expected - needed(g, check.expected)
     if missing <= 0 or coeff == 0:
@@ -62,34 +69,38 @@ def too_high(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Ca
         symptom = _dense_symptom(evaluation, check)
     factor = FACTOR
     if g.max() <= TOLERANCE:
-        factor, symptom = LARGE_FACTOR, f"no subcomponent is needed by any feature (largest g {g.max():.2f})"
+        symptom = f"no subcomponent is needed by any feature (largest g {g.max():.2f})"
+        factor, kind = LARGE_FACTOR, "none"
     advice = f"the coefficient is too high: try {_sparsity(settings)}={coeff / factor:g} (now {coeff:g})"
-    return _case(missing / check.expected, check, symptom, advice)
+    return _case(missing / check.expected, check, symptom, advice, kind)
 
 
 def too_low(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
     """Features with several subcomponents each, an L0 far above the ideal one, a dense site with too many."""
     g, coeff = _probe(evaluation, check), settings.sparsity_coeff
-    signs, factor = [], FACTOR
+    signs: dict[str, str] = {}
+    factor = FACTOR
     if check.name == "identity":
         seen = identity_symptoms(g)
         l0, ideal = (evaluation.metrics.get(f"{name}/{check.site}") for name in ("l0", "l0_ideal"))
         strength = len(seen.split) / len(g)
         if seen.per_feature >= SEVERAL:
-            signs.append(f"{seen.per_feature:.2g} subcomponents with g > {TOLERANCE:g} per feature, not 1")
+            per_feature = f"{seen.per_feature:.2g} subcomponents with g > {TOLERANCE:g} per feature, not 1"
+            signs["per feature"] = per_feature
         if l0 is not None and ideal and l0 >= FAR_ABOVE_IDEAL * ideal:
-            signs.append(f"L0 {l0:.3g}, ideally {ideal:.3g}")
+            signs["L0"] = f"L0 {l0:.3g}, ideally {ideal:.3g}"
             factor = LARGE_FACTOR if l0 >= FAR_ABOVE_IDEAL**2 * ideal else FACTOR
     else:
         surplus = needed(g, check.expected) - check.expected
         strength = min(surplus / check.expected, 1.0)
         # A higher coefficient favours those that serve one feature alone.
         is_told = 2 * len(lone(g, check.expected)) >= surplus
-        signs += [] if is_told else [_dense_symptom(evaluation, check)]
+        signs |= {} if is_told else {"needed": _dense_symptom(evaluation, check)}
     if not signs:
         return None
     wanted = f"{_sparsity(settings)}={factor * coeff if coeff else 1e-3:g} (now {coeff:g})"
-    return _case(strength, check, "; ".join(signs), f"the coefficient is too low: try {wanted}")
+    advice = f"the coefficient is too low: try {wanted}"
+    return _case(strength, check, "; ".join(signs.values()), advice, ", ".join(signs))
 
 
 def shared(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case | None:
@@ -103,7 +114,7 @@ def shared(evaluation: Evaluation, check: SiteCheck, settings: Settings) -> Case
         most = f"{len(first.features)} of {check.expected} features"
         symptom = f"subcomponent {first.subcomponent} is needed by {most}"
         advice = f"the adversary is too strong: try {ADVERSARY}={adversary / FACTOR:g} (now {adversary:g})"
-        return _case(len(first.features) / check.expected, check, symptom, advice)
+        return _case(len(first.features) / check.expected, check, symptom, advice, "by most")
     more = f", and {len(found) - 1} more such" if len(found) > 1 else ""
     who = f"{listed(first.features, 'feature')} share subcomponent {first.subcomponent}"
     strength = sum(len(one.features) for one in found) / check.expected
@@ -149,12 +160,13 @@ def _dense_symptom(evaluation: Evaluation, check: SiteCheck) -> str:
     found = needed(_probe(evaluation, check), check.expected)
     alive = evaluation.metrics.get(f"alive/{check.site}")
     also = "" if alive is None else f" ({alive:.0f} alive)"
-    return f"{found} subcomponents are needed{also}, not {check.expected}"
+    is_needed = f"{counted(found, 'subcomponent')} {'is' if found == 1 else 'are'} needed"
+    return f"{is_needed}{also}, not {check.expected}"
 
 
-def _case(strength: float, check: SiteCheck, symptom: str, advice: str) -> Case:
+def _case(strength: float, check: SiteCheck, symptom: str, advice: str, kind: str = "") -> Case:
     finding = Finding(symptom=f"{check.site}: {symptom}", advice=advice, site=check.site)
-    return Case(strength=strength, finding=finding)
+    return Case(strength=strength, kind=kind, finding=finding)
 
 
 def _probe(evaluation: Evaluation, check: SiteCheck) -> FloatArray:

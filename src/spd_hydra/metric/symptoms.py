@@ -19,6 +19,7 @@ STANDARD_ERRORS = 3.0  # a slope within the noise of training batches is none
 # Late collapse multiplies this norm by a hundred, while a falling rate only shrinks it.
 LEAST_JUMP = 100.0
 LAST_ROWS, LEAST_ROWS = 3, 10
+_MEASURED_WITH = ("n_positions", "ci_threshold")
 # Five features of which one is at 0.95 and the others perfect give the least MMCS that counts, 0.99.
 LEAST_COSINE = 0.95
 
@@ -126,10 +127,11 @@ def lone(g: Float[np.ndarray, "n_features C"], expected: int, tolerance: float =
 def fall_of_l0(history: Rows) -> Fall | None:
     """The fall of the total L0 at the end of training, if it still falls there; None if it does not.
 
-    From evaluations, whose data are the same each time: those of the last quarter, or the last two if it has
-    fewer. Without two, from a line through the training rows of the last half, if its slope is no noise.
+    From evaluations like the last, whose data are the same each time: those of the last quarter, or the last
+    two if it has fewer. Without two, from a line through the training rows of the last half, if its slope is
+    no noise.
     """
-    measured = _points(history, "eval", "l0/total")
+    measured = _points(_like_the_last(history), "eval", "l0/total")
     if len(measured) >= 2:
         end = measured[-1][0]
         late = [point for point in measured if point[0] >= end * (1 - LAST_QUARTER)]
@@ -173,6 +175,12 @@ def best_cosines(site: SiteEvaluation) -> Float[np.ndarray, " n_features"]:
     cosine = gain * (wanted @ site.U.T) / np.maximum(sizes, np.finfo(float).tiny)
     best: np.ndarray = cosine.max(axis=1)
     return best
+
+
+def _like_the_last(history: Rows) -> Rows:
+    """Evaluations on as many positions and with the same threshold as the last: a resume may change both."""
+    rows = [row for row in history if row.get("split") == "eval"]
+    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in _MEASURED_WITH)]
 
 
 def _points(history: Rows, split: str, name: str) -> list[tuple[int, float]]:
