@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from spd_hydra.metric import symptoms
+from spd_hydra.metric.ablation_findings import ablation_findings
 from spd_hydra.metric.evaluation import Evaluation, SiteCheck
 from spd_hydra.metric.finding import Finding, Settings, listed, more_restarts, more_steps
 from spd_hydra.metric.known_answer import LEAST_MMCS, TOLERANCE
@@ -21,7 +22,7 @@ def diagnose(evaluation: Evaluation, history: symptoms.Rows, settings: Settings)
     subcomponents some have to be shared; before the end of training causal importances are still too many.
     While most are undecided, a feature without a subcomponent says nothing of the coefficient.
     Of a coefficient too high and too low the stronger case is told. Without a known answer only what needs
-    none: L0 that still falls, a jump of the gradient.
+    none: L0 that still falls, a jump of the gradient, what masked passes lose.
 
     Args:
         evaluation: the last one.
@@ -40,7 +41,7 @@ def diagnose(evaluation: Evaluation, history: symptoms.Rows, settings: Settings)
     undecided = _undecided(evaluation, checks)
     undertrained = _undertrained(evaluation, history, undecided, settings)
     if not is_known:
-        return [*found, *undertrained]
+        return [*found, *(undertrained or ablation_findings(evaluation, settings))]
     found += undertrained
     if not undertrained:
         found += _of_sites(evaluation, checks, settings)
