@@ -172,7 +172,7 @@ def _run_in_process(out: Path, experiment: str, seed: int, common: Sequence[str]
 
 def _is_being_written(directory: Path) -> bool:
     try:
-        return RunDirectory.view(directory).is_being_written()
+        return RunDirectory.view(directory).is_being_written() is not False
     except RunDirectoryError:  # it was stopped before it wrote anything
         return False
 

@@ -88,6 +88,6 @@ def _read_run(folder: Path, experiment: str, seed: int, row: SweepRow) -> Run:
         summary = (directory.read_summary() or {}) if row.state == "done" else {}
     except RunDirectoryError:
         return Run(experiment, seed, row, {}, {}, "", attempts)
-    if row.state == "running" and not directory.is_being_written():
+    if row.state == "running" and directory.is_being_written() is False:
         row = dataclasses.replace(row, state="stopped")
     return Run(experiment, seed, row, summary, environment, str(status.get("started", "")), attempts)

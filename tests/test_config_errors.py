@@ -6,7 +6,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from spd_hydra import section
-from spd_hydra.config_errors import unknown_key
+from spd_hydra.config_errors import unknown_key, wrong_term
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.loss.base import Loss
 from spd_hydra.loss.loss_set import LossSet
@@ -47,11 +47,38 @@ def test_whoever_deletes_an_entry_that_is_not_there_is_not_told_how_to_add_it(cf
 
 
 @pytest.mark.usefixtures("no_plug_in")
-def test_an_entry_of_loss_extra_is_added_by_the_choice_of_a_term(cfg: DictConfig) -> None:
-    assert unknown_key("loss.extra.foo.coeff", cfg) == (
-        "loss.extra has no entry foo. To add one choose the term of a plug-in: "
-        "'+loss_term@loss.extra.foo=<term>_schema'"
-    )
+def test_without_a_plug_in_no_term_is_suggested(cfg: DictConfig) -> None:
+    none = "o plug-in offers loss terms; install the package that has yours (CONTRIBUTING.md, a plug-in)"
+    assert unknown_key("loss.extra.foo.coeff", cfg) == f"loss.extra has no entry foo. N{none}"
+    assert unknown_key("loss_term", cfg) == f"n{none}"
+    assert wrong_term("foo_schema", "loss.extra.foo", []) == f"n{none}"
+
+
+@pytest.mark.usefixtures("indecision")
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("indecision_schema", "loss.extra.mine", None),
+        ("mine", "loss.extra.mine", None),
+        (
+            "indecision",
+            "loss.extra.x",
+            "got indecision; did you mean indecision_schema? Choose one of {known}",
+        ),
+        (
+            "indecison_schema",
+            "loss.extra.x",
+            "got indecison_schema; did you mean indecision_schema? Choose one of {known}",
+        ),
+        ("other", "loss.extra.x", "got other; must be one of {known}"),
+        ("indecision", None, "say where the term goes: '+loss_term@loss.extra.indecision=indecision_schema'"),
+    ],
+)
+def test_a_term_is_chosen_by_its_schema_or_a_file_and_for_a_place(
+    name: str, place: str | None, message: str | None
+) -> None:
+    known = "indecision_schema, mine"
+    assert wrong_term(name, place, ["mine"]) == (message and message.format(known=known))
 
 
 @pytest.mark.usefixtures("indecision")

@@ -38,7 +38,12 @@ CASES = {
         "train.clip_ci_fn=0.02",
         "loss.stochastic_recon_subset.coeff=1",
     ],
-    "untied, shared_mlp": ["decomposition=tms_5-2-untied", "ci_fn=shared_mlp", "ci_fn.hidden=[8]"],
+    "untied, shared_mlp": [
+        "decomposition=tms_5-2-untied",
+        "decomposition.sites.embed.lr_factor=0.25",
+        "ci_fn=shared_mlp",
+        "ci_fn.hidden=[8]",
+    ],
 }
 
 

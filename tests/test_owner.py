@@ -1,10 +1,15 @@
 """One writer per run directory, also where a cluster started a job again while its first process goes on."""
 
+import errno
+import json
 import os
 import shutil
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tests.ranks import begin, directory_in, ends, rows_of, status_of, wait_until
@@ -12,7 +17,7 @@ from tests.ranks import begin, directory_in, ends, rows_of, status_of, wait_unti
 from spd_hydra import lock
 from spd_hydra.checkpoint import save_checkpoint
 from spd_hydra.figure.base import draw_all
-from spd_hydra.lock import FileLock, Owner
+from spd_hydra.lock import FileLock, LockedError, Owner, TakenOverError
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.trainer import Trainer
@@ -120,6 +125,97 @@ def test_whoever_took_over_holds_the_lock_once_the_other_has_ended(
     new.require_ours()
     assert FileLock.is_held(tmp_path / ".lock")
     new.release()
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS without its lock daemon."""
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+
+
+def signed(path: Path, **holder: object) -> None:
+    """A lock file that another process has signed."""
+    before = {"pid": 1, "host": "elsewhere", "since": "now", "token": "other", "job": None, "start": 0}
+    path.write_text(json.dumps(before | holder))
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_where_locks_do_not_work_a_second_opener_is_refused_until_the_first_has_signed_off(
+    tmp_path: Path,
+) -> None:
+    first = RunDirectory.create(tmp_path, "a")
+    first.write_config("seed: 1\n")
+    assert first.is_being_written() is None
+    with pytest.raises(RunDirectoryError, match=rf"is being written by process {os.getpid()} on .* remove "):
+        RunDirectory.open(first.path)
+    first.write_status(Status.running, 1)
+    first.close()
+    assert first.is_being_written() is False
+    RunDirectory.open(first.path).close()
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.parametrize(
+    ("host", "silent", "is_refused"),
+    [("elsewhere", 0, True), ("elsewhere", 7200, False), (socket.gethostname(), 0, False)],
+)
+def test_where_locks_do_not_work_a_run_that_was_killed_can_be_opened_again(
+    tmp_path: Path, host: str, silent: float, is_refused: bool
+) -> None:
+    """At once on its own machine, where its process is known to be gone; on another after a long silence."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    path = tmp_path / ".lock"
+    signed(path, host=host, pid=ended.pid)
+    os.utime(path, (time.time() - silent, time.time() - silent))
+    if is_refused:
+        with pytest.raises(
+            LockedError, match=rf"process {ended.pid} on elsewhere since now.*remove {path}\)$"
+        ):
+            FileLock(path)
+        path.unlink()
+    lock_of_ours = FileLock(path)
+    lock_of_ours.require_ours()
+    lock_of_ours.release()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_where_locks_do_not_work_an_owner_that_writes_is_never_silent(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    held = FileLock(path)
+    os.utime(path, (0, 0))
+    held.require_ours()
+    assert time.time() - path.stat().st_mtime < 60
+    held.release()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_where_locks_do_not_work_a_later_start_of_the_job_takes_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    stale = FileLock(path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    began = time.monotonic()
+    new = FileLock(path)
+    assert time.monotonic() - began < 5
+    with pytest.raises(TakenOverError, match="a later start of the same job"):
+        stale.require_ours()
+    stale.release()  # signs nothing off that is no longer its own
+    new.require_ours()
+    new.release()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_whoever_lost_its_directory_to_another_run_is_told_so(tmp_path: Path) -> None:
+    lost = FileLock(tmp_path / ".lock")
+    signed(tmp_path / ".lock")
+    with pytest.raises(
+        TakenOverError, match=r"^process 1 on elsewhere .*which opened it too, where locks do not"
+    ):
+        lost.require_ours()
+    lost.release()
 
 
 @pytest.mark.slow

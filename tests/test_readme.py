@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spd_hydra.run import run
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+PYTHON, LANGUAGE = ROOT / "docs" / "guide" / "python.md", "experiment=lm_tiny"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -112,13 +114,18 @@ def test_a_loss_in_a_folder_of_ones_own_reaches_the_configuration(in_folder: Non
     assert config.loss.stochastic_recon.coeff == 1  # of delta, which it is built on
 
 
-def run_python(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that all Python blocks of a page leave."""
+def run_python(
+    page: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: Callable[[str], bool] = lambda block: True,
+) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("SPD_OUT_DIR", raising=False)
     monkeypatch.setenv("SPD_CACHE_DIR", str(folder / "cache"))
     names: dict[str, Any] = {}
-    for block in blocks(page, "python"):
+    for block in filter(chosen, blocks(page, "python")):
         exec(compile(block, str(page), "exec"), names)
     return names
 
@@ -134,15 +141,30 @@ def test_the_python_of_the_readme_runs(
 def test_the_python_of_its_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = run_python(ROOT / "docs" / "guide" / "python.md", tmp_path, monkeypatch)
+    names = run_python(PYTHON, tmp_path, monkeypatch, lambda block: LANGUAGE not in block)
     assert names["run"].path.parent == tmp_path / "outputs" / "tms_5-2"
     assert names["run"].config.seed == 3
     assert names["importances"]["embed"].lower.shape == (5, 20)
     assert names["ablated"].shape == (5, 5)
+    assert names["one"].divergence.shape == (5,)
+    assert names["matching"].own == names["run"].alive()["embed"]
     assert [step for step, _ in names["curve"]] == [10, 20]
     assert "torch.Size([5, 20]) torch.Size([20, 2])" in capsys.readouterr().out
     assert names["mine"].summary["alive"].keys() == {"0", "2"}
     assert names["mine"].model.target[0].weight.tolist() == names["net"][0].weight.tolist()
+
+
+@pytest.mark.slow
+def test_the_python_of_its_guide_for_language_models_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_python(PYTHON, tmp_path, monkeypatch, lambda block: LANGUAGE in block)
+    assert "".join(names["prompt"].texts) == "def close(self):"
+    assert len(names["effects"]) == 8
+    length = len(names["prompt"].texts)
+    assert {g.lower.shape[:2] for g in names["needed"].values()} == {(1, length)}
+    assert names["continued"].shape == (1, length + 5)
+    assert "falls without it" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -157,6 +179,10 @@ import json, {", ".join(modules)}
 from spd_hydra import compose, decompose, load_run
 done = decompose(compose({words!r}, config_dir="my_conf"))
 config = load_run(done.path).config
+rows = map(json.loads, (done.path / "metrics.jsonl").read_text().splitlines())
+overlaps = [row["overlap/read"] for row in rows if "overlap/read" in row]
+assert overlaps and all(0 <= value <= 1.001 for value in overlaps), overlaps
+assert (done.path / "figures" / "overlap.png").is_file()
 pieces = [type(part).__name__ for part in (config.loss.extra["indecision"], config.model, config.data)]
 print(json.dumps([done.summary, pieces]))
 """

@@ -1,8 +1,11 @@
 """Replicas: each becomes what it would be alone, whatever happens to the others."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.sampler import StackedSampler
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer
 
 Toy = Callable[..., RunConfig]
@@ -32,6 +36,11 @@ Make = Callable[..., Trainer]
 CASES = {
     "tied": [],
     "untied, subsets": ["decomposition=tms_5-2-untied", "loss.stochastic_recon_subset.coeff=1"],
+    "rates of their own": [
+        "decomposition=tms_5-2-untied",
+        "decomposition.sites.embed.lr_factor=0.1",
+        "decomposition.sites.unembed.lr_factor=3",
+    ],
     "paper": ["experiment=paper/tms_5-2", "train.faithfulness_warmup.steps=0"],
     "annealed, clipped": [
         "loss.importance_minimality={p_end:0.5,squeeze:3.0,squeeze_from:0.3,squeeze_to:0.6}",
@@ -215,6 +224,53 @@ def test_initialisations_that_break_change_nothing_for_the_others(make: Make) ->
             assert all(torch.equal(value, wanted[name]) for name, value in own.items())
 
 
+@pytest.mark.parametrize("at", [2, 3, 5])  # in the middle of a part, at its end, in the middle of the last
+def test_a_choice_that_is_stopped_is_gone_on_with_to_the_same_bits(make: Make, at: int) -> None:
+    """Of the second one an initialisation breaks."""
+
+    def begun(run: RunDirectory | None, stop_at: int) -> tuple[list[Trainer], list[int]]:
+        words = ("train.restarts.number=2", "train.restarts.fraction=0.5")
+        trainers, replicas = together(make, *words, seeds=range(2))
+        first = [weights(trainer) for trainer in trainers]
+        taken: list[int] = []
+        take_step = replicas.train_step
+
+        def step() -> Any:
+            taken.append(replicas.step)
+            if len(taken) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take_step()
+
+        def initial(trainer: int) -> Callable[[int], dict[str, Tensor]]:
+            def state(number: int) -> dict[str, Tensor]:
+                factor = torch.nan if (trainer, number) == (1, 0) else 1 + number / 10
+                return {name: value * factor for name, value in first[trainer].items()}
+
+            return state
+
+        replicas.train_step = step  # type: ignore[method-assign]
+        run = trainers[0].run if run is None else run
+        runs[:] = [run]
+        with pytest.raises(Stopped) if stop_at else contextlib.nullcontext():
+            assert begin_with_best(replicas, [initial(0), initial(1)], directory=run) == [None, None]
+        return trainers, taken
+
+    runs: list[RunDirectory] = []
+    whole, all_steps = begun(None, 0)
+    _, before = begun(None, at)
+    assert len(before) == at
+    trainers, after = begun(runs[0], 0)
+    assert at + len(after) == len(all_steps)
+    for own, wanted in zip(trainers, whole, strict=True):
+        assert own.facts == wanted.facts
+        for state, wanted_state in zip(own.state(), wanted.state(), strict=True):
+            assert state.keys() == wanted_state.keys()
+            assert all(torch.equal(value, wanted_state[name]) for name, value in state.items())
+        assert losses(own) == losses(wanted)
+        assert load_newest(own.run.checkpoints) is not None
+    assert not (runs[0].path / "restarts").exists()
+
+
 def test_when_all_break_no_further_step_is_taken(make: Make) -> None:
     trainers, replicas = together(make)
     for trainer in trainers:
@@ -378,6 +434,44 @@ def test_a_replica_that_has_gone_on_alone_is_never_set_back(toy: Toy) -> None:
     assert load_run(group / "0").summary["steps"] == 30
 
 
+@pytest.mark.parametrize("kept", [2, 10])
+def test_a_group_of_which_one_has_gone_on_alone_is_refused_and_nothing_is_changed(
+    toy: Toy, kept: int
+) -> None:
+    """With more checkpoints kept there is a step that all have, and the later ones were removed once."""
+    words = ("train.replicas=2", f"train.keep_checkpoints={kept}", "train.checkpoint_every=10")
+    group = run(toy(*words)).run_dir
+    assert group is not None
+    own = load_config(group / "0" / "config.yaml")
+    longer = dataclasses.replace(own.train, steps=50)
+    run(dataclasses.replace(own, resume=str(group / "0"), train=longer), saved=own)
+    before = files(group)
+    saved = load_config(group / "config.yaml")
+    all_on = dataclasses.replace(saved, resume=str(group), train=dataclasses.replace(saved.train, steps=80))
+    with pytest.raises(ConfigError, match=rf"replica 0 has gone on alone to step 50; .*resume={group}/0$"):
+        run(all_on, saved=saved)
+    assert files(group) == before
+    assert load_run(group / "0").steps == ([40, 50] if kept == 2 else [10, 20, 30, 40, 50])
+
+
+def test_replicas_that_each_went_on_alone_to_the_same_step_go_on_together(toy: Toy) -> None:
+    group = run(toy("train.replicas=2")).run_dir
+    assert group is not None
+    for number in ("0", "1"):
+        own = load_config(group / number / "config.yaml")
+        longer = dataclasses.replace(own.train, steps=30)
+        run(dataclasses.replace(own, resume=str(group / number), train=longer), saved=own)
+    saved = load_config(group / "config.yaml")
+    all_on = dataclasses.replace(saved, resume=str(group), train=dataclasses.replace(saved.train, steps=40))
+    assert run(all_on, saved=saved).summary["steps"] == 40
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file but the locks, which say who held them last."""
+    found = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): path.read_bytes() for path in found}
+
+
 def test_checkpoints_that_only_some_have_are_removed_before_they_go_on(tmp_path: Path) -> None:
     directories = [RunDirectory.create(tmp_path, "replica") for _ in range(2)]
     for own, steps in zip(directories, [(4, 8, 9), (4, 8)], strict=True):
@@ -414,12 +508,16 @@ def test_a_replica_that_fails_says_so_and_the_others_have_their_results(
     assert load_run(directory / "0").summary["steps"] == 20
 
 
-def test_what_replicas_cannot_do_is_refused(toy: Toy) -> None:
+def test_what_replicas_cannot_do_is_refused(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"train.keep_checkpoints: got 1, must be ≥ 2 with train.replicas=2"
     ):
         toy("train.replicas=2", "train.keep_checkpoints=1")
     with pytest.raises(ConfigError, match=r"train.replicas: got 2 with 3 ranks; replicas share one process"):
         toy("train.replicas=2", "launcher.ranks_per_node=3")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun does
+    with pytest.raises(ConfigError, match=r"train.replicas: got 2 with 4 ranks; replicas share one process"):
+        toy("train.replicas=2")
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ConfigError, match=r"train.replicas: got 2, but decompose\(\) returns one run"):
         decompose(toy("train.replicas=2"))

@@ -1,9 +1,13 @@
 """Of several initialisations the one of lowest training loss goes on, as if it had been the only one."""
 
+import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,8 @@ from spd_hydra.finite import TrainingError
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best, rounds
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -201,3 +207,148 @@ def test_if_all_break_the_run_fails(make: Make) -> None:
     trainer = make("train.restarts.number=2", *HALF)
     with pytest.raises(TrainingError, match="the loss is nan at step 0"):
         choose(trainer, broken(trainer, 0, 1))
+
+
+# ---- interrupted, and gone on with ---------------------------------------------------------------------
+
+THREE = ("train.restarts.number=3", *HALF)  # of 3 steps each, then 2 of 3 more: 15 steps
+ADVERSARY = ("loss.persistent_pgd_recon.coeff=0.5",)
+Moments = Sequence[tuple[str, int]]
+
+
+class Killed(BaseException):
+    """Ends a run as a signal that cannot be heard does."""
+
+
+ENDS: dict[str, type[BaseException]] = {"stopped": Stopped, "killed": Killed}
+
+
+def interrupt(trainer: Trainer, how: str, at: int) -> list[int]:
+    """Ask for a stop during the step of this number, or end before it; the list counts the steps."""
+    taken: list[int] = []
+    take_step = trainer.train_step
+
+    def step() -> Any:
+        if how == "killed" and len(taken) + 1 == at:
+            raise Killed
+        if how == "stopped" and len(taken) + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        taken.append(trainer.step)
+        return take_step()
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    return taken
+
+
+def with_losses_of_its_own(trainer: Trainer) -> Trainer:
+    """Let an evaluation be a number that follows from the weights."""
+
+    def evaluate(step: int) -> Evaluation:
+        loss = sum(value.double().square().sum().item() for value in trainer.model.trainable_state().values())
+        return Evaluation(step=step, n_positions=1, ci_threshold=0.1, metrics={"loss/total": loss}, sites={})
+
+    trainer.evaluate = evaluate
+    return trainer
+
+
+def chosen_after(make: Make, moments: Moments, *words: str) -> tuple[Trainer, int]:
+    """A trainer that was interrupted in each attempt, then went on; all steps of the choice."""
+    trainer = with_losses_of_its_own(make(*THREE, *ADVERSARY, *words))
+    run, steps = trainer.run, 0
+    for how, at in [*moments, ("", 0)]:
+        trainer = with_losses_of_its_own(make(*THREE, *ADVERSARY, *words))
+        trainer.run = run
+        run.truncate_metrics(0)
+        taken = interrupt(trainer, how, at)
+        with pytest.raises(ENDS[how]) if how else contextlib.nullcontext():
+            choose(trainer, states_of(trainer))
+        steps += len(taken)
+    return trainer, steps
+
+
+def folder(trainer: Trainer) -> Path:
+    return trainer.run.path / "restarts"
+
+
+HISTORIES: list[tuple[Moments, int]] = [  # with the steps that are taken twice
+    ([("stopped", 2)], 0),  # in the middle of a part
+    ([("stopped", 3)], 0),  # at its end
+    ([("killed", 6)], 2),  # at the third step of the second initialisation
+    (
+        [("stopped", 10), ("killed", 2), ("stopped", 1), ("killed", 1)],
+        1,
+    ),  # in the second round, again and again
+    ([("stopped", 15)], 0),  # at the end of all
+]
+
+
+@pytest.mark.slow
+def test_a_choice_that_is_interrupted_anywhere_ends_with_the_same_bits(make: Make) -> None:
+    whole, steps = chosen_after(make, [])
+    assert steps == 3 * 3 + 2 * 3
+    for moments, twice in HISTORIES:
+        trainer, taken = chosen_after(make, moments)
+        assert taken == steps + twice, moments
+        assert trainer.facts == whole.facts, moments
+        for own, wanted in zip(trainer.state(), whole.state(), strict=True):
+            assert own.keys() == wanted.keys()
+            assert equal(own, wanted), moments
+        assert trainer.run.read_metrics() == whole.run.read_metrics(), moments
+        assert not folder(trainer).exists()
+
+
+def test_what_is_said_of_a_stop_is_what_was_saved(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(*THREE)
+    interrupt(trainer, "stopped", 4)
+    with pytest.raises(Stopped) as stopped:
+        choose(trainer, states_of(trainer))
+    assert "SIGTERM: stopping after this step to save the choice among initialisations" in caplog.text
+    assert str(stopped.value) == "stopped by SIGTERM, saved at step 1 of initialisation 2 of 3"
+    assert [path.name for path in folder(trainer).iterdir()] == ["step_4"], "one state at a time"
+
+
+def test_a_choice_that_is_made_is_a_checkpoint_at_once(make: Make) -> None:
+    trainer = make("train.restarts.number=2", *HALF, "train.checkpoint_every=1000")
+    choose(trainer, states_of(trainer))
+    saved = load_newest(trainer.run.checkpoints)
+    assert saved is not None
+    assert saved.step == STEPS // 2
+    assert equal(saved.tensors["model"], trainer.model.trainable_state())
+    assert saved.state["facts"]["restarts"] == trainer.facts["restarts"]
+    assert not folder(trainer).exists()
+
+
+def stopped_at_4(make: Make) -> RunDirectory:
+    trainer = make(*THREE)
+    interrupt(trainer, "stopped", 4)
+    with pytest.raises(Stopped):
+        choose(trainer, states_of(trainer))
+    return trainer.run
+
+
+@pytest.mark.parametrize("file", ["state.json", "manifest.json", "run_0_initialisation_1.safetensors"])
+def test_a_damaged_state_is_said_and_left_out(
+    make: Make, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    run = stopped_at_4(make)
+    path = run.path / "restarts" / "step_4" / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    trainer = make(*THREE)
+    trainer.run = run
+    taken = interrupt(trainer, "", 0)
+    choose(trainer, states_of(trainer))
+    assert f"{path.parent} is damaged: {file}" in caplog.text
+    assert "the choice among initialisations begins anew: none of its states is whole" in caplog.text
+    assert len(taken) == 15
+
+
+def test_with_other_settings_a_choice_begins_anew(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run = stopped_at_4(make)
+    trainer = make(*THREE, steps=8)
+    trainer.run = run
+    taken = interrupt(trainer, "", 0)
+    choose(trainer, states_of(trainer))
+    assert "the choice among initialisations begins anew: train.steps: 6 → 8" in caplog.text
+    assert len(taken) == 3 * 4 + 2 * 4

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from spd_hydra.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from spd_hydra.config import RunConfig, load_config, sections
@@ -454,6 +455,63 @@ def test_a_damaged_file_that_is_written_anew_keeps_no_run_from_going_on(
     assert run(resumed(finished)).summary["steps"] == STEPS
 
 
+def warnings_of(log: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+
+
+def test_a_resume_with_as_many_ranks_and_threads_on_the_same_device_says_nothing(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfinished(finished)
+    run(resumed(finished))
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("fact", "before", "again"),
+    [
+        ("ranks", 2, "launcher.ranks_per_node=2"),
+        ("threads", 77, "threads=77"),
+        ("device", "cuda", "device=cuda"),
+    ],
+)
+def test_a_resume_whose_steps_round_otherwise_goes_on_with_one_warning(
+    finished: Path,
+    caplog: pytest.LogCaptureFixture,
+    fact: str,
+    before: object,
+    again: str,
+) -> None:
+    unfinished(finished)
+    path = finished / "checkpoints" / f"step_{STEPS - SAVED_EVERY}"
+    checkpoint = load_checkpoint(path)
+    machine = {"ranks": 1, "threads": torch.get_num_threads(), "device": "cpu", "replicas": 1}
+    assert checkpoint.state["facts"]["machine"] == machine
+    facts = checkpoint.state["facts"] | {"machine": machine | {fact: before}}
+    save_checkpoint(path.parent, checkpoint.step, checkpoint.tensors, checkpoint.state | {"facts": facts}, 9)
+    assert run(resumed(finished)).summary["steps"] == STEPS
+    (told,) = warnings_of(caplog)
+    assert f"{finished} goes on with other {fact} than before ({fact}: {before} → {machine[fact]})" in told
+    assert told.endswith(f"The same: {again}")
+    assert load_checkpoint(finished / "checkpoints" / f"step_{STEPS}").state["facts"]["machine"] == machine
+
+
+def test_threads_may_change_in_a_resume_and_that_is_said(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfinished(finished)
+    before = torch.get_num_threads()
+    try:
+        run(
+            dataclasses.replace(resumed(finished), threads=before + 1),
+            saved=load_config(finished / "config.yaml"),
+        )
+    finally:
+        torch.set_num_threads(before)
+    (told,) = warnings_of(caplog)
+    assert f"(threads: {before} → {before + 1})" in told
+
+
 def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
     keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
     never_saved = ("launcher.", "suite.", "check.", "trust_remote_code")
@@ -483,7 +541,7 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         "eval.figures",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",
         "eval.contexts", "eval.also",
-        "out_dir", "cache_dir", "task", "allow_extra", "objective",
+        "out_dir", "cache_dir", "task", "allow_extra", "objective", "threads", "device",
     }  # fmt: skip
     assert len(keys) - len(may_change) > 60
     print(f"{len(keys)} keys: {len(may_change)} may change")

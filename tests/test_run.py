@@ -5,6 +5,8 @@ import hashlib
 import json
 import logging
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
+from spd_hydra.logger.base import Logger
 from spd_hydra.metric.finding import Settings
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.preflight import preflight
@@ -448,6 +451,34 @@ def test_an_interrupted_run_says_so_in_its_status(
     (directory,) = (tmp_path / "runs" / "tms_5-2").iterdir()
     status = read_json(directory / "status.json")
     assert (status["status"], status["error"]) == ("stopped", "interrupted by the user")
+
+
+def test_a_tracker_is_ended_after_the_status_is_written_and_the_job_handed_over(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end may wait for a server, longer than a scheduler does."""
+    told: list[str] = []
+
+    def requeue(number: int, frame: Any) -> None:
+        told.append("handed over")
+        raise SystemExit(75)
+
+    class Slow(Logger):
+        def log(self, step: int, split: str, values: dict[str, float]) -> None:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+        def finish(self, summary: dict[str, Any] | None, exit_code: int) -> None:
+            (path,) = (tmp_path / "runs").glob("*/*/status.json")
+            told.append(f"tracker ended as {exit_code}, status {read_json(path)['status']}")
+
+    monkeypatch.setattr("spd_hydra.logger.files.Files.start", lambda *arguments: Slow())
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit):
+            run(toy())
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert told == ["handed over", "tracker ended as 1, status stopped"]
 
 
 def test_the_status_is_running_while_it_runs(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,28 @@ def test_the_first_update_moves_by_the_learning_rate(make: Make) -> None:
     assert max(moved) == pytest.approx(0.003, rel=1e-3)
 
 
+def test_a_site_may_have_a_learning_rate_of_its_own(make: Make) -> None:
+    trainer = make(
+        "decomposition=tms_5-2-untied", "decomposition.sites.unembed.lr_factor=0.25", "train.lr=0.004",
+        "train.lr_schedule.kind=constant",
+    )  # fmt: skip
+    parameters = {name: trainer.model.pieces(name) for name in ("embed", "unembed")}
+    before = {name: values(own.parameters()) for name, own in parameters.items()} | {
+        "ci_fn": values(trainer.updates.ci_fn)
+    }
+    trainer.train_step()
+    after = {name: values(own.parameters()) for name, own in parameters.items()} | {
+        "ci_fn": values(trainer.updates.ci_fn)
+    }
+    moved = {
+        name: max(float((new - old).abs().max()) for new, old in zip(after[name], before[name], strict=True))
+        for name in after
+    }
+    # The first update is the learning rate where the gradient is not tiny.
+    assert moved == pytest.approx({"embed": 0.004, "unembed": 0.001, "ci_fn": 0.004}, rel=1e-3)
+    assert trainer.lr == 0.004
+
+
 @pytest.mark.parametrize(("clipped", "free"), [("components", "ci_fn"), ("ci_fn", "components")])
 def test_components_and_ci_fn_are_clipped_apart(make: Make, clipped: str, free: str) -> None:
     plain, limited = make(), make(f"train.clip_{clipped}=1e-5")

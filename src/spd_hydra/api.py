@@ -2,31 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spd_hydra.analyse import require_single
-from spd_hydra.build import assemble
-from spd_hydra.checkpoint import Checkpoint, load_checkpoint, load_newest
 from spd_hydra.components import load_plugins
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose as compose
 from spd_hydra.composition import require_texts, settled
 from spd_hydra.config import RunConfig, Task, load_config
-from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.launcher import start
 from spd_hydra.launcher.handle import JobFailed as JobFailed
 from spd_hydra.launcher.handle import JobHandle
 from spd_hydra.launcher.record import new_sweep_directory
 from spd_hydra.launcher_config import Slurm
+from spd_hydra.opened_run import Run as Run
 from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import run
-from spd_hydra.run_dir import RunDirectory, RunDirectoryError
-from spd_hydra.saved_run import read_target, require_trust
 from spd_hydra.section import ConfigError
 
 _LEAVES_NO_RUN = {
@@ -35,92 +28,6 @@ _LEAVES_NO_RUN = {
     Task.sweep_status: "call spd-run task=sweep_status sweep=<directory>",
 }
 """Tasks that decompose() refuses, with what does them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run directory, opened for reading; the run may still be going on.
-
-    Attributes:
-        path: the directory.
-        config: the configuration it was started with.
-        trust_remote_code: whether the target's own Python code may be run.
-    """
-
-    path: Path
-    config: RunConfig
-    trust_remote_code: bool = False
-
-    @cached_property
-    def model(self) -> DecomposedModel:
-        """The decomposed model with its target, from the newest whole checkpoint, on the CPU.
-
-        `model(batch)` is the target's output, `model(batch, masks)` a masked pass,
-        `model.causal_importances(batch)` the causal importances by site.
-
-        Raises:
-            RunDirectoryError: there is no checkpoint yet.
-            ConfigError: the target has Python code of its own, which was not allowed.
-        """
-        return self.model_at(None)
-
-    def model_at(self, step: int | None) -> DecomposedModel:
-        """The decomposed model as it was saved at a step; None: the newest."""
-        require_trust(
-            self.path,
-            self.config,
-            trusted=self.trust_remote_code,
-            yes="call load_run(..., trust_remote_code=True)",
-        )
-        checkpoint = self._checkpoint(step)
-        device = torch.device("cpu")
-        target = read_target(self.config, self.path, device)
-        model = assemble(self.config, target.module, device, untrained=False, takes_padding=True).model
-        model.load_trainable_state(checkpoint.tensors["model"])
-        return model.eval()
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending."""
-        folders = RunDirectory.view(self.path).checkpoints.glob("step_*")
-        return sorted(int(f.name.removeprefix("step_")) for f in folders if f.name[5:].isdigit())
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """Rows of the metrics log, as a `pandas.DataFrame` takes them: step, split, <group>/<name>."""
-        return RunDirectory.view(self.path).read_metrics()
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The result: verdict, checks, losses, L0, times; empty while the run goes on."""
-        return RunDirectory.view(self.path).read_summary() or {}
-
-    @property
-    def subcomponents(self) -> dict[str, Any]:
-        """Of a model that reads tokens, what the heaviest subcomponents of every site respond to.
-
-        `["sites"][site]` lists them, each with `index`, `mean_ci`, `density`, `tokens` and `contexts`;
-        `["examples"]` are sequences with the number of active subcomponents per token. Empty for others.
-        """
-        return RunDirectory.view(self.path).read_subcomponents() or {}
-
-    @property
-    def status(self) -> dict[str, Any]:
-        """How far it is: `status`, `step`, `error`, times."""
-        return RunDirectory.view(self.path).read_status() or {}
-
-    def _checkpoint(self, step: int | None) -> Checkpoint:
-        directory = RunDirectory.view(self.path)
-        if step is not None:
-            if step not in self.steps:
-                raise ConfigError(f"step: got {step}; {self.path} has checkpoints of steps {self.steps}")
-            return load_checkpoint(directory.checkpoints / f"step_{step}")
-        newest = load_newest(directory.checkpoints)
-        if newest is None:
-            raise RunDirectoryError(
-                f"{self.path} holds no checkpoint yet; look again later, or see its status"
-            )
-        return newest
 
 
 def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:

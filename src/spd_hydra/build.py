@@ -12,9 +12,10 @@ from spd_hydra import distributed, rng
 from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
+from spd_hydra.decomposition.inputs import real_positions
 from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay
 from spd_hydra.decomposition.sites import site_groups, unfit_sites
 from spd_hydra.decomposition.subcomponents import Init
@@ -27,6 +28,7 @@ from spd_hydra.metric.text import look
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.model.obtain import TargetProgress, TrainedTarget, obtain_target
 from spd_hydra.model.tokens_in import TokensIn
+from spd_hydra.model.users_code import told_of
 from spd_hydra.sampler import Sampler
 from spd_hydra.section import ConfigError
 
@@ -130,6 +132,7 @@ class Parts:
             return None
         return AblationSettings(
             next_token=self.config.model.predicts_next_token(),
+            fills_masks=self.config.model.fills_masks(),
             rounded=config.rounded,
             groups=self.groups() if masks else {},
             adversaries={
@@ -174,18 +177,29 @@ def obtain(config: RunConfig, device: torch.device, progress: TargetProgress | N
     """The certified target of a configuration, trained or from the cache."""
     return obtain_target(
         config.model,
-        config.data.bind(config.model),
+        bound(config),
         seed=config.seed,
         device=device,
         cache_dir=config.cache_dir,
-        held_out=config.data.bind_eval(config.model),
+        held_out=bound(config, held_out=True),
         progress=progress,
     )
 
 
 def untrained_target(config: RunConfig) -> nn.Module:
     """The target's architecture with weights nobody trained: to check sites."""
-    return config.model.skeleton()
+    with told_of("model", config.model, "skeleton"):
+        return config.model.skeleton()
+
+
+def bound(config: RunConfig, *, held_out: bool = False) -> Batches:
+    """The batches to train on, or the held-out ones, for the target of a configuration.
+
+    Raises:
+        ConfigError: the data do not fit the target, or cannot be read.
+    """
+    with told_of("data", config.data, "bind_eval" if held_out else "bind"):
+        return (config.data.bind_eval if held_out else config.data.bind)(config.model)
 
 
 def assemble(
@@ -206,7 +220,7 @@ def assemble(
     Raises:
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
-    batches = config.data.bind(config.model)
+    batches = bound(config)
     if isinstance(target, TokensIn):
         target.expect_padding(takes_padding or batches.padded)
     model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
@@ -228,7 +242,7 @@ def assemble(
     return Parts(
         config=config,
         batches=batches,
-        eval_batches=config.data.bind_eval(config.model),
+        eval_batches=bound(config, held_out=True),
         model=model,
         objective=Objective(
             model,

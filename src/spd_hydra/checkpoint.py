@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -29,6 +29,8 @@ from torch import Tensor
 from spd_hydra import atomic, manifest
 
 logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 _STATE, _TENSORS = "state.json", ".safetensors"
 # When a step is saved again, the checkpoint of before is called `.replaced` until the new one has its name.
@@ -116,20 +118,7 @@ def load_newest(directory: Path, warn: Callable[[str], None] = logger.warning) -
     Raises:
         CheckpointError: there are checkpoints and every one is damaged. Nothing is changed on the disk.
     """
-    candidates = _candidates(directory)
-    damages = []
-    for path in candidates:
-        try:
-            checkpoint = load_checkpoint(path)
-        except CheckpointError as error:
-            damages.append(str(error))
-            continue
-        for damage in damages:
-            warn(f"{damage}. Going on from {checkpoint.path.name} instead.")
-        return checkpoint
-    if damages:
-        raise _none_whole(directory, damages)
-    return None
+    return _newest(directory, load_checkpoint, warn)
 
 
 def require_whole(directory: Path) -> Path | None:
@@ -138,14 +127,30 @@ def require_whole(directory: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
     """
-    damages = []
+    return _newest(directory, _verified, lambda damage: None)  # `load_newest` will tell
+
+
+def _newest(directory: Path, read: Callable[[Path], Found], warn: Callable[[str], None]) -> Found | None:
+    """What `read` makes of the newest checkpoint that it does not refuse; None: there are no checkpoints."""
+    damages: list[str] = []
     for path in _candidates(directory):
-        if not (problems := verify(path)):
-            return path
-        damages.append(_damaged(path, problems))
+        try:
+            found = read(path)
+        except CheckpointError as error:
+            damages.append(str(error))
+            continue
+        for damage in damages:
+            warn(f"{damage}. Going on from {path.name} instead.")
+        return found
     if damages:
         raise _none_whole(directory, damages)
     return None
+
+
+def _verified(path: Path) -> Path:
+    if problems := verify(path):
+        raise CheckpointError(_damaged(path, problems))
+    return path
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -159,13 +164,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def steps_of(directory: Path) -> list[int]:
     """Steps of which there is a checkpoint, whole or damaged, ascending."""
-    return sorted({_step_of(path) for path in _candidates(directory)})
+    return sorted({step_of(path) for path in _candidates(directory)})
 
 
 def remove_newer(directory: Path, step: int) -> None:
     """Remove the checkpoints of later steps than this."""
     for path in _candidates(directory):
-        if _step_of(path) > step:
+        if step_of(path) > step:
             _remove(path)
 
 
@@ -193,7 +198,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         problems.append(f"it has no {_STATE}")
     if problems or state is None:
         raise CheckpointError(_damaged(path, problems))
-    return Checkpoint(path=path, step=_step_of(path), tensors=tensors, state=state)
+    return Checkpoint(path=path, step=step_of(path), tensors=tensors, state=state)
 
 
 def verify(path: Path) -> list[str]:
@@ -208,7 +213,7 @@ def verify(path: Path) -> list[str]:
 
 def _entries(path: Path) -> dict[str, dict[str, Any]]:
     step, entries = manifest.read_manifest(path)
-    if not _NAME.fullmatch(path.name) or step != _step_of(path):
+    if not _NAME.fullmatch(path.name) or step != step_of(path):
         raise manifest.ManifestError(
             f"{manifest.NAME} is of step {step}, but the directory is called {path.name}"
         )
@@ -246,7 +251,8 @@ def _require_plain(value: Any, key: str) -> None:
         raise TypeError(f"{key}: {type(value).__name__} cannot be stored; use numbers, strings, lists, dicts")
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step whose checkpoint lies there."""
     return int(path.name.removeprefix("step_").removesuffix(".replaced"))
 
 
@@ -258,7 +264,7 @@ def _candidates(directory: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"cannot read {directory}: {error.strerror}") from error
-    return sorted(found, key=lambda path: (-_step_of(path), len(path.name)))
+    return sorted(found, key=lambda path: (-step_of(path), len(path.name)))
 
 
 def _step_aside(final: Path) -> None:
@@ -279,7 +285,7 @@ def _apply_retention(directory: Path, written: Path, keep: int) -> None:
     verified: set[int] = set()
     try:
         for path in _candidates(directory):
-            step = _step_of(path)
+            step = step_of(path)
             if path == written or (step not in verified and len(verified) < keep and not verify(path)):
                 verified.add(step)
             elif step in verified or len(verified) >= keep:

@@ -16,6 +16,7 @@ from spd_hydra.config_errors import invalid
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.overrides import read, with_entries
+from spd_hydra.run_files import RunDirectoryError
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 from spd_hydra.terminal import output_may_be_lost, show
@@ -43,6 +44,9 @@ def _said_and_done() -> int:
         if distributed.leads():
             show(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", sys.stderr)
         return ExitCode.bad_config
+    except RunDirectoryError as error:
+        show(f"{error}", sys.stderr)
+        return ExitCode.run_failed
     except Stopped as stopped:
         if distributed.leads():
             show("Interrupted." if stopped.exit_code == ExitCode.interrupted else "Stopped.", sys.stderr)

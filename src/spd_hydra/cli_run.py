@@ -1,30 +1,34 @@
 """Start what a command line asks for: one run, or the jobs of a sweep and the table after them."""
 
+import contextlib
+import os
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
 
 from hydra_plugins.spd_hydra import NAME, BackgroundLauncher
-from spd_hydra import distributed, report
+from spd_hydra import distributed
 from spd_hydra.cli_hydra import call_hydra
-from spd_hydra.cli_task import Task
+from spd_hydra.cli_sweep import go_on, show_sweep, sweep_in, sweep_status, with_errors
+from spd_hydra.cli_task import Task, of_the_disk
 from spd_hydra.command_word import quoted
 from spd_hydra.composer import Composer
 from spd_hydra.composition import Job
-from spd_hydra.config import RunConfig
 from spd_hydra.config import Task as WhatToDo
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher import slurm, start, watch
-from spd_hydra.launcher.record import FILE, SweepRecord, hide_secrets, new_sweep_directory
+from spd_hydra.launcher.record import FILE, SweepRecord, held, hide_secrets, make, new_sweep_directory
 from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Background, LocalParallel, Slurm
 from spd_hydra.overrides import is_for_hydra, read
 from spd_hydra.plan import Plan, make_plan
-from spd_hydra.report.sweep import SweepRow
+from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import Stopped, heard
 from spd_hydra.terminal import show
 
 _IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.prefetch, WhatToDo.sweep_status}
@@ -35,8 +39,18 @@ def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -
 
     Raises:
         ConfigError: something is wrong; nothing was started.
+        RunDirectoryError: a sweep could not write.
         KeyboardInterrupt: the user stopped it.
     """
+    distributed.require_place()
+    with _sigterm_raises():
+        return _begin(overrides, multirun=multirun, config_dir=config_dir)
+
+
+def _begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -> int:
+    sweep = sweep_in(overrides)
+    if sweep is not None:
+        return go_on(sweep, overrides, multirun=multirun, config_dir=config_dir)
     with Composer.open(config_dir) as composer:
         plan = make_plan(composer, overrides, multirun=multirun, config_dir=config_dir)
     config = plan.jobs[0].config
@@ -49,26 +63,30 @@ def begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) -
         return _in_background(plan, config.launcher, flags, config_dir)
     if not plan.is_sweep:
         return _single(plan, flags, config_dir)
-    sweep = _sweep_without_runs if config.task in _IN_THIS_PROCESS else _sweep
-    return sweep(plan, flags, config_dir)
+    do = _sweep_without_runs if config.task in _IN_THIS_PROCESS else _sweep
+    return do(plan, flags, config_dir)
 
 
-def sweep_status(config: RunConfig) -> int:
-    """Show how the jobs of a sweep stand, and write its table and page anew.
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP are heard as Ctrl-C is, and end with the exit code of SIGTERM.
 
-    Raises:
-        ConfigError: no sweep was named, or there is none.
+    A run that listens itself is asked, and saves; this is for the time before, between and after runs.
     """
-    if config.sweep is None:
-        raise ConfigError(
-            "sweep: task=sweep_status needs the directory of a sweep, e.g. sweep=outputs/sweeps/<time>_<id>"
-        )
-    directory = Path(config.sweep).expanduser().absolute()
-    record = SweepRecord.read(directory)
-    rows = watch.look(directory, record, watch.scheduler_states(record))
-    if any(row.state in watch.OPEN for row in rows):
-        show("\n".join(["", *watch.live_table(rows)]))
-    return _show(directory, rows)
+    own = os.getpid()
+
+    def hear(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            raise Stopped(number)
+        signal.signal(number, signal.SIG_DFL)  # a fork inherits this handler
+        os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, hear) for number in heard(signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_one_process(plan: Plan) -> None:
@@ -110,28 +128,51 @@ def _sweep_without_runs(plan: Plan, flags: list[str], config_dir: str | None) ->
 
 
 def _swept(plan: Plan, flags: list[str], directory: Path, task: Task) -> int:
-    code = call_hydra(["-m", *flags, *plan.overrides, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    code = _call(["-m", *flags, *plan.overrides], directory, task)
     return ExitCode.jobs_failed if code == ExitCode.ok and any(task.codes.values()) else code
 
 
-def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
-    directory, launcher = _sweep_directory(plan), plan.jobs[0].config.launcher
-    record = start.new_record(launcher, dict(enumerate(plan.jobs)), sys.argv)
+def _call(words: Sequence[str], directory: Path, task: Task) -> int:
+    """Let Hydra run the jobs of a sweep there.
 
-    def on_start(number: int, job: Job) -> None:
-        """A sweeper may take the jobs in another order than they were planned in, or choose as it goes."""
-        nonlocal record
-        record = record.with_jobs(start.new_record(launcher, {number: job}, sys.argv).jobs)
-        record.write(directory)
-
-    task = Task(sys.argv, plan, config_dir, on_start)
-    _make(directory)
-    record.write(directory)
+    Raises:
+        RunDirectoryError: the disk is full or read-only.
+    """
     try:
-        return _swept(plan, flags, directory, task)
-    finally:
-        hide_secrets(directory)  # also where no job ran in this process
-        _show(directory, watch.look(directory, record, None))
+        return call_hydra([*words, f"hydra.sweep.dir={quoted(str(directory))}"], task)
+    except OSError as error:
+        text = of_the_disk(error, directory)
+        if text is None:
+            raise
+        raise RunDirectoryError(text) from error
+
+
+def _sweep(plan: Plan, flags: list[str], config_dir: str | None) -> int:
+    directory = _sweep_directory(plan)
+    make(directory)
+    with held(directory):
+        try:
+            record = start.write_down(dict(enumerate(plan.jobs)), directory, sys.argv)
+        except RunDirectoryError as error:
+            raise ConfigError(str(error)) from error
+
+        order = dict(enumerate(plan.jobs))
+
+        def on_start(number: int, job: Job) -> None:
+            """A sweeper may take the jobs in another order than that of the plan, or choose as it goes."""
+            nonlocal record
+            if order.get(number) is not job:
+                place = next((n for n, other in order.items() if other is job and n > number), number)
+                order[place], order[number] = order.get(number, job), job
+                changed = {n: order[n] for n in (number, place)}
+                record = start.write_down(changed, directory, sys.argv)
+
+        task = Task(sys.argv, plan, config_dir, on_start)
+        try:
+            return _swept(plan, flags, directory, task)
+        finally:
+            hide_secrets(directory)  # also where no job ran in this process
+            show_sweep(directory, with_errors(watch.look(directory, record, None), task.errors))
 
 
 def _in_background(plan: Plan, launcher: Background, flags: list[str], config_dir: str | None) -> int:
@@ -146,35 +187,25 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
         require_no_secrets(job.config)
     if isinstance(launcher, Slurm):
         slurm.require_sbatch()
+    is_here = isinstance(launcher, LocalParallel)
+    if is_here:
+        make(directory)
     # Hydra looks for plug-ins in folders and misses those of an editable installation.
     Plugins.instance().register(BackgroundLauncher)
     task = Task(sys.argv, plan, config_dir)
     words = ["-m", *flags, *plan.overrides, f"hydra/launcher={NAME}"]
-    try:
-        code = call_hydra([*words, f"hydra.sweep.dir={quoted(str(directory))}"], task)
-    except KeyboardInterrupt:
-        if isinstance(launcher, LocalParallel) and (directory / FILE).exists():
-            _show(directory, watch.look(directory, SweepRecord.read(directory), None))
-        raise
-    if task.failure is not None:
-        raise task.failure
-    if code == ExitCode.ok and task.ended:
-        return _show(directory, task.ended)
-    return code
-
-
-def _show(directory: Path, rows: Sequence[SweepRow]) -> int:
-    """Write sweep.csv and sweep.html, print the table, and say with the exit code whether a job failed."""
-    has_failed = any(row.state == "failed" for row in rows)
-    rows = report.with_replicas(directory, rows)
-    try:
-        _, page = report.write_sweep(directory, rows)
-        written = str(page)
-    except OSError as error:  # somebody else's sweep, or a full disk: the rows are worth more than the page
-        written = f"sweep.csv and sweep.html could not be written: {error.strerror}: {error.filename}"
-    show("\n".join([report.sweep_table(rows), report.published_table(rows), *watch.traces(rows)]))
-    show(f"  {written}")
-    return ExitCode.jobs_failed if has_failed else ExitCode.ok
+    with held(directory) if is_here else contextlib.nullcontext():
+        try:
+            code = _call(words, directory, task)
+        except KeyboardInterrupt:
+            if is_here and (directory / FILE).exists():
+                show_sweep(directory, watch.look(directory, SweepRecord.read(directory), None))
+            raise
+        if task.failure is not None:
+            raise task.failure
+        if code == ExitCode.ok and task.ended:
+            return show_sweep(directory, task.ended)
+        return code
 
 
 def _sweep_directory(plan: Plan) -> Path:
@@ -195,14 +226,7 @@ def _sweep_directory(plan: Plan) -> Path:
             if (directory / FILE).exists() or any(directory.glob("*/config.yaml")):
                 raise ConfigError(
                     f"hydra.sweep.dir: got {given}, which holds a sweep already; choose another, or "
-                    f"go on with one of its runs: resume={given}/<number>"
+                    f"go on with it: resume={given}"
                 )
             return directory
     return new_sweep_directory(plan.jobs[0].config.out_dir)
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory}: the sweep cannot be written there: {error.strerror}") from error

@@ -1,10 +1,11 @@
 """What happens in one job: the run, and its errors in words and exit codes."""
 
+import errno
 import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -26,10 +27,21 @@ from spd_hydra.report.sweep import SweepRow
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.run_files import CONFIG, cannot
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 
 _log = logging.getLogger(__name__)
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+class Done(NamedTuple):
+    """What a job came to: exit code, objective (NaN where there is none), and what went wrong."""
+
+    code: ExitCode
+    objective: float
+    error: str | None = None
 
 
 class Task:
@@ -46,6 +58,7 @@ class Task:
 
     Attributes:
         codes: exit codes by job, of jobs in this process.
+        errors: why some of them failed.
         ended: how jobs in processes of their own ended.
         failure: why they could not be started.
     """
@@ -59,6 +72,7 @@ class Task:
     ) -> None:
         self.command = list(command)
         self.codes: dict[int, ExitCode] = {}
+        self.errors: dict[int, str] = {}
         self.ended: list[SweepRow] = []
         self.failure: ConfigError | None = None
         self._plan = plan
@@ -74,17 +88,17 @@ class Task:
         if hydra.mode is not RunMode.MULTIRUN:
             assert self._plan is not None, "a single run is planned before Hydra starts it"
             job = self._plan.jobs[0]
-            self.codes[0], value = guarded(lambda: self._run(job, None))
+            self.codes[0], value, _ = guarded(lambda: self._run(job, None))
             return value
         hide_secrets(Path(hydra.sweep.dir))
         overrides = [str(text) for text in OmegaConf.to_container(hydra.overrides.task) or []]
         directory = Path(hydra.runtime.output_dir)
         if not hydra.launcher._target_.endswith(".BasicLauncher"):
             return _objective(self._as_job(self._swept(cfg, overrides), directory).outcome())
-        return self._next(int(hydra.job.num), overrides, directory)
+        return self.do(int(hydra.job.num), lambda: self.planned(overrides), directory)
 
-    def _next(self, number: int, overrides: list[str], directory: Path) -> float:
-        """Run one job of a sweep in this process.
+    def do(self, number: int, planned: Callable[[], Job], directory: Path) -> float:
+        """Run one job of a sweep in this process, or go on with it.
 
         Raises:
             Stopped: the run is whole, but a signal that came too late for it asked for no more.
@@ -92,14 +106,16 @@ class Task:
         late: list[Stopped] = []
 
         def work() -> Outcome:
-            job = self.planned(overrides)
+            job = planned()
             if self._on_start is not None:
                 self._on_start(number, job)
             outcome = self._run(job, directory)
             late.extend([outcome.late_stop] if outcome.late_stop is not None else [])
             return outcome
 
-        self.codes[number], value = guarded(work)
+        self.codes[number], value, error = guarded(work)
+        if error is not None:
+            self.errors[number] = error
         for stopped in late:
             raise stopped
         return value
@@ -129,7 +145,7 @@ class Task:
         if job.config.launcher.local_ranks > 1 and job.config.run is None:
             return self._as_job(job, directory).outcome()
         with command_line(self.command):  # what the person typed goes into the record of the run
-            if directory is not None and job.saved is not None:
+            if directory is not None and _is_begun(job, directory):
                 return begin_or_go_on(job.config, str(directory), job.saved)
             return run(job.config, run_dir=directory, saved=job.saved)
 
@@ -143,20 +159,44 @@ class Task:
         )
 
 
-def guarded(work: Callable[[], Outcome]) -> tuple[ExitCode, float]:
+def _is_begun(job: Job, directory: Path) -> bool:
+    return job.config.resume is not None or (directory / CONFIG).exists()
+
+
+def guarded(work: Callable[[], Outcome]) -> Done:
     """Do the work; say what went wrong, with a traceback only where nobody foresaw it."""
     try:
-        return ExitCode.ok, _objective(work())
+        return Done(ExitCode.ok, _objective(work()))
     except ConfigError as error:
         _log.error("%s", invalid(error))
-        return ExitCode.bad_config, math.nan
+        return Done(ExitCode.bad_config, math.nan, str(error))
     except (RunError, RunDirectoryError, CheckpointError, WeightsError) as error:
         _log.error("The run failed: %s", error)
+        reason = str(error)
     except SystemExit as error:
-        _log.error("The run ended itself with exit code %s.", error.code)
-    except Exception:
-        _log.exception("The run failed with an error that should not happen:")
-    return ExitCode.run_failed, math.nan
+        reason = f"ended itself with exit code {error.code}"
+        _log.error("The run %s.", reason)
+    except Exception as error:
+        text = of_the_disk(error)
+        if text is not None:
+            _log.error("The run failed: %s", text)
+        else:
+            _log.exception("The run failed with an error that should not happen:")
+        reason = text or f"{type(error).__name__}: {error}"
+    return Done(ExitCode.run_failed, math.nan, reason)
+
+
+def of_the_disk(error: BaseException, place: Path | None = None) -> str | None:
+    """What a person is told of an error that is the disk's: full, read-only, closed; None for all others.
+
+    Args:
+        error: what was raised.
+        place: what was written to, for an error that names no file.
+    """
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
+        return None
+    path = error.filename or place
+    return str(cannot("write", Path(path), error)) if path else f"cannot write: {error.strerror}"
 
 
 def _objective(outcome: Outcome) -> float:

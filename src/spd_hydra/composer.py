@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Sweep
+from hydra.core.override_parser.types import Override, Sweep
 from hydra.types import RunMode
 from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -110,12 +110,8 @@ class Composer:
             ConfigError: an override cannot be read, or what it sweeps over does not exist.
         """
         try:
-            master = self._compose([text for text in overrides if is_for_hydra(text)], keep_hydra=True)
-            parameters = OmegaConf.select(master, "hydra.sweeper.params") or {}
-            texts = [f"{key}={value}" for key, value in parameters.items()]
-            parser = OverridesParser.create(config_loader=self._hydra.config_loader)
-            parsed = parser.parse_overrides([*texts, *with_entries(without_hydra(overrides))])
-            if not str(OmegaConf.select(master, "hydra.sweeper._target_")).endswith(".BasicSweeper"):
+            parsed, takes_all = self._swept(overrides)
+            if not takes_all:
                 return [[str(item.input_line) for item in parsed if not item.is_sweep_override()]]
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
         except Exception as error:
@@ -125,6 +121,20 @@ class Composer:
             swept = [str(item.input_line) for item in parsed if item.is_sweep_override()]
             raise ConfigError(f"the sweep has no jobs: {' and '.join(swept)} matches nothing")
         return jobs
+
+    def searched(self, overrides: Sequence[str]) -> list[str]:
+        """The keys whose values another sweeper than Hydra's basic one chooses as it goes."""
+        parsed, takes_all = self._swept(overrides)
+        return [] if takes_all else [item.key_or_group for item in parsed if item.is_sweep_override()]
+
+    def _swept(self, overrides: Sequence[str]) -> tuple[list[Override], bool]:
+        """The overrides of a sweep's jobs, and whether every combination is a job."""
+        master = self._compose([text for text in overrides if is_for_hydra(text)], keep_hydra=True)
+        parameters = OmegaConf.select(master, "hydra.sweeper.params") or {}
+        texts = [f"{key}={value}" for key, value in parameters.items()]
+        parser = OverridesParser.create(config_loader=self._hydra.config_loader)
+        parsed = parser.parse_overrides([*texts, *with_entries(without_hydra(overrides))])
+        return parsed, str(OmegaConf.select(master, "hydra.sweeper._target_")).endswith(".BasicSweeper")
 
     def groups(self) -> dict[str, list[str]]:
         """Every config group with the options that a person may choose."""

@@ -203,8 +203,8 @@ def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
     if not others:
         return ""
     return (
-        "\nA run that goes on takes train.steps and keys of logging, evaluation and checkpoints only; "
-        f"leave out {' '.join(others)}"
+        "\nA run that goes on takes train.steps, threads, device, and keys of logging, evaluation and "
+        f"checkpoints only; leave out {' '.join(others)}"
     )
 
 

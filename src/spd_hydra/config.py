@@ -163,13 +163,13 @@ class RunConfig(Section):
 
     def _about_ranks(self) -> Iterator[Problem]:
         ranks = self.launcher.ranks if isinstance(self.launcher, Slurm) else self.launcher.local_ranks
+        ranks = max(ranks, distributed.started_with())
         if self.train.replicas > 1 and ranks > 1:
             yield Problem(
                 "train.replicas",
                 f"got {self.train.replicas} with {ranks} ranks; replicas share one process. Give each GPU a "
                 "job of its own: a sweep over seeds, with launcher.gpus=1",
             )
-        ranks = max(ranks, distributed.started_with())
         most = self.train.batch_size // ranks
         if ranks > 1 and self.train.accumulate > max(most, 1):
             yield Problem(
@@ -243,7 +243,11 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
             group, _, name = kind.partition("/")
             classes = registered(group)
             if name not in classes:
-                raise ConfigError(f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}")
+                raise ConfigError(
+                    f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}. Is it of a "
+                    "class of your own? Import the module that registers it first, or make it a plug-in, "
+                    "which is imported by itself (CONTRIBUTING.md)"
+                )
             if not any(isinstance(a, type) and issubclass(classes[name], a) for a in _declared(schema, path)):
                 raise ConfigError(f"{path}: cannot be of kind {kind!r}")
             OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)

@@ -15,7 +15,8 @@ from spd_hydra.section import ConfigError, Section, registered
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _EXAMPLES = {int: "64,32", float: "0.5,0.1", str: "first,second"}
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-_TERMS, _EXTRA = "loss_term", "loss.extra"  # the config group of plug-ins' loss terms, and where they go
+TERMS, _EXTRA = "loss_term", "loss.extra"  # the config group of plug-ins' loss terms, and where they go
+NO_TERMS = "no plug-in offers loss terms; install the package that has yours (CONTRIBUTING.md, a plug-in)"
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
 
 
@@ -60,6 +61,8 @@ def unknown_key(key: str, cfg: DictConfig, groups: Iterable[str] = (), *, is_del
         return missing if is_deleted else f"{missing} {_how_to_add(node, mapping, name)}"
     if not is_deleted and (choice := _plugged_term(key, cfg)):
         return choice
+    if key == TERMS:
+        return NO_TERMS
     group, _, name = key.rpartition(".")
     kinds = [kind for kind, cls in registered(group).items() if name in _field_names(cls)]
     if kinds:
@@ -115,7 +118,7 @@ def _plugged_term(key: str, cfg: DictConfig) -> str | None:
     terms = cfg.get("loss")
     if section != "loss" or not isinstance(terms, DictConfig):
         return None
-    kind = nearest(name, [*map(str, terms), *registered(_TERMS)])
+    kind = nearest(name, [*map(str, terms), *registered(TERMS)])
     if kind is None or kind in terms or kind in terms.get("extra", {}):
         return None
     words = f"{_choice(kind)} {_EXTRA}.{kind}.{inner or 'coeff'}=…"
@@ -123,14 +126,38 @@ def _plugged_term(key: str, cfg: DictConfig) -> str | None:
 
 
 def _choice(name: str) -> str:
-    kind = name if name in registered(_TERMS) else "<term>"
-    return f"'+{_TERMS}@{_EXTRA}.{name}={kind}_schema'"
+    kind = name if name in registered(TERMS) else "<term>"
+    return f"'+{TERMS}@{_EXTRA}.{name}={kind}_schema'"
+
+
+def wrong_term(name: str, place: str | None, options: Iterable[str]) -> str | None:
+    """What is wrong with choosing a loss term of a plug-in for a place, or None.
+
+    Args:
+        name: what was chosen.
+        place: where it goes; None: nowhere was said.
+        options: files that choose terms, besides those that plug-ins register.
+    """
+    known = [*(f"{kind}_schema" for kind in registered(TERMS)), *options]
+    if not known:
+        return NO_TERMS
+    if name in known and place is not None:
+        return None
+    close = name if name in known else f"{name}_schema"
+    close = close if close in known else nearest(name, known) or ""
+    if place is None:
+        name = close.removesuffix("_schema")
+        return f"say where the term goes: '+{TERMS}@{_EXTRA}.{name or '<name>'}={close or known[0]}'"
+    hint = f"did you mean {close}? Choose one of" if close else "must be one of"
+    return f"got {name}; {hint} {', '.join(known)}"
 
 
 def _how_to_add(node: DictConfig, mapping: str, name: str) -> str:
     if mapping == _EXTRA:
-        known = ", ".join(registered(_TERMS))
-        of = f", of {known}" if known and name not in registered(_TERMS) else ""
+        if not registered(TERMS):
+            return f"N{NO_TERMS[1:]}"
+        known = ", ".join(registered(TERMS))
+        of = f", of {known}" if known and name not in registered(TERMS) else ""
         return f"To add one choose the term of a plug-in{of}: {_choice(name)}"
     if not _holds_sections(node):
         return f"To add it: +{mapping}.{name}=…"

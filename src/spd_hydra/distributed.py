@@ -26,9 +26,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from spd_hydra import terminal
+from spd_hydra.section import ConfigError
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
+_PLACE = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, what torchrun tells each process
 _STEP_TIMEOUT = timedelta(minutes=30)  # rank 0 saves and evaluates while the others wait in their next step
 _MESSAGE_TIMEOUT = timedelta(days=30)
 _MESSAGE_BYTES = 2**25  # at most, of several tensors that are sent as one
@@ -53,7 +55,26 @@ def world_size() -> int:
 
 def started_with() -> int:
     """Number of processes that were started to train together, before they have met and after they parted."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "")
+    return int(given) if given.isdecimal() else 1
+
+
+def require_place() -> None:
+    """Refuse an environment that says half of where this process stands among several.
+
+    Raises:
+        ConfigError: names what is there and what is missing.
+    """
+    given = os.environ.get("WORLD_SIZE", "")
+    if not given or given == "1":
+        return
+    missing = [name for name in _PLACE if not os.environ.get(name)]
+    wrong = f"without {', '.join(missing)}" if missing else "which is no number of processes"
+    if missing or not given.isdecimal() or given == "0":
+        raise ConfigError(
+            f"WORLD_SIZE: got {given} in the environment, {wrong}; to run alone, unset it; several processes "
+            f"are started by launcher.ranks_per_node={given if given.isdecimal() else 2}, or by torchrun"
+        )
 
 
 def leads() -> bool:
@@ -95,8 +116,12 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     The environment is that of `torchrun`: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Tensors on a GPU travel
     by nccl, others by gloo.
+
+    Raises:
+        ConfigError: the environment says only a part of that.
     """
     global _messages
+    require_place()
     if started_with() == 1 or dist.is_initialized():
         yield
         return

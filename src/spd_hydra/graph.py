@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spd_hydra import distributed
 from spd_hydra.loss.objective import Objective, ScheduledValues, StepLoss
+from spd_hydra.optimizer import group_rates
 from spd_hydra.sampler import Sampler, StackedSampler
 from spd_hydra.step import StackedStep, Step
 
@@ -184,13 +185,15 @@ class GraphedStep:
     ) -> None:
         self._sampler, self._step, self._objective = sampler, step, objective
         self._names = [(term, name) for term, own in objective.schedule(0.0).items() for name in own]
-        scalars = [torch.zeros(())] * (1 + len(self._names))
+        self._optimizer = optimizer
+        scalars = [torch.zeros(())] * (len(optimizer.param_groups) + len(self._names))
         self._inputs = StepInputs([*sampler.keys(0), *scalars], objective.model.device)
-        data_key, mask_key, lr, *scheduled = self._inputs.tensors
+        data_key, mask_key, *others = self._inputs.tensors
+        rates, scheduled = others[: len(optimizer.param_groups)], others[len(optimizer.param_groups) :]
         schedule: ScheduledValues = {}
         for (term, name), place in zip(self._names, scheduled, strict=True):
             schedule.setdefault(term, {})[name] = place
-        for group in optimizer.param_groups:
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group |= {"lr": lr, "capturable": True}
 
         def compute() -> tuple[StepLoss, tuple[Tensor, ...]]:
@@ -209,7 +212,7 @@ class GraphedStep:
             progress: in [0, 1], for scheduled values.
         """
         schedule = self._objective.schedule(progress)
-        numbers = [lr, *(schedule[term][name] for term, name in self._names)]
+        numbers = [*group_rates(self._optimizer, lr), *(schedule[term][name] for term, name in self._names)]
         scalars = [torch.tensor(value, dtype=torch.float32) for value in numbers]
         self._inputs.fill([*self._sampler.keys(number), *scalars])
         loss, gradients = self._compute(record=self._rehearsed >= REHEARSALS)

@@ -3,8 +3,12 @@
 A cluster that loses sight of a node starts its job anew elsewhere, while the old process goes on and holds
 the lock. So the file also names its owner. A later start of the same job may take that over; whoever asks
 `require_ours` before it writes then learns that it is the owner no more.
+
+Some network file systems have no locks. There the file alone tells who writes: its owner renews its time
+whenever it writes something, and signs off at its end. `_require_gone` says when another may sign.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -24,6 +28,7 @@ logger = logging.getLogger(__name__)
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 _TRIES, _PAUSE = 5, 0.05  # `is_held` takes the lock for a moment; whoever meets it tries again
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+_SILENT_SECONDS = 1800.0  # of an owner on another machine, where locks do not work, until it counts as gone
 _WAIT_SECONDS = 60.0  # for a process that lost its ownership to find that out, and to end
 _LENGTH = 1024  # of what the file says: always as long, so that one write replaces all of it
 
@@ -33,7 +38,7 @@ class LockedError(RuntimeError):
 
 
 class TakenOverError(RuntimeError):
-    """A later start of the same job is the owner now; the message says which process."""
+    """Another process is the owner now; the message says which, and how that came about."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class FileLock:
         self.owner = Owner.here()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor: int | None = os.open(path, flags, 0o666)
+        self._has_locks = True
         try:
             self._is_locked = self._take()
         except BaseException:
@@ -86,17 +92,19 @@ class FileLock:
     def _take(self) -> bool:
         assert self._descriptor is not None, "the file was opened just before"
         try:
-            is_locked = _lock(self._descriptor, self._path)
+            self._has_locks = _lock(self._descriptor, self._path)
+            if not self._has_locks:
+                _require_gone(self._path)
         except LockedError as error:
             if not self.owner.follows(_owner_in(self._path)):
                 raise
             self._sign()
             logger.warning("taking over %s from %s, an earlier start of this job", self._path.parent, error)
-            return self._wait(_WAIT_SECONDS)
+            return not self._has_locks or self._wait(_WAIT_SECONDS)
         self._sign()
-        return is_locked
+        return True
 
-    def _sign(self) -> None:
+    def _sign(self, *, is_over: bool = False) -> None:
         assert self._descriptor is not None, "a released lock is not signed"
         holder = {
             "pid": os.getpid(),
@@ -105,6 +113,7 @@ class FileLock:
             "token": self.owner.token,
             "job": self.owner.job,
             "start": self.owner.start,
+            "is_over": is_over,
         }
         os.pwrite(self._descriptor, json.dumps(holder).encode().ljust(_LENGTH), 0)
 
@@ -126,34 +135,49 @@ class FileLock:
         return True
 
     def require_ours(self) -> None:
-        """Return if no later start of this job has taken over.
+        """Return if nobody else, such as a later start of this job, has signed the file.
 
         Raises:
-            TakenOverError: one has; this process must write nothing more.
+            TakenOverError: somebody has; this process must write nothing more.
         """
         if not is_owner(self._path, self.owner.token):
-            raise TakenOverError(_text_of(_read(self._path)))
+            raise TakenOverError(_new_owner(self._path, self.owner))
+        if not self._has_locks and self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._descriptor)
         if not self._is_locked:  # the earlier process may have ended by now
             self._is_locked = self._try()
 
     def release(self) -> None:
         """Give the lock back; harmless when done twice. The file stays: everyone must lock the same one."""
+        if self._descriptor is not None and not self._has_locks:
+            with contextlib.suppress(OSError):
+                if is_owner(self._path, self.owner.token):
+                    self._sign(is_over=True)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the file without a word, as the end of the process would."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     @staticmethod
-    def is_held(path: Path) -> bool:
-        """Whether some process holds the lock."""
+    def is_held(path: Path) -> bool | None:
+        """Whether some process holds the lock; None: it cannot be told, where locks do not work."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return None
         try:
             # A shared lock asks without becoming an exclusive holder, also where the file is read-only.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno in _TAKEN
+            if error.errno in _TAKEN:
+                return True
+            return False if _has_ended(_read_if_there(path)) else None
         finally:
             os.close(descriptor)
         return False
@@ -180,7 +204,7 @@ def _lock(descriptor: int, path: Path) -> bool:
         except OSError as error:
             if error.errno in _UNSUPPORTED:
                 logger.warning("%s lies where locks do not work: let only one run write there.", path)
-                return True
+                return False
             if error.errno not in _TAKEN:
                 raise
             if not more_tries:
@@ -198,12 +222,66 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError):
+        return _read(path)
+    return None
+
+
 def _owner_in(path: Path) -> Owner | None:
     try:
         found = _read(path) or {}
         return Owner(str(found["token"]), found["job"], int(found["start"]))
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _require_gone(path: Path) -> None:
+    """Refuse, where locks do not work, to sign in the place of an owner that may still write.
+
+    An owner is gone that has signed off, whose process on this machine has ended, or that has written nothing
+    for long: one that was killed on another machine keeps nobody away for good.
+
+    Raises:
+        LockedError: says who it is, and what to do if it is gone.
+    """
+    holder = _read_if_there(path)
+    if _has_ended(holder):
+        return
+    is_here = holder is not None and holder.get("host") == socket.gethostname()
+    if is_here or time.time() - path.stat().st_mtime < _SILENT_SECONDS:
+        raise LockedError(
+            f"{_text_of(holder)}, as far as can be told where locks do not work (if it has ended, remove "
+            f"{path})"
+        )
+
+
+def _has_ended(holder: dict[str, Any] | None) -> bool:
+    """Whether what the holder wrote shows that it is gone; where there is nothing, there was none."""
+    if holder is None or holder.get("is_over") is True:
+        return True
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+        return False
+    if pid == os.getpid():  # else its number has come round again
+        return holder.get("token") not in {lock.owner.token for lock in _held if lock._descriptor is not None}
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _new_owner(path: Path, before: Owner) -> str:
+    """Who signed in the place of an owner, and why that could be."""
+    now = _owner_in(path)
+    if now is None:
+        return "another process"
+    is_later = now.follows(before)
+    how = "a later start of the same job" if is_later else "which opened it too, where locks do not work"
+    return f"{_text_of(_read_if_there(path))}, {how}"
 
 
 def _text_of(holder: dict[str, Any] | None) -> str:
@@ -217,7 +295,7 @@ _held: "weakref.WeakSet[FileLock]" = weakref.WeakSet()
 
 def _let_go_in_child() -> None:
     for lock in list(_held):
-        lock.release()
+        lock.let_go()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+_FACTOR = "lr_factor"
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -20,11 +22,38 @@ class Pieces(Protocol):
         """The gradients of these, summed over ranks, from the parameters' gradients on this rank's rows."""
 
 
-def adamw(groups: Iterable[Iterable[nn.Parameter]], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with default betas, as one fused kernel per group."""
-    return torch.optim.AdamW(
-        [{"params": list(group)} for group in groups], lr=lr, weight_decay=weight_decay, fused=True
-    )
+def adamw(
+    groups: Iterable[Iterable[nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float,
+    factors: Iterable[float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW with default betas, as one fused kernel per group.
+
+    Args:
+        groups: of parameters.
+        lr: learning rate.
+        weight_decay: decoupled.
+        factors: of each group, on the learning rate; None: 1.
+    """
+    chosen = [list(group) for group in groups]
+    made = [
+        {"params": own, "lr": lr * factor, _FACTOR: factor}
+        for own, factor in zip(chosen, factors or [1.0] * len(chosen), strict=True)
+    ]
+    return torch.optim.AdamW(made, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def group_rates(optimizer: torch.optim.Optimizer, lr: float) -> list[float]:
+    """The learning rate of each group of `adamw`, at a rate of the optimiser."""
+    return [lr * group[_FACTOR] for group in optimizer.param_groups]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the next step of `adamw` have this rate, times the factor of each group."""
+    for group, own in zip(optimizer.param_groups, group_rates(optimizer, lr), strict=True):
+        group["lr"] = own
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:

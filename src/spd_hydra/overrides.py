@@ -1,6 +1,7 @@
 """The words of a command line, one by one: read, applied to a composed configuration, or said to be wrong."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +17,10 @@ from spd_hydra.section import Problem
 
 _OPEN = ("decomposition.sites", "decomposition.identities")
 """Mappings that take a new entry from any word about it; what it lacks is said afterwards."""
+
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?")
+_NUMBERS = re.compile(rf"\[?{_NUMBER.pattern}(?:,{_NUMBER.pattern})*\]?")
+_LARGEST = 2.0**53  # up to which every whole number is a float
 
 Groups = Mapping[str, list[str]]
 """The options of every config group."""
@@ -52,16 +57,31 @@ def without_hydra(overrides: Sequence[str]) -> list[str]:
 
 
 def with_entries(overrides: Sequence[str]) -> list[str]:
-    """The overrides, each after those that make the entries it speaks of.
+    """The overrides, each after those that make the entries it speaks of, whole numbers without a point.
 
     Hydra sets keys of an entry that is there, and adds one only whole and with +. Where an entry is there,
     what makes it changes nothing.
     """
     found: list[str] = []
-    for text in overrides:
+    for text in map(_with_whole_numbers, overrides):
         made = [f"++{mapping}={{{name}:{{}}}}" for mapping, name in _entries(read(text))]
         found += [*(word for word in made if word not in found), text]
     return found
+
+
+def _with_whole_numbers(text: str) -> str:
+    """A number that is whole, or several, as digits alone: 1e3 or 1000.0 is no int to OmegaConf."""
+    key, _, value = text.partition("=")
+    if is_for_hydra(text) or not _NUMBERS.fullmatch(value):
+        return text
+    return f"{key}={_NUMBER.sub(lambda found: _digits(found[0]), value)}"
+
+
+def _digits(number: str) -> str:
+    if number.lstrip("+-").isdecimal():  # it may be a name, as 007
+        return number
+    value = float(number)
+    return str(int(value)) if value.is_integer() and abs(value) < _LARGEST else number
 
 
 def _entries(override: Override | None) -> Iterator[tuple[str, str]]:
@@ -131,6 +151,9 @@ def _delete(cfg: DictConfig, key: str) -> Iterator[Problem]:
 def group_problem(override: Override, options: list[str]) -> Problem | None:
     """What is wrong with choosing an option of a config group, or None."""
     key = override.key_or_group
+    if key == config_errors.TERMS and not override.is_delete():
+        wrong = config_errors.wrong_term(str(override.value()), override.package, options)
+        return Problem(key, wrong) if wrong else None
     if override.package is not None:
         return None  # a further config at another place, e.g. +loss_term@loss.extra.mine=mine
     if override.is_add() or override.is_force_add():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spd_hydra import distributed
+from spd_hydra import competition, distributed
 from spd_hydra.build import Parts, assemble, device_of, obtain
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task, to_dict
@@ -14,9 +14,11 @@ from spd_hydra.data.tokens import Tokens
 from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
 from spd_hydra.estimate import Estimate, estimate
+from spd_hydra.expectations import expectations
 from spd_hydra.figure.base import draw_all
 from spd_hydra.finite import TrainingError
 from spd_hydra.logger.base import Logger
+from spd_hydra.logger.trackers import Trackers
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.hf import AutoClass, HuggingFace
@@ -28,7 +30,15 @@ from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import TARGET_FILE, fixed, read_target, require_same_data, target_facts, write_target
+from spd_hydra.saved_run import (
+    TARGET_FILE,
+    fixed,
+    machine,
+    read_target,
+    require_same_data,
+    target_facts,
+    write_target,
+)
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import StopSignals
 from spd_hydra.trainer import Trainer
@@ -70,7 +80,7 @@ def remarks(parts: Parts) -> list[str]:
         )
     if cut := _cut_texts(config):
         found.append(cut)
-    return found
+    return [*found, *expectations(parts)]
 
 
 def _cut_texts(config: RunConfig) -> str | None:
@@ -86,8 +96,12 @@ def _cut_texts(config: RunConfig) -> str | None:
     )
 
 
-def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
+def decompose(
+    config: RunConfig, directory: RunDirectory, signals: StopSignals, trackers: Trackers
+) -> Outcome:
     """Obtain the target, train its decomposition, and leave the result in the run directory.
+
+    What it is tracked with is among `trackers`, to be ended by who calls this.
 
     Raises:
         RunError: training failed.
@@ -95,14 +109,10 @@ def decompose(config: RunConfig, directory: RunDirectory, signals: StopSignals) 
     """
     if config.task is Task.train_target:
         return _only_target(config, directory)
-    work = prepare(config, directory, signals, time.perf_counter())
-    try:
-        _restore(work.trainer, directory)
-        summary = work.conclude(_fit(work.trainer, work.parts))
-    except BaseException:
-        work.tracker.finish(None, 1)
-        raise
-    work.tracker.finish(summary, 0)
+    work = prepare(config, directory, signals, trackers, time.perf_counter())
+    _restore(work.trainer, directory)
+    summary = work.conclude(_fit(work.trainer, work.parts))
+    trackers.succeeded(work.tracker, summary)
     return Outcome(directory.path, summary)
 
 
@@ -145,13 +155,16 @@ class Work:
         return summary
 
 
-def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, started: float) -> Work:
+def prepare(
+    config: RunConfig, directory: RunDirectory, signals: StopSignals, trackers: Trackers, started: float
+) -> Work:
     """Everything of a decomposition up to its first step: target, parts, logger, trainer.
 
     Args:
         config: of one decomposition.
         directory: where it writes.
         signals: say when to stop.
+        trackers: get the one that is begun here.
         started: when the run began, by `time.perf_counter`.
     """
     device = device_of(config)
@@ -162,6 +175,7 @@ def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, st
         if directory.follows
         else config.logger.start(directory.path, config.name, redact(to_dict(config)))
     )
+    trackers.begun(tracker)
 
     def draw(evaluation: Evaluation) -> None:
         if directory.follows:
@@ -183,6 +197,7 @@ def prepare(config: RunConfig, directory: RunDirectory, signals: StopSignals, st
     )
     trainer.facts["config"] = fixed(config)
     trainer.facts["data"] = parts.content()
+    trainer.facts["machine"] = machine(device.type)
     watch = trainer.stopwatch
     watch.started, watch.seconds = started, {"target": target.seconds} | watch.seconds
     return Work(parts, target, directory, tracker, trainer)
@@ -208,6 +223,7 @@ def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
     try:
         if trainer.step == 0 and (error := begin_with_best(Alone(trainer), [parts.initial_state])[0]):
             raise error
+        competition.remove(trainer.run)  # killed between the checkpoint of the one chosen and this
         return trainer.fit()
     except TrainingError as error:
         raise RunError(str(error)) from error

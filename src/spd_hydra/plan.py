@@ -1,6 +1,7 @@
 """The jobs that a command line asks for, all composed and checked before the first one starts."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from spd_hydra.composer import Composer
 from spd_hydra.composition import Job, compose_job
 from spd_hydra.config import KIND, RunConfig, Task, to_dict, to_yaml
 from spd_hydra.launcher_config import Background
-from spd_hydra.overrides import with_entries, without_hydra
+from spd_hydra.overrides import read, with_entries, without_hydra
 from spd_hydra.preflight import preflight
+from spd_hydra.search_objective import degenerate
 from spd_hydra.section import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ def make_plan(
     is_sweep = multirun or words != list(overrides) or composer.is_sweep(words)
     if not is_sweep:
         job = compose_job(composer, words, config_dir)
+        _warn([misnamed(composer, job)])
         if _starts_processes(job.config):  # a run in this process checks this itself
             preflight(job.config)
         return Plan(overrides=with_entries(words), jobs=[job], is_sweep=False)
@@ -42,6 +47,7 @@ def make_plan(
     wrong: dict[str, list[int]] = {}
     built: set[str] = set()
     settings = composer.jobs(words)
+    searched = composer.searched(words) if len(settings) == 1 else []  # of one that chooses there is one
     for number, setting in enumerate(settings):
         try:
             job = compose_job(composer, setting, config_dir)
@@ -62,7 +68,29 @@ def make_plan(
             )
         )
     require_one_launcher(jobs)
+    _warn([degenerate(jobs[0].config.objective, searched), *(misnamed(composer, job) for job in jobs)])
     return Plan(overrides=with_entries(words), jobs=jobs, is_sweep=True)
+
+
+def misnamed(composer: Composer, job: Job) -> str | None:
+    """What to say of a run that is named after an experiment whose model was replaced."""
+    given = {override.key_or_group: text for text in job.overrides if (override := read(text)) is not None}
+    if job.saved is not None or "model" not in given or "name" in given:
+        return None
+    own = composer.run_config([given["experiment"]] if "experiment" in given else [])
+    if type(own.model) is type(job.config.model) and own.model == job.config.model:
+        return None
+    return (
+        f"name: got {job.config.name}, which is that of an experiment on another model; with "
+        f"{given['model']} give the run a name of its own, name=…: else it lies in the folder of "
+        f"{job.config.name} and is compared with what is published of that"
+    )
+
+
+def _warn(remarks: Sequence[str | None]) -> None:
+    for text in dict.fromkeys(remarks):
+        if text is not None:
+            log.warning(text)
 
 
 def _starts_processes(config: RunConfig) -> bool:

@@ -1,14 +1,17 @@
 """What is built before a launch, so that mistakes show before anything is trained."""
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spd_hydra import distributed, rng
-from spd_hydra.build import Parts, assemble, device_of, untrained_target
+from spd_hydra.build import Parts, assemble, bound, device_of, untrained_target
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.launcher_config import Slurm
@@ -16,6 +19,7 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.ablations import TARGET, ZERO
 from spd_hydra.model.hf_config import first_line
 from spd_hydra.model.tokens_in import TokensIn
+from spd_hydra.model.users_code import UsersCodeError, is_users, told_of
 from spd_hydra.section import ConfigError
 
 _DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
@@ -34,6 +38,8 @@ def preflight(config: RunConfig) -> Parts:
     if not isinstance(config.launcher, Slurm):  # else the job has other devices than this machine
         device_of(config)
     parts, passes = _parts(config)
+    if parts.model.device.type == "meta" and (is_users(config.model) or is_users(config.data)):
+        _require_same_numbers(config)
     if config.loss.divergence is Divergence.kl:
         with passes:
             _require_classes(parts)
@@ -50,13 +56,24 @@ def _parts(config: RunConfig) -> tuple[Parts, AbstractContextManager[Any]]:
     # Some models of transformers read values unless they see that they are traced, as on fake tensors.
     for passes in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         try:
-            with meta:
+            with meta, _without_torchs_log():
                 return assemble(config, untrained_target(config), meta, passes=passes), passes
-        except ConfigError:
-            raise
         except Exception as error:  # a target or a data source of a plug-in may need values
+            if isinstance(error, ConfigError) and not isinstance(error, UsersCodeError):
+                raise
             reasons.append(error)
     return _with_values(config, reasons[0]), nullcontext()
+
+
+@contextmanager
+def _without_torchs_log() -> Iterator[None]:
+    """Keep torch from writing a traceback of what fails on fake tensors, which is tried otherwise then."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _with_values(config: RunConfig, error: Exception) -> Parts:
@@ -70,8 +87,7 @@ def _with_values(config: RunConfig, error: Exception) -> Parts:
     """
     _require_small(config, error)
     target = untrained_target(config)
-    if isinstance(target, TokensIn):
-        _require_runs_on_tokens(config, target)
+    _require_runs(config, target)
     return assemble(config, target, torch.device("cpu"))
 
 
@@ -84,12 +100,8 @@ def _require_small(config: RunConfig, error: Exception) -> None:
     Raises:
         ConfigError: names the target, its size and the reason.
     """
-    try:
-        with torch.device("meta"):
-            size = sum(p.numel() * p.element_size() for p in untrained_target(config).parameters())
-    except Exception:  # its size cannot be known
-        return
-    if size > _SMALL:
+    size = _weights_size(config)
+    if size is not None and size > _SMALL:
         name = getattr(config.model, "name", config.name)
         raise ConfigError(
             f"model: {name} cannot be checked without the values of its weights ({type(error).__name__}: "
@@ -98,23 +110,56 @@ def _require_small(config: RunConfig, error: Exception) -> None:
         ) from error
 
 
-def _require_runs_on_tokens(config: RunConfig, target: TokensIn) -> None:
-    """Fail where a model of transformers needs more than tokens, such as images.
+def _weights_size(config: RunConfig) -> int | None:
+    """Bytes of the target's weights; None: they cannot be known without making them."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() * p.element_size() for p in untrained_target(config).parameters())
+    except Exception:
+        return None
+
+
+def _require_same_numbers(config: RunConfig) -> None:
+    """Run a target of a user's own with values, if it is small: on the meta device float64 fits float32.
 
     Raises:
-        ConfigError: names the model and what it says.
+        ConfigError: it does not take the rows of the data.
     """
-    batch = _few_rows(config.data.bind(config.model), config.seed, torch.device("cpu"))
+    size = _weights_size(config)
+    if size is not None and size <= _SMALL:
+        _require_runs(config, untrained_target(config))
+
+
+def _require_runs(config: RunConfig, target: nn.Module) -> None:
+    """Fail where the target cannot be run on rows of the data: of other widths, or where it needs images too.
+
+    Raises:
+        ConfigError: says which rows, or which model, and what it says of them.
+    """
+    batches = bound(config)
+    with told_of("data", config.data, "bind's batches"):
+        batch = _few_rows(batches, config.seed, torch.device("cpu"))
+        if not isinstance(batch, torch.Tensor):
+            raise TypeError(f"rows are {type(batch).__name__}, must be one tensor")
     try:
         with torch.no_grad():
             target.eval()(batch)
     except ConfigError:
         raise
     except Exception as error:
-        name = getattr(config.model, "name", config.name)
+        if isinstance(target, TokensIn):
+            name = getattr(config.model, "name", config.name)
+            raise ConfigError(
+                f"model.name: got {name}, which cannot be run on token ids alone: {first_line(error)}; give "
+                "a model that needs nothing else"
+            ) from error
+        if not (is_users(config.model) or is_users(config.data)):
+            raise
+        dtype = str(batch.dtype).removeprefix("torch.")
+        reason = first_line(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"model.name: got {name}, which cannot be run on token ids alone: {first_line(error)}; give "
-            "a model that needs nothing else"
+            f"data: rows of shape {list(batch.shape[1:])}, dtype {dtype}, do not fit the target: {reason}; "
+            f"{type(config.data).__name__}.bind has to give what the model's forward takes"
         ) from error
 
 

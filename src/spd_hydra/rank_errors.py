@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -33,6 +34,9 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|soc
 
 deaths: dict[int, str] = {}
 """What whoever started the ranks knows of those that ended: `was killed by SIGKILL`, by rank."""
+
+concluded = threading.Event()
+"""Set once this process has written down how its run ended: what becomes of others is no news any more."""
 
 
 class RunError(RuntimeError):
@@ -80,6 +84,7 @@ def conclude(error: BaseException, size: int, rank: int) -> None:
     notes = distributed.notes()
     with contextlib.suppress(dist.DistError):  # rank 0 is gone
         if rank == 0:
+            concluded.set()
             notes.set("concluded", "yes")
             _read_notes(size, _FIRST_ERROR_SECONDS)
         else:
@@ -98,7 +103,7 @@ def _note(error: BaseException, is_lost: bool) -> dict[str, Any]:
     text = f"ended itself with exit code {error.code}" if isinstance(error, SystemExit) else _text(error)
     note: dict[str, Any] = {"time": time.time(), "lost": is_lost, "text": redact_text(text), "stopped": None}
     if isinstance(error, Stopped):
-        note["stopped"] = [int(error.number), error.step, error.hands_over]
+        note["stopped"] = [int(error.number), error.step, error.of, error.hands_over]
     note["trace"] = redact_text("".join(traceback.format_exception(error)))
     return note
 
@@ -142,8 +147,8 @@ def _explained_by_rank_0() -> BaseException:
 
 
 def _stopped(note: list[Any]) -> Stopped:
-    number, step, hands_over = note
-    return Stopped(number, step=step, hands_over=hands_over)
+    number, step, of, hands_over = note
+    return Stopped(number, step=step, of=of, hands_over=hands_over)
 
 
 def _read_notes(size: int, seconds: float) -> dict[int, dict[str, Any]]:

@@ -1,29 +1,33 @@
 """Replicas of one configuration as runs: a directory for each inside the one of all, and the table of them.
 
 <directory>/              config.yaml, status.json, summary.json, sweep.csv, sweep.html of all replicas
+<directory>/restarts/     while they choose among initialisations: how far all have come
 <directory>/<n>/          replica n: the run of seed + n, as if it had been alone
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spd_hydra import report
+from spd_hydra import competition, report
 from spd_hydra.build import device_of
 from spd_hydra.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
-    load_newest,
+    read_state,
     remove_newer,
     steps_of,
+    verify,
 )
+from spd_hydra.command_word import command_word
 from spd_hydra.config import RunConfig, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.finite import TrainingError
+from spd_hydra.logger.trackers import Trackers
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.pipeline import Work, prepare
 from spd_hydra.rank_errors import RunError
@@ -31,12 +35,18 @@ from spd_hydra.replicas import DROPPED, Replicas
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
-from spd_hydra.saved_run import require_same_data
+from spd_hydra.run_files import RunFiles
+from spd_hydra.saved_run import require_same_data, was_alone
+from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals
 
 
-def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: StopSignals) -> Outcome:
+def decompose_replicas(
+    config: RunConfig, directory: RunDirectory, signals: StopSignals, trackers: Trackers
+) -> Outcome:
     """Train `train.replicas` decompositions at once and leave the result of each in a directory of its own.
+
+    What they are tracked with is among `trackers`, to be ended by who calls this.
 
     Raises:
         RunError: a replica failed; the others have their results.
@@ -51,10 +61,12 @@ def decompose_replicas(config: RunConfig, directory: RunDirectory, signals: Stop
                 directories.append(stack.enter_context(_open(config, directory, number)))
             broken = _dropped_before(directories)
             for number, own in enumerate(directories):
-                all_work.append(prepare(of_replica(config, number), own, signals, started))
-            results = _train(all_work, broken)
+                work = prepare(of_replica(config, number), own, signals, trackers, started)
+                work.trainer.facts["machine"]["replicas"] = config.train.replicas
+                all_work.append(work)
+            results = _train(directory, all_work, broken)
             summaries = [
-                _conclude(work, result, config.train.replicas)
+                _conclude(work, result, trackers, config.train.replicas)
                 for work, result in zip(all_work, results, strict=True)
             ]
         except BaseException as error:
@@ -81,14 +93,34 @@ def _open(config: RunConfig, directory: RunDirectory, number: int) -> RunDirecto
     return own
 
 
-def _dropped_before(directories: Sequence[RunDirectory]) -> dict[int, TrainingError]:
+def require_common_step(config: RunConfig, directory: RunDirectory) -> None:
+    """Refuse to go on with replicas that cannot do so together; nothing is changed.
+
+    Raises:
+        ConfigError: one has gone on alone, and would be set back.
+        CheckpointError: there are checkpoints, and none of a step that all have.
+        RunDirectoryError: one is being written.
+    """
+    replicas = [RunFiles(directory.path / str(number)) for number in range(config.train.replicas)]
+    for own in replicas:
+        if own.is_being_written():
+            raise RunDirectoryError(
+                f"{own.path} is being written by another process: wait for it, or stop it"
+            )
+    broken = _dropped_before(replicas)
+    _common_step([own for number, own in enumerate(replicas) if number not in broken])
+
+
+def _dropped_before(directories: Sequence[RunFiles]) -> dict[int, TrainingError]:
     """The replicas that dropped out in an earlier session, with the reason."""
     errors = {number: (own.read_status() or {}).get("error") or "" for number, own in enumerate(directories)}
     found = {n: TrainingError(text[len(DROPPED) :]) for n, text in errors.items() if text.startswith(DROPPED)}
     return found if len(found) < len(directories) else {}
 
 
-def _train(all_work: Sequence[Work], broken: dict[int, TrainingError]) -> list[Evaluation | TrainingError]:
+def _train(
+    directory: RunDirectory, all_work: Sequence[Work], broken: dict[int, TrainingError]
+) -> list[Evaluation | TrainingError]:
     left = {number: work for number, work in enumerate(all_work) if number not in broken}
     checkpoints = _common_checkpoints([work.directory for work in left.values()])
     for work, checkpoint in zip(left.values(), checkpoints, strict=True):
@@ -102,62 +134,76 @@ def _train(all_work: Sequence[Work], broken: dict[int, TrainingError]) -> list[E
     group.leave_out(broken)
     step = next(iter(left.values())).trainer.step
     if step:
+        competition.remove(directory)  # killed between the checkpoints of those chosen and this
         say(f"going on from step {step}")
         for number in broken:
             all_work[number].trainer.step = step  # takes the steps of the others along, and leaves nothing
         return group.fit()
     seeds = [f"seed {work.parts.config.seed}" for work in all_work]
-    errors = begin_with_best(group, [work.parts.initial_state for work in all_work], seeds)
+    states = [work.parts.initial_state for work in all_work]
+    errors = begin_with_best(group, states, seeds, directory)
     group.leave_out(broken | {number: error for number, error in enumerate(errors) if error is not None})
     return group.fit()
 
 
 def _common_checkpoints(directories: Sequence[RunDirectory]) -> list[Checkpoint] | list[None]:
-    """Of each replica the checkpoint of the newest step that all have whole; newer ones are removed.
+    """Of each replica the checkpoint that it goes on from; newer ones are removed, see `_common_step`."""
+    step = _common_step(directories)
+    found = [load_checkpoint(own.checkpoints / f"step_{step}") for own in directories if step is not None]
+    for own in directories:
+        own.require_ownership()
+        remove_newer(own.checkpoints, step or 0)
+    return found or [None] * len(directories)
+
+
+def _common_step(replicas: Sequence[RunFiles]) -> int | None:
+    """The newest step of which all have a whole checkpoint; None: killed in the first save or before.
+
+    Newer ones are what a save that was interrupted left: all replicas save after the same steps.
 
     Raises:
-        CheckpointError: there are checkpoints, and none that all have.
+        ConfigError: one has gone on alone to a later step, whose checkpoints would be removed.
+        CheckpointError: there are checkpoints, and none of a step that all have.
     """
-    newest = [load_newest(own.checkpoints) for own in directories]
-    steps = [steps_of(own.checkpoints) for own in directories]
-    for step in sorted(set[int].intersection(*map(set, steps)), reverse=True):
-        try:
-            found = [load_checkpoint(own.checkpoints / f"step_{step}") for own in directories]
-        except CheckpointError:
-            continue
-        for own in directories:
-            own.require_ownership()
-            remove_newer(own.checkpoints, step)
-        return found
-    if all(newest) or max(map(len, steps)) > 1:
-        raise CheckpointError(
-            "the replicas have no step of which all have a whole checkpoint; "
-            + ", ".join(
-                f"{own.path}: {known or 'none'}" for own, known in zip(directories, steps, strict=True)
+    steps = {own: steps_of(own.checkpoints) for own in replicas}
+    for common in sorted(set[int].intersection(*map(set, steps.values())), reverse=True):
+        if not any(verify(own.checkpoints / f"step_{common}") for own in replicas):
+            _require_none_ahead(steps, common)
+            return common
+    _require_none_ahead(steps, 0)
+    if all(steps.values()) or max(map(len, steps.values())) > 1:
+        listed = ", ".join(f"{own.path}: {known or 'none'}" for own, known in steps.items())
+        raise CheckpointError(f"the replicas have no step of which all have a whole checkpoint; {listed}")
+    return None
+
+
+def _require_none_ahead(steps: Mapping[RunFiles, Sequence[int]], common: int) -> None:
+    for own, known in steps.items():
+        alone = [n for n in known if n > common and was_alone(read_state(own.checkpoints / f"step_{n}"))]
+        if alone:
+            back = f"step {common}" if common else "the beginning"
+            raise ConfigError(
+                f"resume={own.path.parent}: replica {own.path.name} has gone on alone to step {alone[-1]}; "
+                f"it shares only {back} with the others, and would lose the rest. Go on with each alone: "
+                f"{command_word('resume', own.path)}"
             )
-        )
-    for own in directories:  # killed while the first checkpoint was saved
-        own.require_ownership()
-        remove_newer(own.checkpoints, 0)
-    return [None] * len(directories)
 
 
-def _conclude(work: Work, result: Evaluation | TrainingError, replicas: int) -> dict[str, Any] | None:
+def _conclude(
+    work: Work, result: Evaluation | TrainingError, trackers: Trackers, replicas: int
+) -> dict[str, Any] | None:
     """The summary of a replica; None if it failed, which its status then says."""
     if isinstance(result, TrainingError):
         work.directory.write_status(Status.failed, work.trainer.step, error=f"{DROPPED}{result}")
-        work.tracker.finish(None, 1)
         return None
     summary = work.conclude(result, replicas=replicas)
     work.directory.write_status(Status.done, step=result.step)
-    work.tracker.finish(summary, 0)
+    trackers.succeeded(work.tracker, summary)
     return summary
 
 
 def _record_end(directories: Sequence[RunDirectory], all_work: Sequence[Work], error: BaseException) -> None:
     """All of them ended with the same error, or were stopped."""
-    for work in all_work:
-        work.tracker.finish(None, 1)
     stopped = isinstance(error, KeyboardInterrupt)
     step = error.step if isinstance(error, Stopped) and error.step is not None else None
     for number, own in enumerate(directories):

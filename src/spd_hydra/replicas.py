@@ -17,7 +17,7 @@ from spd_hydra.finite import TrainingError
 from spd_hydra.graph import GraphedStep, graphed_step
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
-from spd_hydra.optimizer import adamw, in_same_memory
+from spd_hydra.optimizer import adamw, in_same_memory, set_lr
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import Status
 from spd_hydra.sampler import StackedSampler
@@ -45,6 +45,9 @@ class Group(Protocol):
     def train_step(self) -> list[StepLoss | TrainingError]:
         """Take a step; for each trainer its loss, or why it cannot go on."""
 
+    def save(self, without: Mapping[int, TrainingError]) -> None:
+        """Write a checkpoint of each trainer but those, by number, that will not go on, and why."""
+
 
 class Alone:
     """A group of one."""
@@ -62,6 +65,11 @@ class Alone:
             return [self.trainers[0].train_step()]
         except TrainingError as error:
             return [error]
+
+    def save(self, without: Mapping[int, TrainingError]) -> None:
+        """A checkpoint, unless the training ends; who called says why."""
+        if not without:
+            self.trainers[0].save_whole()
 
 
 class Replicas:
@@ -93,7 +101,12 @@ class Replicas:
             [trainer.model.get_parameter(name) for name in names] for trainer in trainers
         ]  # by replica, in the order of `_stacked`
         self._stacked = stacked
-        self._optimizer = adamw(self._parts.values(), lr=self.training.lr, weight_decay=0.0)
+        self._optimizer = adamw(
+            [[own[id(p)] for p in group] for _, group in first.updates.groups],
+            lr=self.training.lr,
+            weight_decay=0.0,
+            factors=[factor for factor, _ in first.updates.groups],
+        )
         self._is_to_be_compiled = compile
         self._is_prepared = False
         self._graph: GraphedStep | None = None
@@ -234,8 +247,7 @@ class Replicas:
         progress = step / self.training.steps
         if self._graph is not None:
             return self._graph.gradients(step, lr=lr, progress=progress)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         batch, draws = self._sampler(step)
         return self._step(batch, draws, self.trainers[0].objective.scheduled(progress))
 
@@ -258,6 +270,19 @@ class Replicas:
         stopped = self.trainers[0].signals.agreed()
         if stopped is None:
             return
+        self._save_those_left()
+        if len(self.failed) == len(self.trainers):
+            raise self.failed[0]
+        stopped.step = self.step
+        raise stopped
+
+    def save(self, without: Mapping[int, TrainingError]) -> None:
+        """A checkpoint of each of the others, once the status of those says why they drop out."""
+        self.failed = self._left_out | dict(without)
+        self._tell_failed(without)
+        self._save_those_left()
+
+    def _save_those_left(self) -> None:
         for number, trainer in enumerate(self.trainers):
             if number in self.failed:
                 continue
@@ -266,10 +291,6 @@ class Replicas:
             except TrainingError as error:  # on a GPU its loss was perhaps not looked at
                 self.failed[number] = error
                 self._tell_failed([number])
-        if len(self.failed) == len(self.trainers):
-            raise self.failed[0]
-        stopped.step = self.step
-        raise stopped
 
     def _tell_failed(self, numbers: Iterable[int]) -> None:
         """Write down at once that a replica will not go on, so that the others can without it."""

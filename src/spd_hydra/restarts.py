@@ -3,90 +3,74 @@
 By successive halving: all get the first share of the steps; the better half of them gets as many again, and
 so on with twice the steps and half the number, until one is left. So one that is clearly worse ends early,
 and the last ones are compared when their losses tell most.
+
+What one initialisation is trained in one round is a part. After each the state of all is saved.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from spd_hydra import distributed
+from spd_hydra import competition, distributed
+from spd_hydra.competition import Beginning, Rows, Standing
 from spd_hydra.counted import counted
+from spd_hydra.distributed import say
 from spd_hydra.finite import TrainingError
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.progress import Progress, format_number
 from spd_hydra.replicas import Group, mean_summary
+from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_run import require_same_data
+from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer
 from spd_hydra.trainer_config import Training
 
 logger = logging.getLogger(__name__)
-
-
-class Beginning(NamedTuple):
-    """An initialisation after some steps.
-
-    Its parameters and optimiser state, its rows of metrics, and what was measured then.
-    """
-
-    parameters: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rows: list[tuple[int, dict[str, float]]]
-    measured: dict[str, float]
-
-    @property
-    def loss(self) -> float:
-        """Training loss, averaged over the evaluation's batches."""
-        return self.measured["loss/total"]
-
 
 InitialState = Callable[[int], dict[str, Tensor]]
 """Untrained parameters of the n-th initialisation; 0 is the one that the model starts with."""
 
 
 def begin_with_best(
-    group: Group, initial_states: Sequence[InitialState], names: Sequence[str] = ()
+    group: Group,
+    initial_states: Sequence[InitialState],
+    names: Sequence[str] = (),
+    directory: RunDirectory | None = None,
 ) -> list[TrainingError | None]:
     """Give each initialisation its first steps and leave each trainer at the one of lowest training loss.
 
     Does nothing if the configuration asks for one initialisation. These steps count as steps of the run; the
-    rows of metrics of the chosen one are logged once it is chosen. An initialisation whose loss stops being
-    finite drops out.
+    rows of metrics of the chosen one are logged once it is chosen, and a checkpoint is saved then. An
+    initialisation whose loss stops being finite drops out. A choice that was interrupted is gone on with.
 
     Args:
         group: its trainers at step 0.
         initial_states: of each trainer.
         names: of each trainer, for what is told of it; none where there is but one.
+        directory: has the state of the choice while it lasts; None: that of the first trainer.
 
     Returns:
         For each trainer None, or why no initialisation is left.
 
     Raises:
-        Stopped: a signal asked for it; nothing was saved.
+        Stopped: a signal asked for it; the state was saved.
+        CheckpointError: the state could not be saved.
     """
     first = group.trainers[0]
-    plan = rounds(first.training)
-    if not plan:
+    if not rounds(first.training):
         return [None] * len(group.trainers)
     owners = [f"{name}: " for name in names] or [""] * len(group.trainers)
     choices = [_Choice(*own) for own in zip(group.trainers, initial_states, owners, strict=True)]
-    done, all_steps, before = 0, total_steps(plan), 0
-    progress = Progress(all_steps, what="initialisations, step", disable=first.run.follows)
-    with first.signals.stepping(), progress:
-        for number, steps in plan:
-            for place in range(number):
-                for choice in choices:
-                    choice.take_up(place)
-                group.begin()
-                ends = _take_steps(group, steps, progress, done=done - before)
-                for choice, end in zip(choices, ends, strict=True):
-                    choice.put_down(place, end)
-                done += steps - before
-            for choice in choices:
-                choice.compare(steps)
-            before = steps
-    return [choice.settle(before) for choice in choices]
+    directory = first.run if directory is None else directory
+    with first.signals.stepping(saving=competition.WHAT):
+        _compete(group, choices, directory)
+        errors = [choice.settle() for choice in choices]
+        group.save(without={number: error for number, error in enumerate(errors) if error is not None})
+        competition.remove(directory)
+    return errors
 
 
 def rounds(training: Training) -> list[tuple[int, int]]:
@@ -107,101 +91,193 @@ def total_steps(plan: Sequence[tuple[int, int]]) -> int:
     return sum(number * (end - start) for (number, end), start in zip(plan, ends, strict=False))
 
 
+class _Part(NamedTuple):
+    """One initialisation in one round: its place among those that are left, from which step to which."""
+
+    place: int
+    start: int
+    end: int
+    taken: int  # steps of all parts before
+    is_last: bool  # of its round
+
+
+def _parts(training: Training) -> Iterator[_Part]:
+    start = taken = 0
+    for number, end in rounds(training):
+        for place in range(number):
+            yield _Part(place, start, end, taken, is_last=place == number - 1)
+            taken += end - start
+        start = end
+
+
+def _compete(group: Group, choices: "Sequence[_Choice]", directory: RunDirectory) -> None:
+    """Train all parts, or those that are left of a choice that was interrupted."""
+    first = group.trainers[0]
+    parts = [*_parts(first.training)]
+    all_steps = total_steps(rounds(first.training))
+    done, at = _go_on(choices, directory, parts)
+
+    def save(done: int, at: int | None = None) -> None:
+        taken, start = (parts[done].taken, parts[done].start) if done < len(parts) else (all_steps, 0)
+        at = start if at is None else at
+        standings = [choice.standing for choice in choices]
+        competition.save(directory, group.trainers, standings, parts=done, at=at, taken=taken + at - start)
+
+    begun = parts[done].taken + at - parts[done].start if done < len(parts) else all_steps
+    progress = Progress(all_steps, begun, what="initialisations, step", disable=first.run.follows)
+    with progress:
+        for number, part in list(enumerate(parts))[done:]:
+            of = choices[0].named(part.place)
+            for choice in choices:
+                choice.take_up(part.place, at if number == done else part.start)
+            group.begin()
+            ends, stopped = _take_steps(group, part, progress)
+            for choice, end in zip(choices, ends, strict=True):
+                choice.put_down(part.place, end)
+            if stopped is None:
+                for choice in choices if part.is_last else ():
+                    choice.compare(part.end)
+                save(number + 1)
+                stopped = first.signals.agreed()
+            else:
+                save(number, first.step)
+            if stopped is not None:
+                stopped.step, stopped.of = first.step, of
+                raise stopped
+
+
+def _go_on(choices: "Sequence[_Choice]", directory: RunDirectory, parts: Sequence[_Part]) -> tuple[int, int]:
+    """How many parts are done, and the step that the next one has come to.
+
+    Raises:
+        ConfigError: the text was changed since.
+    """
+    trainers = [choice.trainer for choice in choices]
+    saved = competition.load(directory, competition.settings_of(trainers[0]))
+    if saved is None:
+        return 0, 0
+    for trainer, said in zip(trainers, saved.said, strict=True):
+        require_same_data(trainer.facts.get("data", {}), said, competition.WHAT)
+    for choice, standing, said in zip(choices, saved.standings, saved.said, strict=True):
+        choice.standing = standing
+        choice.trainer.stopwatch.add(said["times"])
+    if saved.parts < len(parts):
+        of = choices[0].named(parts[saved.parts].place)
+        say(f"going on with {competition.WHAT}, from step {saved.at} of {of}")
+    return saved.parts, saved.at
+
+
 class _Choice:
-    """The initialisations of one trainer: how far each has come, and which are left, best first."""
+    """The initialisations of one trainer, as far as they have come."""
 
     def __init__(self, trainer: Trainer, initial_state: InitialState, owner: str) -> None:
-        self._trainer, self._initial_state, self._owner = trainer, initial_state, owner
-        number = trainer.training.restarts.number
-        self._left = list(range(number))
-        self._ends: list[Beginning | TrainingError | None] = [None] * number
-        self._rounds: list[dict[str, Any]] = []
+        self.trainer, self._initial_state, self._owner = trainer, initial_state, owner
+        self.standing = Standing.at_start(trainer.training.restarts.number)
 
-    def take_up(self, place: int) -> None:
-        """Set the trainer to where the initialisation at this place has come."""
-        number = self._left[place]
-        end = self._ends[number]
+    def named(self, place: int) -> str:
+        """The initialisation at this place, for what is told of it."""
+        return f"initialisation {self.standing.left[place] + 1} of {len(self.standing.ends)}"
+
+    def take_up(self, place: int, step: int) -> None:
+        """Set the trainer to the initialisation at this place, which has come to this step."""
+        number = self.standing.left[place]
+        end = self.standing.ends[number]
         if isinstance(end, Beginning):
-            self._trainer.set_state(end.parameters, end.optimizer, step=self._rounds[-1]["steps"])
+            self.trainer.set_state(end.parameters, end.optimizer, step=step)
         else:  # not begun, or broken: a group takes the same steps for all of its trainers
-            self._trainer.set_state(self._initial_state(number), {}, step=0)
-            self._trainer.updates.fit_weights()
-            self._trainer.step = self._rounds[-1]["steps"] if self._rounds else 0
+            self.trainer.set_state(self._initial_state(number), {}, step=0)
+            self.trainer.updates.fit_weights()
+            self.trainer.step = step
 
-    def put_down(self, place: int, end: "Beginning | TrainingError") -> None:
+    def put_down(self, place: int, end: Beginning | TrainingError) -> None:
         """Keep what became of it."""
-        number = self._left[place]
-        before = self._ends[number]
+        number = self.standing.left[place]
+        before = self.standing.ends[number]
+        if isinstance(before, TrainingError):
+            return
         if isinstance(end, TrainingError):
             logger.warning("%sinitialisation %d drops out: %s", self._owner, number + 1, end)
         elif isinstance(before, Beginning):
             end = end._replace(rows=[*before.rows, *end.rows])
-        self._ends[number] = before if isinstance(before, TrainingError) else end
+        self.standing.ends[number] = end
 
     def compare(self, steps: int) -> None:
-        """Write down the losses, and leave out the worse half."""
-        losses = [self._loss(number) if number in self._left else None for number in range(len(self._ends))]
-        self._rounds.append({"steps": steps, "losses": losses})
-        self._left.sort(key=lambda number: math.inf if losses[number] is None else losses[number] or 0.0)
-        del self._left[math.ceil(len(self._left) / 2) :]
+        """Write down the losses, and leave out the worse half, of which only the errors are kept."""
+        left, ends = self.standing.left, self.standing.ends
+        losses = [self._loss(number) if number in left else None for number in range(len(ends))]
+        self.standing.rounds.append({"steps": steps, "losses": losses})
+        left.sort(key=lambda number: math.inf if losses[number] is None else losses[number] or 0.0)
+        del left[math.ceil(len(left) / 2) :]
+        self.standing.ends = [
+            None if isinstance(end, Beginning) and number not in left else end
+            for number, end in enumerate(ends)
+        ]
 
     def _loss(self, number: int) -> float | None:
-        end = self._ends[number]
+        end = self.standing.ends[number]
         return end.loss if isinstance(end, Beginning) and math.isfinite(end.loss) else None
 
-    def settle(self, steps: int) -> TrainingError | None:
+    def settle(self) -> TrainingError | None:
         """Leave the trainer at the best; the error of the last initialisation if none is left."""
-        chosen, trainer = self._left[0], self._trainer
-        best = self._ends[chosen]
+        trainer, played = self.trainer, self.standing.rounds
+        chosen, steps = self.standing.left[0], played[-1]["steps"]
+        best = self.standing.ends[chosen]
         if not isinstance(best, Beginning):
             trainer.set_state(self._initial_state(chosen), {}, step=steps)  # what the group needs of it
-            return next(end for end in reversed(self._ends) if isinstance(end, TrainingError))
+            return next(end for end in reversed(self.standing.ends) if isinstance(end, TrainingError))
         trainer.set_state(best.parameters, best.optimizer, step=steps)
         for step, numbers in best.rows:
             trainer.log("train", numbers, step)
         trainer.log("eval", best.measured)
         others = total_steps(rounds(trainer.training)) - steps
-        trainer.facts["restarts"] = {"chosen": chosen, "rounds": self._rounds, "steps_of_others": others}
-        for one in self._rounds:
+        trainer.facts["restarts"] = {"chosen": chosen, "rounds": played, "steps_of_others": others}
+        for one in played:
             texts = [format_number(loss) for loss in one["losses"] if loss is not None]
             those, after = counted(len(texts), "initialisation"), counted(one["steps"], "step")
             logger.info("%slosses of %s after %s: %s", self._owner, those, after, ", ".join(texts))
-        if steps == trainer.training.steps:  # nothing is left to train, and so to save, for others
-            trainer.save()
         return None
 
 
 def _take_steps(
-    group: Group, steps: int, progress: Progress, *, done: int
-) -> list["Beginning | TrainingError"]:
-    """Train all up to this step; `done` is what the progress adds to the step."""
+    group: Group, part: _Part, progress: Progress
+) -> tuple[list[Beginning | TrainingError], Stopped | None]:
+    """Train all to the end of a part and measure them, or to where a signal asks for a stop."""
     trainers = group.trainers
-    rows: list[list[tuple[int, dict[str, float]]]] = [[] for _ in trainers]
+    rows: list[Rows] = [[] for _ in trainers]
     losses: list[StepLoss | TrainingError] = []
-    while trainers[0].step < steps:
+    stopped = None
+    while trainers[0].step < part.end and stopped is None:
         losses = group.train_step()
         if all(isinstance(loss, TrainingError) for loss in losses):
-            return [loss for loss in losses if isinstance(loss, TrainingError)]
+            return [loss for loss in losses if isinstance(loss, TrainingError)], None
         step = trainers[0].step
-        progress.update(done + step, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
+        taken = part.taken + step - part.start
+        progress.update(taken, lambda losses=losses: mean_summary(losses))  # type: ignore[misc]
         for own, trainer, loss in zip(rows, trainers, losses, strict=True):
             if isinstance(loss, StepLoss) and trainer.is_due(trainer.training.log_every):
                 own.append((step, trainer.numbers_of(loss)))
-        trainers[0].stop_if_asked(saving=False)
+        if step < part.end:
+            stopped = trainers[0].signals.agreed()
+    reached = _beginning if stopped is None else _middle
     return [
-        loss if isinstance(loss, TrainingError) else _beginning(trainer, own)
+        loss if isinstance(loss, TrainingError) else reached(trainer, own)
         for own, trainer, loss in zip(rows, trainers, losses, strict=True)
-    ]
+    ], stopped
 
 
-def _beginning(trainer: Trainer, rows: list[tuple[int, dict[str, float]]]) -> "Beginning | TrainingError":
-    measured = distributed.of_rank_0(trainer.measure().metrics)  # what decides is the same on every rank
+def _beginning(trainer: Trainer, rows: Rows) -> Beginning | TrainingError:
+    measured = distributed.of_rank_0(trainer.measure().row())  # what decides is the same on every rank
     try:
         trainer.require_finite_evaluation(measured)
     except TrainingError as error:
         return error
     parameters, optimizer = trainer.state()
-    return Beginning(_cloned(parameters), _cloned(optimizer), rows, measured)
+    return Beginning(trainer.step, _cloned(parameters), _cloned(optimizer), rows, measured)
+
+
+def _middle(trainer: Trainer, rows: Rows) -> Beginning:
+    """What is saved of a part that is not at its end."""
+    return Beginning(trainer.step, *trainer.state(), rows, {})
 
 
 def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

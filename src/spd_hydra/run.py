@@ -10,24 +10,35 @@ from typing import Any
 
 import torch
 
-from spd_hydra import distributed, rank_errors
+from spd_hydra import competition, distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
-from spd_hydra.checkpoint import CheckpointError, load_newest, read_state, require_whole
-from spd_hydra.command_word import command_word
+from spd_hydra.checkpoint import CheckpointError, read_state, require_whole, step_of
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
+from spd_hydra.going_on import going_on
+from spd_hydra.logger.trackers import Trackers
 from spd_hydra.pipeline import check, decompose, remarks
 from spd_hydra.prefetch import prefetch
 from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError as RunError
-from spd_hydra.replica_runs import decompose_replicas, of_replica
+from spd_hydra.replica_runs import decompose_replicas, of_replica, require_common_step
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
-from spd_hydra.saved_run import MAY_CHANGE, from_sources, pinned, require_own_config, sources
+from spd_hydra.saved_run import (
+    MAY_CHANGE,
+    from_sources,
+    machine,
+    pinned,
+    require_own_config,
+    rounding_note,
+    sources,
+)
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals, unheard
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -56,18 +67,24 @@ def run(
         return Outcome(None, prefetch(config))
     if config.task is Task.analyse:  # the work of one rank
         return analyse(config) if distributed.leads() else Outcome(None, {})
-    signals = StopSignals()
+    signals, trackers = StopSignals(), Trackers()
     on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
     try:
         with signals.listening(), distributed.process_group(torch.device("cuda" if on_gpu else "cpu")):
             outcome = _together(
-                lambda: _lead(config, run_dir, saved, signals), lambda: _follow(config, signals)
+                lambda: _lead(config, run_dir, saved, signals, trackers),
+                lambda: _follow(config, signals, trackers),
             )
-            return dataclasses.replace(outcome, late_stop=signals.late())
-    except Stopped as stopped:
-        if stopped.hands_over:
-            signals.hand_over()
+    except BaseException as error:
+        try:
+            if isinstance(error, Stopped) and error.hands_over:
+                signals.hand_over()
+        finally:  # which may wait for a server, and a requeue has no time for that
+            trackers.finish()
         raise
+    with signals.listening(), contextlib.suppress(Stopped):  # which ends the wait alone: the run is whole
+        trackers.finish()
+    return dataclasses.replace(outcome, late_stop=signals.late())
 
 
 def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Outcome:
@@ -75,7 +92,9 @@ def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Out
     size, rank = distributed.world_size(), distributed.rank()
     try:
         if rank == 0:
-            return lead()
+            outcome = lead()
+            rank_errors.concluded.set()
+            return outcome
         with _quiet():
             return follow()
     except BaseException as error:
@@ -87,7 +106,13 @@ def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Out
         raise settled from error
 
 
-def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, signals: StopSignals) -> Outcome:
+def _lead(
+    config: RunConfig,
+    run_dir: Path | None,
+    saved: RunConfig | None,
+    signals: StopSignals,
+    trackers: Trackers,
+) -> Outcome:
     """Open the run directory, tell the others where it is, and do the run."""
     _require_rows(config)
     if config.resume is None:
@@ -115,23 +140,24 @@ def _lead(config: RunConfig, run_dir: Path | None, saved: RunConfig | None, sign
             for note in config.data.notes():
                 say(note)
             distributed.of_rank_0(told)
-            return (decompose_replicas if _has_replicas(config) else decompose)(config, directory, signals)
+            do = decompose_replicas if _has_replicas(config) else decompose
+            return do(config, directory, signals, trackers)
 
-        return _recorded(directory, work)
+        return _recorded(directory, config, work)
 
 
 def _has_replicas(config: RunConfig) -> bool:
     return config.train.replicas > 1 and config.task is Task.decompose
 
 
-def _follow(config: RunConfig, signals: StopSignals) -> Outcome:
+def _follow(config: RunConfig, signals: StopSignals, trackers: Trackers) -> Outcome:
     """Do the run in the directory that rank 0 writes."""
     told = distributed.of_rank_0()
     if told.get("finished"):
         return Outcome(Path(told["path"]), {})
     config = from_sources(_for_its_run(config, Task[told["task"]]), told["sources"])
     directory = RunDirectory.follow(Path(told["path"]), told["token"])
-    return _recorded(directory, lambda: decompose(config, directory, signals))
+    return _recorded(directory, config, lambda: decompose(config, directory, signals, trackers))
 
 
 def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirectory]:
@@ -147,7 +173,8 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
     """Lock the directory of a run that was stopped, to go on from its newest whole checkpoint.
 
     Raises:
-        ConfigError: the changes would make it another run, or one of fewer steps than are done.
+        ConfigError: the changes would make it another run, or one of fewer steps than are done, or a replica
+            has gone on alone; nothing was changed.
         CheckpointError: there are checkpoints and every one is damaged; nothing was changed.
     """
     assert config.resume is not None, "a resume needs a directory"
@@ -160,23 +187,39 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
         raise ConfigError(
             f"resume={path}: these changes would make it another run:\n{lines}\n"
-            "Only train.steps, logging, evaluation and checkpoint keys may change; start a new run for others"
+            "Only train.steps, threads, device, and keys of logging, evaluation and checkpoints may change; "
+            "start a new run for others"
         )
     config = _for_its_run(config, saved.task)
     with contextlib.ExitStack() as on_error:
         directory = on_error.enter_context(RunDirectory.open(path))
-        is_finished = _finished(config, directory) is not None
-        # A replica may have gone on alone.
-        if config.train.steps < saved.train.steps or (_has_replicas(config) and not is_finished):
-            _require_no_more_done(directory, config)
-        if not is_finished:
-            for number, folder in enumerate(_checkpoint_folders(directory, config)):
-                whole = require_whole(folder)  # before anything is written
-                if whole is not None:
-                    own = of_replica(saved, number) if _has_replicas(saved) else saved
-                    require_own_config(path, own, read_state(whole), whole.name)
+        if _finished(config, directory) is None or config.train.steps < saved.train.steps:
+            _require_to_fit(directory, config, saved)
         on_error.pop_all()
     return config, directory
+
+
+def _require_to_fit(directory: RunDirectory, config: RunConfig, saved: RunConfig) -> None:
+    """Find what speaks against going on from the newest checkpoints before anything is written."""
+    now, notes = machine(device_of(config).type, replicas=config.train.replicas), []
+    newest = [require_whole(folder) for folder in _checkpoint_folders(directory, config)]
+    done = max((step_of(path) for path in newest if path is not None), default=0)
+    if done > config.train.steps:
+        raise ConfigError(
+            f"train.steps: got {config.train.steps}, but the run has done {done}; "
+            "a run cannot go back, start a new one"
+        )
+    states = {n: (path.name, read_state(path)) for n, path in enumerate(newest) if path is not None}
+    if not states:
+        states = {n: (competition.WHAT, said) for n, said in enumerate(competition.said_in(directory.path))}
+    for number, (name, state) in states.items():
+        own = of_replica(saved, number) if _has_replicas(saved) else saved
+        require_own_config(directory.path, own, state, name)
+        notes.append(rounding_note(directory.path, now, state))
+    if _has_replicas(config):
+        require_common_step(config, directory)
+    for note in dict.fromkeys(note for note in notes if note is not None):
+        log.warning("%s", note)
 
 
 def _for_its_run(config: RunConfig, task: Task) -> RunConfig:
@@ -198,11 +241,6 @@ def _require_rows(config: RunConfig) -> None:
     for key, rows in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
         if rows < ranks:
             raise ConfigError(f"{key}.batch_size: got {rows}, must be ≥ {ranks}, the number of ranks")
-    if ranks > 1 and config.train.replicas > 1:
-        raise ConfigError(
-            f"train.replicas: got {config.train.replicas} with {ranks} ranks; replicas share one process. "
-            "Give each GPU a job of its own: a sweep over seeds, with launcher.gpus=1"
-        )
 
 
 @contextlib.contextmanager
@@ -216,16 +254,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require_no_more_done(directory: RunDirectory, config: RunConfig) -> None:
-    found = [load_newest(folder) for folder in _checkpoint_folders(directory, config)]
-    done = max((newest.step for newest in found if newest is not None), default=0)
-    if done > config.train.steps:
-        raise ConfigError(
-            f"train.steps: got {config.train.steps}, but the run has done {done}; "
-            "a run cannot go back, start a new one"
-        )
-
-
 def _checkpoint_folders(directory: RunDirectory, config: RunConfig) -> list[Path]:
     """Where the checkpoints of a run are, or those of its replicas."""
     if not _has_replicas(config):
@@ -233,7 +261,7 @@ def _checkpoint_folders(directory: RunDirectory, config: RunConfig) -> list[Path
     return [directory.path / str(number) / "checkpoints" for number in range(config.train.replicas)]
 
 
-def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
+def _recorded(directory: RunDirectory, config: RunConfig, work: Callable[[], Outcome]) -> Outcome:
     """Do the work of a run; its status file says how that went, whatever happens."""
     directory.write_status(Status.running, step=_last_step(directory))
     try:
@@ -242,7 +270,7 @@ def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
         with unheard():
             settled = rank_errors.settle(error, directory)
             with contextlib.suppress(RunDirectoryError):  # there is a first error to tell
-                _record_end(directory, settled)
+                _record_end(directory, config, settled)
         if settled is error:
             raise
         raise settled from error
@@ -250,7 +278,7 @@ def _recorded(directory: RunDirectory, work: Callable[[], Outcome]) -> Outcome:
     return outcome
 
 
-def _record_end(directory: RunDirectory, error: BaseException) -> None:
+def _record_end(directory: RunDirectory, config: RunConfig, error: BaseException) -> None:
     if not isinstance(error, KeyboardInterrupt):
         foreseen = isinstance(error, RunError | RunDirectoryError | CheckpointError | ConfigError)
         trace = None if foreseen else "".join(traceback.format_exception(error))
@@ -260,9 +288,11 @@ def _record_end(directory: RunDirectory, error: BaseException) -> None:
     text = str(error) if isinstance(error, Stopped) else "interrupted by the user"
     saved = error.step if isinstance(error, Stopped) else None
     directory.write_status(Status.stopped, step=_last_step(directory) if saved is None else saved, error=text)
-    hint = f"spd-run {command_word('resume', directory.path)}"
-    if saved is not None:
-        say(f"saved at step {saved}; go on with: {hint}")
+    hint = going_on(directory.path, config.launcher, distributed.started_with())
+    if isinstance(error, Stopped) and error.saved is not None:
+        say(f"{error.saved}; go on with: {hint}")
+    elif competition.exists(directory.path):
+        say(f"stopped without saving; go on with {competition.WHAT} as it was saved last: {hint}")
     elif any(directory.path.glob("**/checkpoints/step_*")):
         say(f"stopped without saving; go on from the newest checkpoint with: {hint}")
     else:

@@ -1,7 +1,7 @@
 """The directory of one run: made once, written by one process at a time, every file whole.
 
 config.yaml  environment.json  metrics.jsonl  status.json  summary.json
-checkpoints/  figures/  errors/  report.html  subcomponents.json
+checkpoints/  restarts/  figures/  errors/  report.html  subcomponents.json
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class RunDirectory(RunFiles):
                 or it is read-only.
         """
         require_run(path)
-        for folder in (path / "checkpoints", path / "figures", path / "wandb"):
+        for folder in [path / name for name in ("checkpoints", "restarts", "figures", "wandb")]:
             if folder.is_symlink():
                 raise RunDirectoryError(f"{folder} is a link, which may lead out of the run directory")
         return cls._locked(path)
@@ -190,15 +190,14 @@ class RunDirectory(RunFiles):
         """Return if this process may still write here: to be asked just before something gets its name.
 
         Raises:
-            RunDirectoryError: a later start of the same job has taken over.
+            RunDirectoryError: another process, such as a later start of the same job, has taken over.
         """
         assert self._lock is not None, "a viewed or closed run directory is not written to"
         try:
             self._lock.require_ours()
         except TakenOverError as error:
             raise RunDirectoryError(
-                f"{self.path} was taken over by {error}, a later start of the same job: this process ends "
-                "and writes nothing more"
+                f"{self.path} was taken over by {error}. This process ends and writes nothing more"
             ) from None
 
     def write_config(self, text: str) -> None:

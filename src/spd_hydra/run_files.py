@@ -62,8 +62,8 @@ class RunFiles:
         with self.errors("read", CONFIG) as path:
             return path.read_text()
 
-    def is_being_written(self) -> bool:
-        """Whether a process holds the lock of this directory."""
+    def is_being_written(self) -> bool | None:
+        """Whether a process holds the lock of this directory; None: it cannot be told, see `FileLock`."""
         return FileLock.is_held(self.path / LOCK)
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -72,6 +72,12 @@ class Sampler:
         # Found on the CPU, where the rows are: asking a GPU for them would wait for all it has to do.
         return send(self.batches(data_key, self._places + step * self.rows_per_step), device)
 
+    def answers(self, step: int) -> Tensor | None:
+        """What mask tokens of the batch of a step stand for; None: it has none."""
+        places = self._places + (step * self.rows_per_step if self.batches.ordered else 0)
+        found = self.batches.answers(self.keys(step)[0], places)
+        return None if found is None else send(found, self.rows.device)
+
     def numbers(self, step: int, purpose: str, number: int) -> Float[Tensor, "*positions number"]:
         """Random numbers of a step in columns of their own, for what draws only when it needs them."""
         mask_key = send(self.keys(step)[1], self.rows.device)

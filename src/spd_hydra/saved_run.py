@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from spd_hydra import rng
+from spd_hydra import distributed, rng
 from spd_hydra.config import RunConfig, flat, to_dict
+from spd_hydra.data.base import DataSource
 from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.model.users_code import is_users, told_of
 from spd_hydra.model.weights import (
     holds_weights,
     load_target_weights,
@@ -22,6 +24,11 @@ from spd_hydra.model.weights import (
 from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
+
+NEEDS_NO_FILE = (
+    "the run directory has the weights, so give the class a method skeleton(architecture) that makes the "
+    "module without them, see docs/guide/python.md"
+)
 
 MAY_CHANGE = (
     "train.steps",
@@ -43,8 +50,10 @@ MAY_CHANGE = (
     "sweep",
     "objective",
     "allow_extra",
+    "threads",
+    "device",
 )
-"""Keys, or how they begin, that may change when a run goes on: they do not touch what is trained."""
+"""Keys, or how they begin, that may change in a resume: they touch what is trained by rounding at most."""
 
 Sources = dict[str, dict[str, str]]
 """Where parts of a configuration, `model` and `data`, are from, by field: paths, ids and commits of a hub."""
@@ -88,7 +97,11 @@ def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], 
         ConfigError: config.yaml was changed or cut after the run began; names the keys.
     """
     now, trained = fixed(config), _fact(state, "config")
-    changed = [f"  {key}: {old} → {now.get(key)}" for key, old in trained.items() if now.get(key) != old]
+    changed = [
+        f"  {key}: {old} → {now.get(key)}"
+        for key, old in trained.items()
+        if now.get(key) != old and not key.startswith(MAY_CHANGE)
+    ]
     if changed:
         raise ConfigError(
             f"{path / 'config.yaml'} was changed or cut since {checkpoint} was saved:\n"
@@ -117,6 +130,50 @@ def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoi
         )
 
 
+def machine(device: str, *, replicas: int = 1) -> dict[str, Any]:
+    """What rounding in a step depends on beside the configuration: kept in `facts` of a checkpoint.
+
+    Args:
+        device: the kind of device, as torch names it.
+        replicas: decompositions that share the step.
+    """
+    ranks, threads = distributed.world_size(), torch.get_num_threads()
+    return {"ranks": ranks, "threads": threads, "device": device, "replicas": replicas}
+
+
+def was_alone(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of a replica was saved by a run of this replica alone."""
+    return _fact(state, "machine").get("replicas") == 1
+
+
+def rounding_note(path: Path, now: Mapping[str, Any], state: Mapping[str, Any]) -> str | None:
+    """What to say where a run goes on with steps that round otherwise than those that were done, else None.
+
+    Args:
+        path: the run directory.
+        now: as `machine` gives it.
+        state: what a checkpoint says beside its tensors.
+    """
+    before = _fact(state, "machine")
+    differs = [key for key in now if before.get(key) not in (None, now[key])]
+    if "ranks" in differs or before.get("device") == now["device"] != "cpu":
+        differs = [key for key in differs if key != "threads"]  # a consequence, or without one
+    if not differs:
+        return None
+    again = {
+        "ranks": f"launcher.ranks_per_node={before.get('ranks')}",
+        "threads": f"threads={before.get('threads')}",
+        "device": f"device={before.get('device')}",
+        "replicas": "all replicas together" if now["replicas"] == 1 else "each replica alone",
+    }
+    changes = ", ".join(f"{key}: {before[key]} → {now[key]}" for key in differs)
+    return (
+        f"{path} goes on with other {' and '.join(differs)} than before ({changes}): its numbers will differ "
+        "in the last bits from those of a run that goes on with the same. The same: "
+        f"{' '.join(again[key] for key in differs)}"
+    )
+
+
 def _fact(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     facts = state.get("facts")
     found = facts.get(name) if isinstance(facts, dict) else None
@@ -129,9 +186,8 @@ def pinned(config: RunConfig) -> RunConfig:
     What is taken from a hub, where branches move on, has its commit; what is local has its whole path.
     """
     model, data = config.model, config.data
-    return from_sources(
-        config, {"model": model.names() | model.commits(), "data": data.names() | data.commits()}
-    )
+    named = {"model": _names(model) | model.commits(), "data": _names(data) | data.commits()}
+    return from_sources(config, named)
 
 
 def sources(config: RunConfig) -> Sources:
@@ -141,7 +197,29 @@ def sources(config: RunConfig) -> Sources:
         fields = [f.name for f in dataclasses.fields(section) if f.name.split("_")[-1] == "revision"]
         values = {field: getattr(section, field) for field in fields}
         named[part] = {field: value for field, value in values.items() if value is not None}
-    return {"model": named["model"] | config.model.names(), "data": named["data"] | config.data.names()}
+    return {"model": named["model"] | _names(config.model), "data": named["data"] | _names(config.data)}
+
+
+def _names(section: TargetSpec | DataSource) -> dict[str, str]:
+    """What a section says that it reads; of a user's own also files that its fields name, whole."""
+    if not is_users(section):
+        return section.names()
+    texts = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {
+        name: str(Path(text).absolute())
+        for name, text in texts.items()
+        if isinstance(text, str) and _is_path(text)
+    } | section.names()
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is a path: a whole one, or one that begins here and leads somewhere."""
+    path = Path(text)
+    looks_like_one = len(path.parts) > 1 or path.suffix != ""
+    try:
+        return path.is_absolute() or (looks_like_one and path.exists())
+    except OSError:  # too long for one
+        return False
 
 
 def from_sources(config: RunConfig, sources: Sources) -> RunConfig:
@@ -177,16 +255,19 @@ def read_target(config: RunConfig, directory: Path, device: torch.device) -> Tra
     Raises:
         FileNotFoundError: the run was stopped before it had a target.
         WeightsError: the file is damaged, or the weights that are elsewhere are no longer the same.
-        ConfigError: the weights are elsewhere and cannot be found there.
+        ConfigError: the weights are elsewhere and cannot be found there, or the target is of a class of the
+            user's own that fails.
     """
     path = directory / TARGET_FILE
     metadata = target_metadata(path)
     facts = json.loads(metadata["facts"])
     if holds_weights(path):
-        module = config.model.skeleton(metadata.get("architecture"))
+        with told_of("model", config.model, "skeleton", NEEDS_NO_FILE):
+            module = config.model.skeleton(metadata.get("architecture"))
         load_target_weights(module, path)
     else:
-        module = config.model.build(rng.generator(facts["seed"], "target_weights"))
+        with told_of("model", config.model, "build"):
+            module = config.model.build(rng.generator(facts["seed"], "target_weights"))
         require_same_weights(module, path)
     measurements = [Measurement(**measurement) for measurement in facts.pop("measurements")]
     module = module.to(device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@
              submitit, which queues the job again; where nobody did, as SIGTERM
 
 While steps are taken a signal waits for the end of the step. Before and after, there is nothing to save, and
-it ends the run at once.
+it ends the run at once. What is saved is a checkpoint, or how far the choice among initialisations has come.
 """
 
 import contextlib
@@ -44,11 +44,15 @@ class Stopped(KeyboardInterrupt):
     Attributes:
         number: the signal.
         step: the step that was saved; None: nothing was saved for this stop.
+        of: whose step that is, where initialisations are compared; empty: the run's.
         hands_over: rank 0 has somebody who goes on from here.
     """
 
-    def __init__(self, number: int, *, step: int | None = None, hands_over: bool = False) -> None:
+    def __init__(
+        self, number: int, *, step: int | None = None, of: str = "", hands_over: bool = False
+    ) -> None:
         super().__init__()
+        self.of = of
         self.number, self.step, self.hands_over = signal.Signals(number), step, hands_over
 
     @property
@@ -56,11 +60,20 @@ class Stopped(KeyboardInterrupt):
         """As a shell reports a process that SIGINT or SIGTERM ended; the others count as SIGTERM."""
         return 128 + (signal.SIGINT if self.number is signal.SIGINT else signal.SIGTERM)
 
+    @property
+    def saved(self) -> str | None:
+        """What was saved for this stop, in words; None: nothing."""
+        return (
+            None
+            if self.step is None
+            else f"saved at step {self.step}" + (f" of {self.of}" if self.of else "")
+        )
+
     def __str__(self) -> str:
         asked = (
             "interrupted by the user" if self.number is signal.SIGINT else f"stopped by {self.number.name}"
         )
-        return asked if self.step is None else f"{asked}, saved at step {self.step}"
+        return asked if self.saved is None else f"{asked}, {self.saved}"
 
 
 class StopSignals:
@@ -69,6 +82,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._asked: signal.Signals | None = None
         self._is_stepping = False
+        self._saving = ""
         self._before: dict[signal.Signals, Any] = {}
         self._successor: Callable[[int, FrameType | None], Any] | None = None
         self._pid = os.getpid()
@@ -92,10 +106,14 @@ class StopSignals:
             self._before = {}
 
     @contextlib.contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Within the block a signal waits until `agreed` is asked at the end of a step."""
+    def stepping(self, *, saving: str = "a checkpoint") -> Iterator[None]:
+        """Within the block a signal waits until `agreed` is asked at the end of a step.
+
+        Args:
+            saving: what is saved before the stop, for what is told.
+        """
         with self.listening():
-            self._is_stepping = True
+            self._is_stepping, self._saving = True, saving
             try:
                 yield
             finally:
@@ -166,7 +184,8 @@ class StopSignals:
             raise Stopped(number, hands_over=self._hands_over)
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of printing something
-            logger.warning("%s: stopping after this step to save a checkpoint%s", self._asked.name, again)
+            told = "%s: stopping after this step to save %s%s"
+            logger.warning(told, self._asked.name, self._saving, again)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from spd_hydra.logger.base import Logger
 from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.metric.evaluation import Evaluation as EvaluationResult
+from spd_hydra.optimizer import set_lr
 from spd_hydra.progress import Progress
 from spd_hydra.run_dir import RunDirectory, Status
 from spd_hydra.sampler import Sampler, SplitSampler
@@ -152,8 +153,8 @@ class Trainer:
         own = self.model.trainable_state() | self.adversary.state()
         self.updates.take_from_rank_0(list(own.values()))
 
-    def stop_if_asked(self, *, saving: bool = True) -> None:
-        """At the end of a step, where all is whole: if any rank is asked to, save, if asked here, and end.
+    def stop_if_asked(self) -> None:
+        """At the end of a step, where all is whole: if any rank is asked to, save and end.
 
         Raises:
             Stopped: it was asked to.
@@ -162,9 +163,8 @@ class Trainer:
         stopped = self.signals.agreed()
         if stopped is None:
             return
-        if saving:
-            self.save_whole()
-            stopped.step = self.step
+        self.save_whole()
+        stopped.step = self.step
         raise stopped
 
     def save_whole(self) -> None:
@@ -223,7 +223,7 @@ class Trainer:
         progress = self.step / self.training.steps
         if self._graph is not None:
             return self._graph.gradients(self.step, lr=self.lr, progress=progress)
-        self.updates.set_lr(self.lr)
+        set_lr(self.updates.optimizer, self.lr)
         if (accumulated := self.accumulated) is not None:
             self._ascend(lambda: accumulated.parts(self.step))
             return accumulated(self.step, self.objective.scheduled(progress))
@@ -244,7 +244,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step, from which all ranks go on."""
         self.take_from_rank_0()
-        moments = self.updates.whole_moments(keep=not self.run.follows)
+        moments = self.updates.whole_moments(self.updates.moments(), keep=not self.run.follows)
         if self.run.follows:
             return
         self.run.sync_metrics()

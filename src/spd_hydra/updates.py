@@ -32,15 +32,16 @@ class Updates:
         self.model, self.training = model, training
         self.components: list[nn.Parameter] = list(model.component_parameters())
         self.ci_fn: list[nn.Parameter] = list(model.ci_parameters())
+        self.groups = [*model.component_groups().items(), (1.0, self.ci_fn)]  # factor on the rate, parameters
         self.shards = _shards(training.shard, self.components + self.ci_fn)
         # What this rank's optimiser changes, and takes gradients of: the parameters, or its pieces of them.
         self.updated = {"components": self._own(self.components), "ci_fn": self._own(self.ci_fn)}
-        self.optimizer = adamw(self.updated.values(), lr=training.lr, weight_decay=0.0)
-
-    def set_lr(self, lr: float) -> None:
-        """The rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer = adamw(
+            [self._own(group) for _, group in self.groups],
+            lr=training.lr,
+            weight_decay=0.0,
+            factors=[factor for factor, _ in self.groups],
+        )
 
     def step(self) -> None:
         """Clip the gradients and take a step along them; all ranks then have the same parameters."""
@@ -90,11 +91,14 @@ class Updates:
         """
         return state_tensors(self.optimizer, self._named_updated())
 
-    def whole_moments(self, *, keep: bool) -> dict[str, Tensor]:
-        """The same, not in pieces, for which all ranks meet; nothing on a rank that does not keep them."""
+    def whole_moments(self, moments: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+        """What `moments` gave, not in pieces, for which all ranks meet; nothing where it is not kept.
+
+        Other tensors among it stay as they are.
+        """
         if self.shards is not None:
-            return self.shards.join(self.moments(), self._named_parameters(), keep=keep)
-        return self.moments() if keep else {}
+            return self.shards.join(moments, self._named_parameters(), keep=keep)
+        return dict(moments) if keep else {}
 
     def take_from_rank_0(self, others: list[Tensor]) -> None:
         """Go on from rank 0's moments and these tensors: on another kind of machine they may differ a little.

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from spd_hydra.stop import Stopped
 
 Call = Callable[..., Any]
 END = "Nothing was started. spd-run --help lists every key.\n"
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 class FakeRun:
@@ -232,8 +235,8 @@ def test_every_job_runs_the_configuration_that_was_checked(
     [
         (
             "used",
-            "hydra.sweep.dir: got used, which holds a sweep already; choose another, or go on with one of its"
-            " runs: resume=used/<number>",
+            "hydra.sweep.dir: got used, which holds a sweep already; choose another, or go on with it: "
+            "resume=used",
         ),
         (
             "'new/${now:%Y}'",
@@ -306,11 +309,64 @@ def test_the_table_of_a_sweep_is_shown_also_where_it_cannot_be_written(
 def test_processes_that_train_together_start_no_jobs(
     spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     ended = spd_run(*words)
     assert (ended.code, ended.err) == (2, f"The configuration is not valid:\n  {message}\n{END}")
     assert fake_run.calls == []
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"WORLD_SIZE": "2"}, "got 2 in the environment, without RANK, MASTER_ADDR, MASTER_PORT; "),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "got 2 in the environment, without MASTER_ADDR, MASTER_PORT; "),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "got two in the environment, which is no number of processes; "),
+    ],
+)
+def test_half_of_what_torchrun_says_is_a_leftover_and_told(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wrong: str
+) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    ended = spd_run()
+    assert (ended.code, fake_run.calls) == (2, [])
+    assert ended.err.startswith(f"The configuration is not valid:\n  WORLD_SIZE: {wrong}to run alone, unset")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_between_the_runs_of_a_sweep_ends_it_with_its_table(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def then_a_signal(config: RunConfig, **others: Any) -> Outcome:
+        outcome = fake_run(config, **others)
+        os.kill(os.getpid(), number)
+        return outcome
+
+    monkeypatch.setattr(cli_task, "run", then_a_signal)
+    before = signal.getsignal(number)
+    ended = spd_run("-m", "seed=0,1")
+    assert (ended.code, ended.err.splitlines()[-1]) == (143, "Stopped.")
+    assert [call["config"].seed for call in fake_run.calls] == [0]
+    assert "sweep.html" in ended.out
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_told_in_a_line_and_its_job_has_failed(
+    spd_run: Call, fake_run: FakeRun, number: int
+) -> None:
+    fake_run.errors[1] = OSError(number, os.strerror(number), "/there/file")
+    ended = spd_run("-m", "seed=0,1")
+    text = f"cannot write /there/file: {os.strerror(number)}. Check that it exists, is writable and has room"
+    assert (ended.code, "Traceback" in ended.err) == (3, False)
+    assert f"The run failed: {text}" in ended.err
+    assert f"  job 1: {text}" in ended.out
+    table = ended.out[ended.out.index("  job  setting") :].splitlines()
+    assert [line.split()[2] for line in table[2:4]] == ["missing", "failed"]  # the fake run leaves nothing
 
 
 def test_a_sweep_of_checks_leaves_nothing_behind(

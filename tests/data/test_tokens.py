@@ -1,5 +1,6 @@
 """Text from files and saved datasets as batches of tokens; what is refused, in one line."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_mistakes_are_found_when_it_is_bound(
     with pytest.raises(ConfigError, match=message):
         tokens(tmp_path / "a.jsonl", tmp_path, **changes).bind(spec)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("context", "length"), [(64, 64), (513, 512), (None, 512)])
+def test_rows_are_by_default_as_long_as_the_target_takes_up_to_512(
+    context: int | None, length: int, spec: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {number}" for number in range(500)))
+    target = dataclasses.replace(spec, context=context)
+    batches = tokens(tmp_path / "a.txt", tmp_path, length=None).bind(target)
+    assert batches(KEY, torch.arange(1)).shape == (1, length)
 
 
 def test_more_than_one_column_of_text_has_to_be_chosen_from(spec: Any, tmp_path: Path) -> None:

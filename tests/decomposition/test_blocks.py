@@ -1,5 +1,7 @@
 """A pass that masks one site takes clean outputs of the blocks before it, and none of those after it."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.decomposition.random_weights import draw_weights
@@ -118,10 +120,11 @@ class InParts(nn.Module):
         return nn.ModuleList(parts) if self.kind == "list" else nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
             assert layer
-            first, second = (layer["0"], layer["1"]) if self.kind == "dictionary" else list(layer)  # type: ignore
-            assert len(layer) == 2  # type: ignore[arg-type]
+            first, second = (layer["0"], layer["1"]) if self.kind == "dictionary" else list(layer)
+            assert len(layer) == 2
             x = x + second(torch.tanh(first(x)))
         return x
 

@@ -366,6 +366,25 @@ def test_the_trade_off_has_a_point_per_evaluation(synthetic: Any) -> None:
     assert line.get_ydata().tolist() == [3.0, 4.0, 5.0]
 
 
+def test_a_trade_off_needs_two_evaluations(synthetic: Any) -> None:
+    rows = [{"step": 10, "split": "eval", "l0/total": 5.0, "ce/ci": 3.0}]
+    assert draw_trade_off(synthetic.language_model(n_sites=1), rows) is None
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.055, 0.44), (0.03, 0.11), (0.011, 0.06), (2e-3, 0.09)])
+def test_a_logarithmic_mean_ci_has_at_least_two_labels(synthetic: Any, least: float, most: float) -> None:
+    evaluation = synthetic.language_model(n_sites=1, C=16)
+    (name, site), *_ = evaluation.sites.items()
+    own = dataclasses.replace(site, mean_ci=np.geomspace(most, least, 16))
+    picture: Any = draw_mean_ci(dataclasses.replace(evaluation, sites={name: own}, ci_threshold=0.0), [])
+    picture.canvas.draw()
+    axis = picture.axes[1].yaxis
+    low, high = picture.axes[1].get_ylim()
+    shown = [tick for tick in axis.get_majorticklocs() if low <= tick <= high]
+    assert len(shown) >= 2
+    assert all(float(axis.get_major_formatter()(tick)) == pytest.approx(tick) for tick in shown)
+
+
 def test_ticks_of_the_trade_off_are_whole_numbers_without_an_offset(synthetic: Any) -> None:
     rows = [
         {"step": step, "split": "eval", "l0/total": 5.0 - step, "mse/ci": 4.1585e-3 + 1e-8 * step}

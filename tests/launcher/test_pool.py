@@ -138,6 +138,30 @@ def test_after_ctrl_c_every_job_has_saved_and_can_go_on(begin: Begin, tmp_path: 
         assert status(tmp_path, job)["status"] == "done"
 
 
+@pytest.mark.slow
+def test_when_spd_run_is_killed_its_jobs_save_and_end_and_their_ids_were_written_down(
+    begin: Begin, tmp_path: Path
+) -> None:
+    long = ["train.steps=100000", "train.checkpoint_every=100000", "eval.every=100000", "train.log_every=1"]
+    words = ["-m", *PARALLEL, *TROUBLE, "loss.extra.trouble.seconds=0.05", *long, "launcher.jobs=1"]
+    process = begin(*words, "seed=0,1")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "work").glob("outputs/sweeps/*/0/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    jobs = json.loads((sweep_in(tmp_path) / "sweep.json").read_text())["jobs"]
+    assert Path("/proc", jobs[0]["id"]).exists()
+    assert jobs[1]["id"] is None
+    process.kill()
+    process.communicate(timeout=120)  # its jobs have the same streams
+    assert running(tmp_path) == 0
+    found = status(tmp_path, 0)
+    assert found["status"] == "stopped"
+    assert (sweep_in(tmp_path) / "0" / "checkpoints" / f"step_{found['step']}").is_dir()
+    assert status(tmp_path, 1) == {}
+
+
 @pytest.mark.parametrize(
     ("there", "each", "wanted"),
     [

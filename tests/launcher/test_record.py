@@ -27,12 +27,20 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert SweepRecord.read(tmp_path) == written
     assert json.loads((tmp_path / "sweep.json").read_text())["jobs"][0] == {
         "number": 0, "overrides": ["seed=0"], "experiment": "tms_5-2", "seed": 0, "steps": 20, "id": "5_0",
+        "launcher": None, "since": None,
     }  # fmt: skip
 
 
 def test_jobs_take_the_place_of_those_with_their_number(tmp_path: Path) -> None:
     found = record(job(2), job(0)).with_jobs([job(1), job(2, "9")])
     assert [(item.number, item.id) for item in found.jobs] == [(0, None), (1, None), (2, "9")]
+
+
+def test_jobs_that_go_on_elsewhere_say_so_and_the_others_keep_who_started_them() -> None:
+    later = SweepRecord(launcher="local", ranks=1, command="spd-run resume=x", code="new", jobs=[job(1)])
+    found = record(job(0, "5_0"), job(1, "5_1")).followed_by(later)
+    assert (found.launcher, found.command) == ("local", "spd-run -m")
+    assert [(item.id, found.launcher_of(item)) for item in found.jobs] == [("5_0", "slurm"), (None, "local")]
 
 
 DAMAGED: dict[str, Any] = {
@@ -45,6 +53,10 @@ DAMAGED: dict[str, Any] = {
     "jobs that are none": b'{"launcher": "slurm", "ranks": 1, "command": "", "code": "", "jobs": [5]}',
     "a job without a number": (
         b'{"launcher": "slurm", "ranks": 1, "command": "", "code": "", "jobs": [{"seed": 1}]}'
+    ),
+    "a job whose number is a path": (
+        b'{"launcher": "slurm", "ranks": 1, "command": "", "code": "", "jobs": [{"number": "../0", '
+        b'"overrides": [], "experiment": "a", "seed": 0, "steps": 1}]}'
     ),
     "an unknown key": b'{"launcher": "slurm", "ranks": 1, "command": "", "code": "", "jobs": [], "x": 1}',
 }

@@ -1,20 +1,30 @@
 """How a job stands, from what its directory and the scheduler say."""
 
 import contextlib
+import dataclasses
+import errno
 import io
 import json
 import os
+import shlex
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import yaml
 
 from spd_hydra.command_word import command_word
+from spd_hydra.composition import compose
+from spd_hydra.config import to_dict
 from spd_hydra.launcher import watch
 from spd_hydra.launcher.record import SweepJob, SweepRecord
 from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.launcher.start import follow_up_lines
+from spd_hydra.launcher_config import Slurm
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory
 
@@ -115,8 +125,21 @@ def test_the_commands_of_a_sweep_can_be_pasted_whatever_its_directory_is_called(
     sweep_dir = tmp_path / "ü (1), it's = #2"
     leave(sweep_dir, 0, "stopped")
     (row,) = watch.look(sweep_dir, record("17"), said("FAILED 1"))
-    assert f"go on with spd-run {command_word('resume', sweep_dir / '0')} (FAILED 1)" in row.reason
+    resume = command_word("resume", sweep_dir / "0")
+    assert f"go on with spd-run {resume} launcher=slurm (FAILED 1)" in row.reason
     assert follow_up_lines(record("17"), sweep_dir)[0].endswith(f" {command_word('sweep', sweep_dir)}")
+
+
+def test_the_command_to_go_on_with_asks_for_the_job_as_it_was(tmp_path: Path) -> None:
+    asked = Slurm(partition="gpu", gpus=2, setup=["module load cuda"], additional={"reservation": "mine"})
+    (tmp_path / "launcher.yaml").write_text(yaml.safe_dump(to_dict(asked)))
+    leave(tmp_path, 0, "stopped")
+    (row,) = watch.look(tmp_path, record("17"), said("FAILED 1"))
+    command = row.reason.partition("go on with ")[2].removesuffix(" (FAILED 1)")
+    program, resume, *words = shlex.split(command)
+    assert (program, resume) == ("spd-run", f"resume={tmp_path}/0")
+    assert words[0] == "launcher=slurm"
+    assert compose(words).launcher == asked
 
 
 @pytest.mark.parametrize(("left", "scheduler", "state", "reason"), TABLE)
@@ -160,6 +183,21 @@ def test_a_job_in_this_process_is_running_as_long_as_somebody_writes_to_it(tmp_p
         assert (row.state, row.error) == ("running", None)
     (row,) = watch.look(tmp_path, record(None, launcher="local"), None)
     assert (row.state, row.error) == ("failed", "ended without a word: nobody writes to it any more")
+
+
+@pytest.mark.parametrize(("host", "state"), [("elsewhere", "running"), (socket.gethostname(), "failed")])
+def test_where_locks_do_not_work_a_job_counts_as_running_unless_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, state: str
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    leave(tmp_path, 0, "running")
+    (tmp_path / "0" / ".lock").write_text(json.dumps({"host": host, "pid": ended.pid, "token": "t"}))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    (row,) = watch.look(tmp_path, record(None, launcher="local"), None)
+    assert row.state == state
+    told = "cannot be told where locks do not work" if state == "running" else "nobody writes to it any more"
+    assert told in row.reason
 
 
 def test_a_sweep_in_this_process_shows_jobs_that_were_not_planned_and_others_do_not(tmp_path: Path) -> None:
@@ -317,3 +355,30 @@ def test_a_run_that_goes_on_is_not_judged_by_what_it_said_before(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"updated": "2120-01-01T00:00:00+00:00"}))
     (row,) = watch.look(tmp_path / "sweep", record("17"), said("COMPLETED 0"))
     assert row.state == ("done" if left == "done" else "failed")
+
+
+@pytest.mark.parametrize("left", ["stopped", "failed", "running"])
+def test_a_job_that_was_started_again_in_its_directory_is_not_judged_by_what_it_said_before(
+    tmp_path: Path, left: str
+) -> None:
+    leave(tmp_path, 0, left)
+    path = tmp_path / "0" / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"updated": "2020-01-01T00:00:00+00:00"}))
+    (job,) = record("17").jobs
+    again = dataclasses.replace(job, since="2021-01-01T00:00:00+00:00")
+    now = dataclasses.replace(record("17"), jobs=[again])
+    for scheduler, state in (("PENDING", "pending"), ("RUNNING", "running"), (None, "pending")):
+        (row,) = watch.look(tmp_path, now, said(scheduler))
+        assert (row.state, row.error) == (state, None)
+    (row,) = watch.look(tmp_path, now, said("FAILED 1"))
+    assert (row.state, str(row.error).partition(";")[0]) == ("failed", "ended before it began (FAILED 1)")
+
+
+def test_in_a_sweep_that_went_on_elsewhere_the_scheduler_is_asked_of_its_own_jobs_alone(
+    tmp_path: Path,
+) -> None:
+    leave(tmp_path, 1, "failed")
+    jobs = record("17", "18").jobs
+    here = dataclasses.replace(jobs[1], id=None, launcher="local")
+    found = watch.look(tmp_path, dataclasses.replace(record("17"), jobs=[jobs[0], here]), said("PENDING"))
+    assert [(row.state, row.error) for row in found] == [("pending", None), ("failed", "RuntimeError: oh")]

@@ -1,6 +1,7 @@
 """What is said of a decomposition without a known answer, from numbers made by hand."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from tests.metric.test_diagnosis import SETTINGS, STEADY
@@ -19,8 +20,8 @@ def evaluation(**changes: float) -> Evaluation:
     return Evaluation(step=6000, n_positions=100, ci_threshold=0.1, metrics=metrics, sites={})
 
 
-def said(found: Evaluation, **changes: float) -> list[str]:
-    settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
+def said(found: Evaluation, **changes: Any) -> list[str]:
+    settings = dataclasses.replace(SETTINGS, **changes)
     return [f"{one.symptom}; {one.advice}" for one in diagnose(found, STEADY, settings)]
 
 

@@ -75,6 +75,34 @@ def test_every_kind_of_mask_has_the_cross_entropy_and_the_divergence_worked_out_
             assert found[f"kl/{name}"] == pytest.approx(kl, rel=1e-4, abs=1e-6), name
 
 
+def test_of_masked_tokens_the_cross_entropy_is_that_of_what_they_stand_for(language: ModuleType) -> None:
+    objective = language.objective_of(language.hand_made(), Divergence.mse)
+    ablations = Ablations(
+        objective, AblationSettings(next_token=False, rounded=[0.0, 0.75], fills_masks=True)
+    )
+    answers = torch.tensor([[-100, 2, -100, 1], [0, -100, -100, -100]])
+    ablations.add(objective.inputs(TOKENS), lambda purpose, n: torch.full((*TOKENS.shape, n), DRAW), answers)
+    found = ablations.metrics()
+    asked = [
+        (int(TOKENS[where]), int(answers[where])) for where in [(0, 1), (0, 3), (1, 0)]
+    ]  # seen, asked for
+    for name, logits in expected_logits(language).items():
+        log_q = logits.double().log_softmax(-1)
+        expected = -sum(float(log_q[seen, answer]) for seen, answer in asked) / len(asked)
+        assert found[f"ce/{name}"] == pytest.approx(expected, rel=1e-5), name
+    assert found["kl/ci"] == pytest.approx(
+        by_hand(expected_logits(language)["ci"], language.CHANCES)[1], rel=1e-4
+    )  # of all positions
+
+
+def test_without_mask_tokens_a_model_that_fills_them_has_no_cross_entropy(
+    measured: Callable[..., Found],
+) -> None:
+    found = measured(next_token=False, fills_masks=True)
+    assert not any(name.startswith("ce") for name in found)
+    assert "kl/ci" in found
+
+
 def test_all_off_is_the_uniform_guess_and_recovers_nothing(measured: Callable[..., Found]) -> None:
     found = measured(tokens=FORESEEN)
     assert found["ce/zero"] == pytest.approx(torch.tensor(3.0).log().item())

@@ -142,3 +142,21 @@ def test_a_directory_that_vanishes_ends_the_run_and_does_not_come_back(
         assert re.match(expected, last), last
         assert list(folder.glob("*/runs/*/*")) == []
         print(f"ended {ended.seconds:.2f} s after its directory was removed: {last}")
+
+
+@pytest.mark.parametrize("launcher", ["local", "local_parallel"])
+def test_a_sweep_on_a_full_disk_is_told_with_the_path_and_shows_no_job_as_missing(
+    folder: Path, call_all: CallAll, launcher: str
+) -> None:
+    if not may_mount(folder):
+        pytest.skip("this user may not mount a small file system")
+    words = ["-m", *WORDS, f"cache_dir={folder / 'cache'}", "seed=0,1", f"launcher={launcher}"]
+    cases = [{"folder": folder / str(size), "words": words, "disk_bytes": size} for size in (4096, 40960)]
+    for case, ended in zip(cases, call_all(cases, *OWN_MOUNTS), strict=True):
+        assert ended.code in {1, 2, 3}
+        assert "Traceback" not in ended.text, ended.text
+        assert re.search(rf"cannot .*{case['folder']}/runs/sweeps/.*: No space left on device", ended.text)
+        if "  job  setting" in ended.text:
+            table = ended.text[ended.text.index("  job  setting") :].splitlines()
+            assert [line.split()[2] for line in table[2:4]] == ["failed", "failed"]
+        assert ": None" not in ended.text

@@ -84,9 +84,38 @@ def test_without_a_finished_job_to_compare_there_is_no_table(rows: list[SweepRow
 
 def test_what_varies_besides_seed_and_experiment_makes_lines_of_its_own() -> None:
     rows = [row(n, "tms_5-2", n % 2, overrides={"train.lr": "1e-3" if n < 2 else "2e-3"}) for n in range(4)]
-    own = [line for line in beside_the_paper(rows) if line[1] == "here"]
+    own = [line for line in beside_the_paper(rows) if line[1] == "here*"]
     assert [line[0] for line in own] == ["tms_5-2 train.lr=1e-3", "tms_5-2 train.lr=2e-3"]
     assert [line[2] for line in own] == ["0–1", "0–1"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"debug": "smoke"}, {"model": "tms_40-10"}, {"model.n_features": "6"}, {"train.steps": "20"}],
+)
+def test_another_toy_or_a_run_cut_short_is_not_beside_the_paper(overrides: dict[str, str]) -> None:
+    other = row(0, "tms_5-2", 0, overrides=overrides)
+    assert beside_the_paper([other]) == []
+    mixed = beside_the_paper([other, row(1, "tms_40-10", 0)])
+    assert [line[1] for line in mixed] == ["here*", "here", "paper"]
+
+
+def test_other_settings_than_an_experiments_own_are_marked_and_explained() -> None:
+    changed = row(0, "tms_5-2", 0, overrides={"loss.importance_minimality.coeff": "1e-3"})
+    told = row(0, "tms_5-2", 0, overrides={"eval.every": "5", "logger": "wandb", "debug": "none"})
+    assert [line[1] for line in beside_the_paper([changed])] == ["here*", "paper"]
+    assert "*: with other settings than the experiment's own" in published_table([changed])
+    assert [line[1] for line in beside_the_paper([told])] == ["here", "paper"]
+    assert "*:" not in published_table([told])
+
+
+def test_one_key_without_room_is_named_once_below_the_table() -> None:
+    key = "loss.importance_minimality.coeff"
+    rows = [row(n, "tms_5-2", 0, overrides={key: value}) for n, value in enumerate(["0.0006", "0.006"])]
+    lines = [line.strip() for line in published_table(rows).splitlines()]
+    own = [line for line in lines if " here* " in line]
+    assert [line.split()[:2] for line in own] == [["tms_5-2", "0.0006"], ["tms_5-2", "0.006"]]
+    assert f"behind the experiment: {key}." in lines
 
 
 def test_the_table_for_the_terminal_says_its_sources_in_100_columns() -> None:

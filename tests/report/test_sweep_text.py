@@ -103,8 +103,15 @@ def test_settings_of_two_long_keys_are_all_told_and_told_apart() -> None:
         assert sum(line.startswith(f"  {text}: solved") for line in lines) == 1
 
 
-def test_one_long_key_that_varies_keeps_its_last_two_parts() -> None:
+def test_one_key_that_varies_is_the_title_of_its_column_by_its_last_two_parts() -> None:
     rows = [toy(n, overrides={"decomposition.sites.embed.ci_fn.hidden": str(n)}) for n in range(2)]
-    assert [line.split()[1] for line in sweep_table(rows).splitlines()[3:5]] == [
-        f"ci_fn.hidden={n}" for n in range(2)
-    ]
+    lines = sweep_table(rows).splitlines()
+    assert [line.split()[1] for line in (lines[1], *lines[3:5])] == ["ci_fn.hidden", "0", "1"]
+    assert [line.split(":")[0].strip() for line in lines[6:8]] == ["ci_fn.hidden=0", "ci_fn.hidden=1"]
+
+
+def test_one_key_without_room_above_its_values_is_named_whole_below_the_table() -> None:
+    rows = [toy(n, overrides={COEFF: value}) for n, value in enumerate(["0.0006", "0.006"])]
+    lines = sweep_table(rows).splitlines()
+    assert [line.split()[1] for line in (lines[1], *lines[3:5])] == ["setting", "0.0006", "0.006"]
+    assert [line.split(":")[0].strip() for line in lines[6:8]] == [f"{SHORT}=0.0006", f"{SHORT}=0.006"]

@@ -35,6 +35,10 @@ class Batches:
         """
         raise NotImplementedError
 
+    def answers(self, key: Int32[Tensor, "2"], rows: Tensor) -> Tensor | None:
+        """What mask tokens of a batch stand for, negative at all other positions; None: it has none."""
+        return None
+
     def content(self) -> str | None:
         """Digest of the rows, where they are known before they are asked for; None: they are not."""
         return None

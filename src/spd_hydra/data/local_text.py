@@ -8,6 +8,7 @@ from typing import Any
 
 from spd_hydra.data.columns import Columns, Holds, columns_of, columns_of_rows
 from spd_hydra.data.library import quiet, without_network
+from spd_hydra.data.text_pieces import piece_size, read_pieces
 from spd_hydra.data.text_source import (
     TextSource,
     TextUnit,
@@ -103,6 +104,9 @@ def of_files(files: Sequence[Path], wanted: Wanted) -> TextSource:
     kind = _only_kind(files, wanted)
     split = wanted.chosen(["train"], "what is read from files")
     names = [str(file.absolute()) for file in files]
+    if kind == "text" and _in_pieces(wanted):
+        read = functools.partial(read_pieces, {"train": names}, piece_size(files))
+        return _source(kind, files, split, wanted, read)
     arguments: dict[str, Any] = {"data_files": {"train": names}, **_sample_by(kind, wanted)}
 
     def load(**how: Any) -> Any:
@@ -130,7 +134,7 @@ def of_folder(folder: Path, files: Sequence[Path], wanted: Wanted) -> TextSource
     sample_by = _sample_by("text", wanted) if kinds <= {"text"} else {}
     path = str(folder.absolute())
 
-    def load(**how: Any) -> Any:
+    def whole(**how: Any) -> Any:
         from datasets import load_dataset
 
         return load_dataset(path, wanted.config_name, **how, **sample_by)
@@ -149,7 +153,10 @@ def of_folder(folder: Path, files: Sequence[Path], wanted: Wanted) -> TextSource
     split = wanted.chosen(parts, str(folder))
     own = [file for part, found in parts.items() if part in parts_of(split) for file in found]
     card = [folder / _CARD] if (folder / _CARD).is_file() else []
-    return _source(_only_kind(own, wanted), own, split, wanted, load, described_by=card)
+    kind = _only_kind(own, wanted)
+    in_pieces = kind == "text" and _in_pieces(wanted)
+    cut = functools.partial(read_pieces, builder.config.data_files, piece_size(own))
+    return _source(kind, own, split, wanted, cut if in_pieces else whole, described_by=card)
 
 
 def _require_nothing_left_out(
@@ -193,8 +200,29 @@ def _only_kind(files: Sequence[Path], wanted: Wanted) -> str:
     return str(next(iter(kinds)))
 
 
+def _in_pieces(wanted: Wanted) -> bool:
+    """Whether paragraphs of a text file go on where the one before them ended."""
+    return wanted.joined and wanted.text_unit is TextUnit.paragraph
+
+
+def _cut(kind: str, files: Sequence[Path], wanted: Wanted) -> str | None:
+    """Where a text file is cut, and what is lost there, for people."""
+    if kind != "text":
+        return None
+    if _in_pieces(wanted):
+        return (
+            f"files are cut into pieces of whole paragraphs, {piece_size(files):,} characters or more, of "
+            "which a share may be held out; texts end where a file ends or a piece is left out"
+        )
+    return {
+        TextUnit.paragraph: "every paragraph is a text, without the blank lines around it",
+        TextUnit.line: "every line is a text, without its line break",
+        TextUnit.file: "every file is a text",
+    }[wanted.text_unit]
+
+
 def _sample_by(kind: str, wanted: Wanted) -> dict[str, str]:
-    """What of a text file is a document."""
+    """What of a text file is a document, as `datasets` says it."""
     if kind != "text":
         return {}
     return {"sample_by": "document" if wanted.text_unit is TextUnit.file else wanted.text_unit.value}
@@ -246,12 +274,15 @@ def _source(
         (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
         for file in (*files, *described_by)
     ]
+    pieces = f"pieces of {piece_size(files)}" if kind == "text" and _in_pieces(wanted) else None
+    unit = pieces or _sample_by(kind, wanted).get("sample_by")
     return TextSource(
-        identity=f"files {kind} {_sample_by(kind, wanted).get('sample_by')} {split} {stats}",
+        identity=f"files {kind} {unit} {split} {stats}",
         where=shortened(names),
         columns=columns,
         load=load,
         stream=functools.partial(load, streaming=True),
+        cut=_cut(kind, files, wanted),
     )
 
 

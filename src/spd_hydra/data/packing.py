@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,10 @@ _CHUNK = 1 << 20  # tokens written at once
 
 Document = Int[np.ndarray, " tokens"]
 Rows = Int[np.ndarray, "rows length"]
+
+
+class Continuation(np.ndarray):
+    """Tokens of a document that goes on where the one before it in the text ended."""
 
 
 @dataclasses.dataclass
@@ -118,18 +122,24 @@ class Layout:
         begin = np.array(self.begin, dtype=np.int64)
         end = np.array([] if self.end is None else [self.end], dtype=np.int64)
         waiting: list[Document] = []
-        n_waiting = 0
+        n_waiting, behind = 0, end[:0]  # what ends the document before
         for document in documents:
-            has_begin = np.array_equal(document[: len(begin)], begin)
-            added = [document, end] if has_begin else [begin, document, end]
+            added: list[Document] = [document]
+            if isinstance(document, Continuation):
+                pass
+            elif np.array_equal(document[: len(begin)], begin):
+                added = [behind, document]
+            else:
+                added = [behind, begin, document]
+            behind = end
             waiting += added
             n_waiting += sum(map(len, added))
             if n_waiting >= max(at_once, self.length):
                 whole, rest = self._cut(waiting)
                 yield whole
                 waiting, n_waiting = [rest], len(rest)
-        if n_waiting >= self.length:
-            yield self._cut(waiting)[0]
+        if n_waiting + len(behind) >= self.length:
+            yield self._cut([*waiting, behind])[0]
 
     def _cut(self, parts: list[Document]) -> tuple[Rows, Document]:
         tokens = np.concatenate(parts)
@@ -204,6 +214,15 @@ def fingerprint(document: Document) -> int:
     """64 bits that tell a document from others."""
     data = np.ascontiguousarray(document, dtype=np.int32).tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def chosen(documents: Iterable[Document], fits: Callable[[Document], bool]) -> Iterator[Document]:
+    """The documents that fit; behind one that does not, what goes on with it stands alone."""
+    is_gap = True
+    for document in documents:
+        if keeps := fits(document):
+            yield document.view(np.ndarray) if is_gap else document
+        is_gap = not keeps
 
 
 def is_held_out(document: Document, fraction: float) -> bool:

@@ -30,6 +30,7 @@ class TextSource:
         load: the whole split.
         stream: the split, read on the way.
         commit: on the hub; None: it is local.
+        cut: what its documents are, where they were cut from files of text.
     """
 
     identity: str
@@ -38,6 +39,7 @@ class TextSource:
     load: Callable[[], Any]
     stream: Callable[[], Any]
     commit: str | None = None
+    cut: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Wanted:
         revision: on the hub; None: main.
         split: None: the only one there is.
         text_unit: documents of text files.
+        joined: documents will be joined to one text.
         prefix: of the keys name, config_name and revision: empty, or `eval_`.
         split_key: the key of the split.
     """
@@ -59,6 +62,7 @@ class Wanted:
     revision: str | None
     split: str | None
     text_unit: TextUnit
+    joined: bool = False
     prefix: str = ""
     split_key: str = "data.split"
 

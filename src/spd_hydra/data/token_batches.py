@@ -84,5 +84,9 @@ class TokenBatches(Batches):
     def notes(self) -> list[str]:
         return [repeats(len(self._rows), self.length)] if self._repeats and self._rows is not None else []
 
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text, if there is one."""
+        return self._load_tokenizer()
+
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         return decoded(self._load_tokenizer(), ids)

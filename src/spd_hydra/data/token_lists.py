@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from spd_hydra.data.packing import Document
+from spd_hydra.data.packing import Continuation, Document
 from spd_hydra.section import ConfigError
 
 MASK = "attention_mask"  # what tokenizers call the column that says what they filled up
@@ -18,17 +18,33 @@ def mask_among(columns: Iterable[str], column: str) -> str | None:
     return MASK if column != MASK and MASK in columns else None
 
 
-def read_lists(dataset: Any, column: str) -> Iterator[Document]:
-    """The lists of a column of a dataset that is on the disk; a null is a list without tokens."""
-    for table in dataset.select_columns(column).with_format("arrow").iter(_AT_ONCE):
-        for chunk in table[column].chunks:
-            flat = chunk.flatten()
-            if flat.null_count:
-                raise null_among(column)
-            tokens = flat.to_numpy(zero_copy_only=False)
-            lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-            for first, last in itertools.pairwise(np.concatenate([[0], lengths.cumsum()])):
-                yield np.asarray(tokens[first:last])
+def read_lists(dataset: Any, column: str, continues: str | None = None) -> Iterator[Document]:
+    """The lists of a column of a dataset that is on the disk; a null is a list without tokens.
+
+    Args:
+        dataset: of the library `datasets`.
+        column: of the lists.
+        continues: says of each list whether it goes on where the one before it ended, if there is such a
+            column; None: none does.
+    """
+    names = [column, *({continues} & set(dataset.column_names))]
+    for table in dataset.select_columns(names).with_format("arrow").iter(_AT_ONCE):
+        flags = table[names[-1]].to_pylist() if len(names) > 1 else itertools.repeat(False)
+        yield from (
+            tokens.view(Continuation) if goes_on else tokens
+            for tokens, goes_on in zip(_lists(table[column], column), flags, strict=False)
+        )
+
+
+def _lists(values: Any, column: str) -> Iterator[Document]:
+    for chunk in values.chunks:
+        flat = chunk.flatten()
+        if flat.null_count:
+            raise null_among(column)
+        tokens = flat.to_numpy(zero_copy_only=False)
+        lengths = chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        for first, last in itertools.pairwise(np.concatenate([[0], lengths.cumsum()])):
+            yield np.asarray(tokens[first:last])
 
 
 def read_texts(dataset: Any, column: str, mask: str | None) -> Iterator[Document]:

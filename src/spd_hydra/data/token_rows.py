@@ -82,5 +82,7 @@ class TokenRows:
         doing = "reading token ids" if self.reader.tokenised else "tokenising"
         number, column = f"{len(dataset):,}", self.reader.column
         logger.info("%s: column %s of %s rows of %s", doing, column, number, source.where)
+        if source.cut is not None:
+            logger.info("data.text_unit: %s", source.cut)
         with quiet():
             return self.reader.documents(dataset, cache_file)

@@ -17,7 +17,16 @@ import numpy as np
 from jaxtyping import Int
 
 from spd_hydra import atomic
-from spd_hydra.data.packing import Document, Layout, Tally, fingerprint, is_held_out, write_rows, writing
+from spd_hydra.data.packing import (
+    Document,
+    Layout,
+    Tally,
+    chosen,
+    fingerprint,
+    is_held_out,
+    write_rows,
+    writing,
+)
 from spd_hydra.model.obtain import cache_root
 from spd_hydra.section import ConfigError
 
@@ -108,13 +117,13 @@ def write_store(
     """
     overlap = 0
     if held_out is None:
-        kept: Iterable[Document] = (one for one in documents() if not is_held_out(one, held_out_fraction))
-        others: Iterable[Document] = (one for one in documents() if is_held_out(one, held_out_fraction))
+        kept = chosen(documents(), lambda one: not is_held_out(one, held_out_fraction))
+        others = chosen(documents(), lambda one: is_held_out(one, held_out_fraction))
     else:
         wanted = {fingerprint(one) for one in held_out() if len(one)}
         shared = wanted.intersection(fingerprint(one) for one in documents())
         kept = iter(documents())
-        others = (one for one in held_out() if fingerprint(one) not in shared)
+        others = chosen(held_out(), lambda one: fingerprint(one) not in shared)
         overlap = len(shared)
         if overlap:
             logger.warning(

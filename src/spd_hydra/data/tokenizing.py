@@ -14,6 +14,7 @@ from spd_hydra.data.characters import name_of_bytes
 from spd_hydra.data.columns import Columns, Holds, columns_of, kind_of_value
 from spd_hydra.data.packing import Document, writing
 from spd_hydra.data.special_tokens import begin_of, end_of
+from spd_hydra.data.text_pieces import CONTINUES
 from spd_hydra.data.text_source import first_line
 from spd_hydra.data.token_lists import mask_among, null_among, read_lists, read_texts, texts
 from spd_hydra.model import hub
@@ -96,7 +97,7 @@ class Reader:
         """
         self.require(columns_of(dataset.features))
         if not self.tokenised:
-            return functools.partial(read_lists, self._tokenised(dataset, cache_file), _TOKENS)
+            return functools.partial(read_lists, self._tokenised(dataset, cache_file), _TOKENS, CONTINUES)
         return functools.partial(read_texts, dataset, self.column, self.mask(dataset.column_names))
 
     def streamed(self, dataset: Any, where: str, mask: str | None = None) -> Iterator[Document]:
@@ -145,13 +146,15 @@ class Reader:
     def _tokenised(self, dataset: Any, cache_file: Path) -> Any:
         from datasets import Features, List, Value
 
+        features = {_TOKENS: List(Value("int32"))}
+        kept = {CONTINUES} & set(dataset.column_names)
         with kept_from_children(), writing(cache_file):
             return dataset.map(
                 self._tokenise(),
                 batched=True,
                 num_proc=self.processes if self.processes > 1 else None,
-                remove_columns=dataset.column_names,
-                features=Features({_TOKENS: List(Value("int32"))}),
+                remove_columns=[name for name in dataset.column_names if name not in kept],
+                features=Features(features | dict.fromkeys(kept, Value("bool"))),
                 cache_file_name=str(cache_file),
                 desc="tokenising",
             )

@@ -10,6 +10,7 @@ import torch
 from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.data.columns import Columns, Holds, token_column_among
 from spd_hydra.data.find_text import find_text, whole_name
+from spd_hydra.data.masking import USUAL, masked
 from spd_hydra.data.packing import Layout
 from spd_hydra.data.text_source import TextUnit, Wanted
 from spd_hydra.data.token_batches import TokenBatches
@@ -20,6 +21,7 @@ from spd_hydra.model import hub
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.section import ConfigError, Problem, kind_of, option, register
 
+_LENGTH = 512  # of rows, where the target takes as many
 _FORMAT = 2  # part of the digest: raise it when the same text gives other rows
 
 
@@ -54,16 +56,29 @@ class Tokens(DataSource):
     token_column: str | None = option(
         None, "column with token ids; null: without text input_ids, tokens or token_ids, else none"
     )
-    text_unit: TextUnit = option(TextUnit.paragraph, "documents of text files: paragraph | line | file")
+    text_unit: TextUnit = option(
+        TextUnit.paragraph,
+        "what of text files is one text: paragraph | line | file; packed paragraphs of a file stay joined by "
+        "their blank lines, and a share of them can be held out",
+    )
     tokenizer: str | None = option(
         None, "hub id or directory of a tokenizer; null: the target's own, for a token_column none"
     )
     tokenizer_revision: str | None = option(
         None, "branch, tag or commit of `tokenizer` on the hub; null: main"
     )
-    length: int = option(512, "tokens per row", ge=2)
+    length: int | None = option(
+        None, f"tokens per row; null: {_LENGTH}, or as many as the target takes if those are fewer", ge=2
+    )
     pack: bool = option(
         True, "concatenate documents and cut them into full rows; false: one document per row, cut or padded"
+    )
+    mask_fraction: float | None = option(
+        None,
+        "share of the tokens that the tokenizer's mask token replaces; null: 0.15 for texts of a masked "
+        "language model, else 0",
+        ge=0,
+        lt=1,
     )
     processes: int = option(1, "processes that tokenise", ge=1)
     streaming: bool = option(
@@ -143,12 +158,19 @@ class Tokens(DataSource):
 
     def _batches(self, target: TargetSpec, part: str) -> Batches:
         rows = self._plan(target)
-        if self.streaming:
-            return rows.streamed(part)
+        batches = rows.streamed(part) if self.streaming else self._stored(rows, part)
+        fraction = self.mask_fraction
+        if fraction is None:
+            fraction = USUAL if target.fills_masks() and not rows.reader.tokenised else 0.0
+        if not fraction:
+            return batches
+        return masked(batches, fraction, rows.reader.tokenizer(), rows.layout.vocab_size)
+
+    def _stored(self, rows: TokenRows, part: str) -> TokenBatches:
         return TokenBatches(
             digest=rows.digest,
             part=part,
-            length=self.length,
+            length=rows.layout.length,
             padded=not self.pack,
             open_store=rows.open,
             load_tokenizer=rows.reader.tokenizer,
@@ -165,6 +187,7 @@ class Tokens(DataSource):
             revision=self.revision,
             split=self.split,
             text_unit=self.text_unit,
+            joined=self.pack,
         )
 
     def _wanted_for_eval(self) -> Wanted:
@@ -190,7 +213,7 @@ class Tokens(DataSource):
                 f"data: tokens cannot feed {which}, which takes none; choose a language model (model=hf "
                 "model.name=…) or the data source made for this model"
             )
-        require_length(self.length, target)
+        length = self._length(target)
         with torch.device("cpu"):  # `datasets` makes tensors of its own, also while a model is built on meta
             source = find_text(self._wanted())
             held_out = find_text(self._wanted_for_eval()) if self._has_own_eval else None
@@ -212,7 +235,7 @@ class Tokens(DataSource):
         if others is not None:
             self._require_same(reader.column, columns, others)
         begin, end = reader.around(vocab_size) if self.pack else ((), None)
-        layout = Layout(length=self.length, pack=self.pack, begin=begin, end=end, vocab_size=vocab_size)
+        layout = Layout(length=length, pack=self.pack, begin=begin, end=end, vocab_size=vocab_size)
         masks = reader.mask(columns), reader.mask(others or {})
         identity = [
             *(_FORMAT, source.identity, held_out.identity if held_out else self.eval_fraction),
@@ -229,6 +252,13 @@ class Tokens(DataSource):
             layout=layout,
             eval_fraction=self.eval_fraction,
         )
+
+    def _length(self, target: TargetSpec) -> int:
+        longest = target.context_length()
+        if self.length is None:
+            return _LENGTH if longest is None else min(_LENGTH, longest)
+        require_length(self.length, target)
+        return self.length
 
     def _require_same(self, column: str, columns: Columns, others: Columns) -> None:
         """Refuse data to evaluate on that lack the column that is read, or have something else in it."""

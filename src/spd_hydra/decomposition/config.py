@@ -24,6 +24,7 @@ class SitePattern(Section):
         None, "subcomponents of each matrix, may be above its rank; null: decomposition.C", ge=1
     )
     init: Init | None = option(None, "how V and U start; null: decomposition.init")
+    lr_factor: float = option(1.0, "factor on train.lr for V and U; a tied site has that of its source", gt=0)
 
     @property
     def subcomponents(self) -> int:

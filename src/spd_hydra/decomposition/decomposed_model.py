@@ -1,8 +1,8 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.identities import find_identities
+from spd_hydra.decomposition.inputs import as_batch, real_positions, told_of_batch
 from spd_hydra.decomposition.layers import is_embedding, weight_matrix
 from spd_hydra.decomposition.masked_site import (
     MaskedSite,
@@ -22,7 +23,7 @@ from spd_hydra.decomposition.masked_site import (
     standing_in,
     with_fixed_matrices,
 )
-from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks
+from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks, without
 from spd_hydra.decomposition.patched_target import PatchedTarget
 from spd_hydra.decomposition.sites import check_ties, find_sites, unfit_sites
 from spd_hydra.decomposition.subcomponents import (
@@ -52,6 +53,7 @@ class DecomposedModel(nn.Module):
 
     Attributes:
         inits: by site, how V and U start.
+        lr_factors: by site, what their learning rate is multiplied with.
         patched: the copy of the target on which masked passes run; it shares the target's tensors.
         roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
@@ -81,11 +83,13 @@ class DecomposedModel(nn.Module):
         self._layers |= {name: layer for name, (_, layer) in identities.items()}
         sites |= {name: entry for name, (entry, _) in identities.items()}
         self.inits = {name: entry.init or config.init for name, entry in sites.items()}
+        self.lr_factors = {name: entry.lr_factor for name, entry in sites.items()}
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
         self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
+        self._numbers = {name: self.pieces(name).C for name in self.site_names}
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
     def _make_subcomponents(self, sites: Mapping[str, SitePattern], seed: int) -> nn.ModuleDict:
@@ -160,6 +164,14 @@ class DecomposedModel(nn.Module):
         """V and U of every site; a tied pair counts once."""
         return self.subcomponents.parameters()
 
+    def component_groups(self) -> dict[float, list[nn.Parameter]]:
+        """The same by the factor on their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name in self.site_names:
+            if name not in self.config.tied:
+                groups.setdefault(self.lr_factors[name], []).extend(self.pieces(name).parameters())
+        return groups
+
     def ci_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the causal-importance function."""
         return self.ci_fn.parameters()
@@ -189,7 +201,7 @@ class DecomposedModel(nn.Module):
 
     def forward(
         self,
-        batch: Tensor,
+        batch: Tensor | Mapping[str, Any],
         masks: Mapping[str, SiteMask] | None = None,
         *,
         reuse: "Reuse | None" = None,
@@ -203,7 +215,7 @@ class DecomposedModel(nn.Module):
         (h ⊙ m) U + δ·(x Δᵀ) + b without forming Δ.
 
         Args:
-            batch: input of the target.
+            batch: input of the target, or what a tokenizer returns, see `as_batch`.
             masks: by site; a site that is absent keeps its own layer, on the current input.
             reuse: quantities of the clean pass on the same batch, to avoid computing them again.
             outputs: is filled with the output of every masked site.
@@ -211,9 +223,10 @@ class DecomposedModel(nn.Module):
             for_masks: gradients with respect to masks are wanted and none for V and U, which compiled blocks
                 would compute with the rest.
         """
+        batch = as_batch(batch, self.target)
         if masks is None:
             return cast(Tensor, self.target(batch))
-        require_masks(masks, self.site_names)
+        require_masks(masks, self._numbers)
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:
@@ -227,6 +240,28 @@ class DecomposedModel(nn.Module):
         lone = next(iter(masks)) if len(masks) == 1 else None
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
         return self.patched.run(batch, at_site, at_block, reuse.products)
+
+    def ablated(
+        self, batch: Tensor | Mapping[str, Any], subcomponents: Mapping[str, int | Sequence[int]]
+    ) -> Tensor:
+        """The target's output without some subcomponents, all else as it is, the weight delta included.
+
+        At each site given, y = W x + b - Σ_c h_c U_c over its subcomponents c, on the current input x.
+
+        Args:
+            batch: input of the target.
+            subcomponents: their indices by site; other sites keep their own layer.
+
+        Raises:
+            ValueError: there is no such site, or no such subcomponent.
+        """
+        if unknown := set(subcomponents) - set(self.site_names):
+            raise no_such_site(unknown, self.site_names)
+        masks = {
+            site: without([c] if isinstance(c, int) else c, self._numbers[site], site, self.device)
+            for site, c in subcomponents.items()
+        }
+        return self(batch, masks)  # type: ignore[no-any-return]
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -294,12 +329,18 @@ class DecomposedModel(nn.Module):
         pre_sigmoid = self.ci_fn(activations, valid=valid)
         return {name: causal_importance(z, self.config.sigmoid) for name, z in pre_sigmoid.items()}
 
-    def causal_importances(self, batch: Tensor) -> dict[str, CausalImportance]:
+    def causal_importances(self, batch: Tensor | Mapping[str, Any]) -> dict[str, CausalImportance]:
         """Causal importances g of a batch by site, `[..., C]`: `.lower`, `.upper`, in [0, 1] up to a leak.
 
-        Negative token ids are padding, as in training: no real position's importances depend on them.
+        Negative token ids are padding, as in training: no real position's importances depend on them. What a
+        tokenizer returns may be given as it is, see `as_batch`.
+
+        Raises:
+            ValueError: the target does not take the batch.
         """
-        activations = self.activations(self.clean_pass(batch))
+        batch = as_batch(batch, self.target)
+        with told_of_batch(batch, self.target):
+            activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
         return self.importances(activations, valid=real_positions(batch, positions))
 
@@ -310,11 +351,6 @@ class Reuse(NamedTuple):
     clean: CleanPass
     activations: dict[str, SiteActivation]
     products: Products
-
-
-def real_positions(batch: Tensor, positions: torch.Size) -> Bool[Tensor, "*positions"] | None:
-    """Which positions of token ids are no padding, where negative ids mark it; None: all are real."""
-    return batch >= 0 if batch.shape == positions and not batch.is_floating_point() else None
 
 
 def _key(site: str) -> str:

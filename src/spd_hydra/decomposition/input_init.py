@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, real_positions
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.inputs import real_positions
 from spd_hydra.decomposition.subcomponents import Init, TiedSubcomponents
 from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError

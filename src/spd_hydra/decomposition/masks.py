@@ -1,9 +1,10 @@
 """Masks m on subcomponents and δ on the weight delta, made from causal importances g and sources r."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from spd_hydra.ci_fn.sigmoid import CausalImportance, Sigmoid, lower
 class SiteMask(NamedTuple):
     """How one site is masked in a forward pass.
 
-    `mask`: m, `[..., C]`, None for all ones. `delta`: δ, `[...]`, None to leave the weight delta out.
-    `route`: True where the masked output replaces the layer's own, `[...]`, None for everywhere.
+    `mask`: m, `[..., C]`, None for all ones. `delta`: δ, `[...]`, None to leave the weight delta out: then
+    m = 1 gives what the subcomponents sum to and not the layer. `route`: True where the masked output
+    replaces the layer's own, `[...]`, None for everywhere. To take subcomponents out and leave all else as
+    it is: `DecomposedModel.ablated`.
     """
 
     mask: Float[Tensor, "*positions C"] | None = None
@@ -22,19 +25,47 @@ class SiteMask(NamedTuple):
     route: Bool[Tensor, "*positions"] | None = None
 
 
-def require_masks(masks: Mapping[str, SiteMask], sites: Iterable[str]) -> None:
-    """Refuse masks of what is no site, and a mask on its own where how its site is masked is meant.
+def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int]) -> None:
+    """Refuse masks of what is no site, of other subcomponents, and a mask on its own in place of a SiteMask.
+
+    Args:
+        masks: by site.
+        sites: C of every site.
 
     Raises:
-        ValueError: names the sites that there are.
+        ValueError: names the sites that there are, or C.
         TypeError: says how the mask is given.
     """
-    sites = list(sites)
     if unknown := set(masks) - set(sites):
         raise no_such_site(unknown, sites)
     for site, mask in masks.items():
         if not isinstance(mask, SiteMask):
             raise TypeError(f"masks[{site!r}]: got a {type(mask).__name__}, must be SiteMask(mask=…)")
+        m, C = mask.mask, sites[site]
+        if m is not None and m.dim() and m.shape[-1] not in {1, C}:
+            raise ValueError(
+                f"masks[{site!r}]: got a mask of shape {list(m.shape)}, must be [..., {C}]: one number for "
+                f"each of the C = {C} subcomponents of the site"
+            )
+
+
+def without(subcomponents: Sequence[int], C: int, site: str, device: torch.device) -> SiteMask:
+    """The mask that takes subcomponents of a site out everywhere and leaves the rest: δ = 1, m = 0 there.
+
+    Args:
+        subcomponents: their indices.
+        C: number of subcomponents of the site.
+        site: its name, for people.
+        device: of the mask.
+
+    Raises:
+        ValueError: an index is not in [0, C).
+    """
+    if wrong := [c for c in subcomponents if not 0 <= c < C]:
+        raise ValueError(f"subcomponents[{site!r}]: got {wrong}, must be from 0 to {C - 1}")
+    mask = torch.ones(C, device=device)
+    mask[list(subcomponents)] = 0
+    return SiteMask(mask=mask, delta=torch.ones((), device=device))
 
 
 def no_such_site(names: Iterable[str], sites: Iterable[str]) -> ValueError:

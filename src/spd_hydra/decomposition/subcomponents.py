@@ -49,6 +49,9 @@ class Subcomponents(nn.Module):
         self.V = nn.Parameter(V)
         self.U = nn.Parameter(U)
 
+    def extra_repr(self) -> str:
+        return _sizes(self.V, self.U)
+
     @property
     def C(self) -> int:
         """Number of subcomponents."""
@@ -65,6 +68,9 @@ class TiedSubcomponents(nn.Module):
         super().__init__()
         self._source = (source,)  # in a tuple, so that the parameters are registered once, at the source
 
+    def extra_repr(self) -> str:
+        return _sizes(self.V, self.U)
+
     @property
     def V(self) -> Float[Tensor, "d_in C"]:
         """Reading vectors, the transpose of the source's U."""
@@ -79,6 +85,10 @@ class TiedSubcomponents(nn.Module):
     def C(self) -> int:
         """Number of subcomponents."""
         return self._source[0].C
+
+
+def _sizes(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> str:
+    return f"C={V.shape[1]}, d_in={V.shape[0]}, d_out={U.shape[1]}"
 
 
 def inner_activation(

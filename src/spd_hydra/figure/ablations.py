@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES = {
-    "ce": "cross-entropy of the next token, nats",
+    "ce": "cross-entropy, nats",
     "kl": "KL from the target",
     "mse": "MSE from the target",
 }

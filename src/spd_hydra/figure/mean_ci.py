@@ -9,13 +9,14 @@ from spd_hydra.figure.base import History, figure
 from spd_hydra.figure.columns import expected_of
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
-from spd_hydra.figure.style import MUTED, colour_of, new_figure, panels, plain
+from spd_hydra.figure.style import MUTED, colour_of, new_figure, panels, plain, plain_decades
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FEW_DECADES = 300  # the top of a logarithmic axis over its bottom
 WIDE_UP_TO = 3  # sites; beyond, two sites share a row
 
 
@@ -112,6 +113,9 @@ def _make_logarithmic(panel: "Axes", site: SiteEvaluation, evaluation: Evaluatio
     panel.yaxis.set_minor_locator(NullLocator())
     surely_dead = evaluation.ci_threshold / max(evaluation.n_positions, 1)
     bottom = max(min(float(positive.min()), surely_dead or np.inf) / 3, 1e-12)
-    panel.set_ylim(bottom, max(2 * float(positive.max()), 10 * bottom))
+    top = max(2 * float(positive.max()), 10 * bottom)
+    panel.set_ylim(bottom, top)
+    if top < FEW_DECADES * bottom:  # powers of ten alone would be one label or two
+        plain_decades(panel)
     if surely_dead > 0:
         panel.axhline(surely_dead, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))

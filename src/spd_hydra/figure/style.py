@@ -1,6 +1,7 @@
 """One look for all figures: sizes, colours that colour-blind readers can tell apart, small helpers."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,12 +58,24 @@ def drawing_style() -> Iterator[None]:
     """Matplotlib's own defaults with the project's look, whatever the user's matplotlibrc says."""
     import matplotlib
 
+    _load_fonts()
     # Choosing a backend is global and would load pyplot: the two keys stay as they are.
     defaults: dict[str, Any] = {
         k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")
     }
     with matplotlib.rc_context(cast("Any", defaults | STYLE)):
         yield
+
+
+def _load_fonts() -> None:
+    """On a machine's first picture matplotlib tells that it has listed the fonts, which is of no interest."""
+    told = logging.getLogger("matplotlib.font_manager")
+    before = told.level
+    told.setLevel(logging.WARNING)
+    try:
+        import matplotlib.font_manager  # noqa: F401
+    finally:
+        told.setLevel(before)
 
 
 def new_figure(height: float, width: float = WIDTH) -> "Figure":

@@ -31,7 +31,7 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     group = next(iter(losses))
     steps, at_l0, at_loss = np.intersect1d(l0[0], losses[group][0], return_indices=True)
     x, y = l0[1][at_l0], losses[group][1][at_loss]
-    if not len(steps):
+    if len(steps) < 2:  # there is no course yet
         return None
     picture = new_figure(height=4.0, width=7.0)
     axes = picture.subplots()
@@ -53,9 +53,8 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
         if isinstance(ticks := axis.get_major_formatter(), ScalarFormatter):
             ticks.set_useOffset(False)  # or each tick would have to be added to a number
     axes.grid(visible=True)
-    if len(steps) > 1:
-        bar = picture.colorbar(points, ax=axes, label="step", aspect=30, pad=0.02)
-        bar.ax.yaxis.set_major_formatter(
-            FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:g}")
-        )
+    bar = picture.colorbar(points, ax=axes, label="step", aspect=30, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:g}")
+    )
     return picture

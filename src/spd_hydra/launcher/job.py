@@ -5,7 +5,10 @@ import dataclasses
 import json
 import logging
 import os
+import select
+import signal
 import sys
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,16 +22,19 @@ from spd_hydra.config import RunConfig, from_dict, load_config
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.exit_code import ExitCode
+from spd_hydra.going_on import launcher_in
 from spd_hydra.launcher.local_ranks import free_port, local_ranks
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import from_sources, sources
+from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 600.0  # for all nodes of a job to begin
 _POLL_SECONDS = 0.1
+_ASK_SECONDS = 1.0  # between two signals to a process that is to end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,7 @@ class RunJob:
         saved: for `resume=`, the configuration as it was saved.
         code: digest of the sources when the job was submitted; None: not recorded.
         ranks: processes to share the run on this machine; 1 also where the scheduler starts them.
+        starter: the process on this machine without which the job saves and ends; None: it needs nobody.
     """
 
     config: dict[str, Any]
@@ -53,6 +60,7 @@ class RunJob:
     saved: dict[str, Any] | None = None
     code: str | None = None
     ranks: int = 1
+    starter: int | None = None
 
     def __call__(self) -> dict[str, Any]:
         """Do the run, or go on with it, and return its summary.
@@ -60,6 +68,8 @@ class RunJob:
         Raises:
             SystemExit: a signal stopped it; it saved.
         """
+        if self.starter is not None:
+            ends_with(self.starter)
         try:
             return self.outcome().summary
         except Stopped as stopped:
@@ -81,12 +91,16 @@ class RunJob:
             _use_given_cpus()
             _warn_of_idle_gpus(self.config["device"])
             with self._further_ranks():
-                return begin_or_go_on(from_dict(self.config), self.run_dir, saved)
+                config = from_dict(self.config)
+                if self.run_dir is not None:
+                    with contextlib.suppress(ConfigError):  # it is for what is said of how to go on
+                        config = dataclasses.replace(config, launcher=launcher_in(Path(self.run_dir).parent))
+                return begin_or_go_on(config, self.run_dir, saved)
 
     def _further_ranks(self) -> AbstractContextManager[None]:
         if self.ranks == 1:
             return nullcontext()
-        further = dataclasses.replace(self, ranks=1)
+        further = dataclasses.replace(self, ranks=1, starter=None)  # they end with this process
         return local_ranks(self.ranks, [sys.executable, "-m", "spd_hydra.launcher.job"], further.to_json())
 
     def checkpoint(self) -> Any:
@@ -103,6 +117,33 @@ class RunJob:
     def from_json(cls, data: bytes) -> "RunJob":
         """What `to_json` gave."""
         return cls(**json.loads(data))
+
+
+def ends_with(process: int) -> None:
+    """From now on this process is asked to save and end, by SIGTERM, as soon as another one has ended.
+
+    Not by prctl, as ranks are: submitit puts a process between the two, which outlives the first. Linux alone
+    can wait for a process that is no child; elsewhere this one goes on.
+
+    Raises:
+        SystemExit: the other one has ended already.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        sys.exit(ExitCode.terminated)
+    except OSError:  # an old kernel
+        return
+    threading.Thread(target=_end_after, args=(descriptor,), daemon=True).start()
+
+
+def _end_after(descriptor: int) -> None:
+    select.select([descriptor], [], [])
+    while True:  # before the run listens, submitit passes over SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ASK_SECONDS)
 
 
 def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | None) -> Outcome:

@@ -95,6 +95,7 @@ class _Others:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Within the block, a rank that ends with an error is noticed."""
+        rank_errors.concluded.clear()
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -125,8 +126,10 @@ class _Others:
     def _report(self, rank: int, code: int) -> None:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         rank_errors.deaths[rank] = how
-        if self._is_over.wait(_GRACE_SECONDS):
-            return
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if self._is_over.wait(_POLL_SECONDS) or rank_errors.concluded.is_set():
+                return
         trace = self._log(rank).read_text(errors="replace")[-_LONGEST_TRACE:]
         text = f"rank {rank} {how}, and rank 0 did not notice"
         logger.error("%s; what it said last:\n%s", text, trace)

@@ -1,6 +1,11 @@
-"""Jobs side by side on this machine, through submitit's local executor, at most so many at once."""
+"""Jobs side by side on this machine, through submitit's local executor, at most so many at once.
+
+They end with this process, however that ends.
+"""
 
 import contextlib
+import dataclasses
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +37,8 @@ class Pool:
         self._executor = LocalExecutor(folder=folder, max_num_timeout=0)
         self._slots: dict[int, int | None] = dict.fromkeys(range(launcher.jobs))  # slot: number of its job
         self._started: dict[int, Any] = {}
+        self._refused: dict[int, SchedulerState] = {}
+        self._is_stopping = False
 
     def states(self) -> dict[int, SchedulerState]:
         """Start what there is room for, and say of every job how it stands."""
@@ -40,7 +47,9 @@ class Pool:
                 self._slots[slot] = None
                 if self._waiting:
                     self._start(slot, min(self._waiting))
-        found = {number: SchedulerState(name="PENDING") for number in self._waiting}
+        if self._is_stopping:
+            self._ask_to_end()  # before its run listens, a job passes over the signal
+        found = {number: SchedulerState(name="PENDING") for number in self._waiting} | self._refused
         for number in self._started:
             # submitit's process between them hides how the job ended; its status file tells.
             found[number] = SchedulerState(name="RUNNING" if self._is_running(number) else "COMPLETED")
@@ -52,7 +61,10 @@ class Pool:
 
     def stop(self) -> None:
         """Ask running jobs to save and end, and start no more."""
-        self._waiting = {}
+        self._waiting, self._is_stopping = {}, True
+        self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
         for number, job in self._started.items():
             if self._is_running(number):
                 job._process.send_signal(signal.SIGTERM)
@@ -65,8 +77,12 @@ class Pool:
             gpus_per_node=len(gpus),
             visible_gpus=tuple(gpus),
         )
-        with _without_ctrl_c():
-            self._started[number] = self._executor.submit(job)
+        try:
+            with _without_ctrl_c():
+                self._started[number] = self._executor.submit(dataclasses.replace(job, starter=os.getpid()))
+        except OSError as error:  # a full disk
+            self._refused[number] = SchedulerState(name=f"cannot be started: {error.strerror or error}")
+            return
         self._slots[slot] = number
 
     def _is_running(self, number: int) -> bool:

@@ -1,4 +1,10 @@
-"""sweep.json: which jobs a sweep has and under which ids they were submitted."""
+"""What a sweep's directory says of its jobs: which there are, what each runs, who runs them now.
+
+sweep.json     the jobs, their words, and under which ids they were submitted
+configs.json   the configuration of each, as it was composed
+launcher.yaml  how they were started last
+.lock          held by the process that runs them on this machine
+"""
 
 import contextlib
 import dataclasses
@@ -6,7 +12,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,16 +20,29 @@ from typing import Any
 import yaml
 
 from spd_hydra import atomic
-from spd_hydra.redaction import redact_words
+from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.launcher_config import Launcher
+from spd_hydra.lock import FileLock, LockedError
+from spd_hydra.redaction import redact, redact_words
+from spd_hydra.run_files import LOCK, cannot
+from spd_hydra.saved_run import from_sources, sources
 from spd_hydra.section import ConfigError
 
 FILE = "sweep.json"
+CONFIGS = "configs.json"
+LAUNCHER = "launcher.yaml"
 SUBMITIT = ".submitit"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """One job of a sweep, which runs in `<sweep>/<number>`; its `id` is the scheduler's, if it has one."""
+    """One job of a sweep, which runs in `<sweep>/<number>`.
+
+    Attributes:
+        id: the scheduler's, or that of its process on this machine, if it has one.
+        launcher: the kind that started it, where that is not the sweep's.
+        since: when it was started again; what its directory says of times before is no longer true.
+    """
 
     number: int
     overrides: list[str]
@@ -31,6 +50,8 @@ class SweepJob:
     seed: int
     steps: int
     id: str | None = None
+    launcher: str | None = None
+    since: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +72,12 @@ class SweepRecord:
     jobs: list[SweepJob]
 
     def write(self, sweep_dir: Path) -> None:
-        """Write sweep.json, replacing an older one."""
-        atomic.replace(sweep_dir / FILE, json.dumps(dataclasses.asdict(self), indent=1))
+        """Write sweep.json, replacing an older one.
+
+        Raises:
+            RunDirectoryError: the disk is full or read-only.
+        """
+        _replace(sweep_dir / FILE, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, sweep_dir: Path) -> "SweepRecord":
@@ -64,6 +89,8 @@ class SweepRecord:
         try:
             data: dict[str, Any] = json.loads((sweep_dir / FILE).read_text(encoding="utf-8"))
             jobs = [SweepJob(**job) for job in data.pop("jobs")]
+            if not all(isinstance(job.number, int) for job in jobs):
+                raise ValueError("the number of a job is none")  # it names the directory of its run
             return cls(jobs=jobs, **data)
         except FileNotFoundError:
             raise ConfigError(f"sweep: {sweep_dir} is no directory of a sweep: it holds no {FILE}") from None
@@ -77,6 +104,102 @@ class SweepRecord:
         numbers = {job.number for job in jobs}
         kept = [job for job in self.jobs if job.number not in numbers]
         return dataclasses.replace(self, jobs=sorted([*kept, *jobs], key=lambda job: job.number))
+
+    def launcher_of(self, job: SweepJob | None) -> str:
+        """The kind of launcher that started a job."""
+        return self.launcher if job is None or job.launcher is None else job.launcher
+
+    def followed_by(self, later: "SweepRecord") -> "SweepRecord":
+        """The record of the same sweep after jobs of it, or further ones, were started as `later` says."""
+        before = [dataclasses.replace(job, launcher=self.launcher_of(job)) for job in self.jobs]
+        before = before if later.launcher != self.launcher else self.jobs
+        return dataclasses.replace(later, command=self.command, jobs=before).with_jobs(later.jobs)
+
+
+def write_configs(sweep_dir: Path, configs: Mapping[int, RunConfig], launcher: Launcher) -> None:
+    """Keep what jobs were composed to, beside that of others, and how they are started: to go on from there.
+
+    Paths are written whole. Secrets are not written: a job with one cannot begin from here.
+
+    Raises:
+        RunDirectoryError: the disk is full or read-only.
+    """
+    there = _json_of(sweep_dir / CONFIGS) or {}
+    new = {str(number): _plain(config) for number, config in configs.items() if config.run is None}
+    if new and there | new != there:
+        _replace(sweep_dir / CONFIGS, json.dumps(there | new))
+    _replace(sweep_dir / LAUNCHER, yaml.safe_dump(redact(to_dict(launcher)), sort_keys=False))
+
+
+def read_configs(sweep_dir: Path) -> dict[int, dict[str, Any]]:
+    """What `write_configs` kept, by job, as plain data; empty where there is nothing that can be read."""
+    found = _json_of(sweep_dir / CONFIGS) or {}
+    return {int(name): data for name, data in found.items() if name.isdecimal() and isinstance(data, dict)}
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    whole = from_sources(config, sources(config))
+    if whole.resume is not None:
+        whole = dataclasses.replace(whole, resume=str(Path(whole.resume).absolute()))
+    return dict(redact(to_dict(whole)))
+
+
+def _json_of(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _replace(path: Path, text: str) -> None:
+    try:
+        atomic.replace(path, text)
+    except OSError as error:
+        raise cannot("write", path, error) from error
+
+
+@contextlib.contextmanager
+def held(sweep_dir: Path) -> Iterator[None]:
+    """Within the block this process runs the jobs of a sweep, and no other may.
+
+    Raises:
+        ConfigError: another process does, or nothing can be written there.
+    """
+    try:
+        lock = FileLock(sweep_dir / LOCK)
+    except LockedError as error:
+        raise ConfigError(
+            f"resume: the jobs of {sweep_dir} are run by {error}; wait for its end, or stop it first"
+        ) from None
+    except OSError as error:
+        raise ConfigError(unwritable(sweep_dir, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(sweep_dir: Path) -> bool:
+    """Whether some process runs the jobs of a sweep on this machine."""
+    return FileLock.is_held(sweep_dir / LOCK) is True
+
+
+def make(sweep_dir: Path) -> None:
+    """Make the directory of a sweep.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(unwritable(sweep_dir, error)) from error
+
+
+def unwritable(sweep_dir: Path, error: OSError) -> str:
+    """What a user is told where no sweep can be."""
+    return f"{sweep_dir}: the sweep cannot be written there: {error.strerror}"
 
 
 def new_sweep_directory(out_dir: str) -> Path:
@@ -92,8 +215,12 @@ def submission_folder(sweep_dir: Path) -> Path:
         ConfigError: it belongs to somebody else, or is a link or a file.
     """
     folder = sweep_dir / SUBMITIT
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(unwritable(sweep_dir, error)) from error
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise ConfigError(f"{folder} is a link, a file, or belongs to somebody else; choose another out_dir")
@@ -111,8 +238,11 @@ def hide_secrets(sweep: Path) -> None:
     path = sweep / "multirun.yaml"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        shown = redact_words(record)
-        if shown != record:
-            atomic.replace(path, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
     except FileNotFoundError:
-        pass
+        return
+    shown = redact_words(record)
+    if shown != record:
+        try:
+            atomic.replace(path, yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+        except OSError:  # a full disk: better no record than one with secrets
+            path.unlink(missing_ok=True)

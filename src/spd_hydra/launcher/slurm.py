@@ -95,6 +95,8 @@ def submit(jobs: Sequence[RunJob], launcher: Slurm, name: str, folder: Path) -> 
             f"launcher: the cluster refuses the job: {_last_line(str(error))}; "
             "launcher.dry_run=true shows what is asked for"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"launcher: nothing can be written to {folder}: {error.strerror}") from error
     return [job.job_id for job in submitted]
 
 

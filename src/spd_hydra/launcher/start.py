@@ -1,14 +1,12 @@
 """Start jobs in processes of their own, and watch them."""
 
-import contextlib
 import dataclasses
+import logging
 import shlex
 import shutil
-import signal
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from datetime import datetime
 from pathlib import Path
-
-import yaml
 
 from spd_hydra import atomic
 from spd_hydra.command_word import command_word
@@ -19,7 +17,16 @@ from spd_hydra.environment import code_digest, describe_environment
 from spd_hydra.launcher import slurm, watch
 from spd_hydra.launcher.job import RunJob
 from spd_hydra.launcher.pool import Pool
-from spd_hydra.launcher.record import FILE, SUBMITIT, SweepJob, SweepRecord, log_paths, submission_folder
+from spd_hydra.launcher.record import (
+    FILE,
+    SUBMITIT,
+    SweepJob,
+    SweepRecord,
+    log_paths,
+    make,
+    submission_folder,
+    write_configs,
+)
 from spd_hydra.launcher.secret_check import require_no_secrets
 from spd_hydra.launcher_config import Launcher, LocalParallel, Slurm
 from spd_hydra.metrics_log import to_json
@@ -27,16 +34,35 @@ from spd_hydra.overrides import without_hydra
 from spd_hydra.plan import require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
+from spd_hydra.run_dir import RunDirectoryError
+from spd_hydra.run_files import STATUS, cannot
 from spd_hydra.section import ConfigError
-from spd_hydra.stop import Stopped, heard
 
-_DESCRIPTION = ("environment.json", "launcher.yaml")
+_log = logging.getLogger(__name__)
+
+_ENVIRONMENT = "environment.json"
 _OF_HYDRA = "multirun.yaml"
 _SHOWN = 8  # jobs with their logs after a submission
 
 
-def new_record(launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str]) -> SweepRecord:
-    """What is written down of a sweep before its first job starts."""
+def write_down(jobs: Mapping[int, Job], sweep_dir: Path, command: Sequence[str]) -> SweepRecord:
+    """Write down, beside jobs of the same sweep, what is known of these before they start.
+
+    Raises:
+        RunDirectoryError: the disk is full or read-only.
+    """
+    launcher = next(iter(jobs.values())).config.launcher
+    write_configs(sweep_dir, {number: job.config for number, job in jobs.items()}, launcher)
+    record = _beside_others(new_record(launcher, jobs, command, sweep_dir), sweep_dir)
+    record.write(sweep_dir)
+    return record
+
+
+def new_record(
+    launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str], sweep_dir: Path
+) -> SweepRecord:
+    """What is known of jobs before they start; where they began earlier, they are started again now."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
     return SweepRecord(
         launcher=launcher.kind,
         ranks=launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks,
@@ -49,6 +75,7 @@ def new_record(launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[st
                 experiment=job.config.name,
                 seed=job.config.seed,
                 steps=job.config.train.steps,
+                since=now if (sweep_dir / str(number) / STATUS).exists() else None,
             )
             for number, job in jobs.items()
         ],
@@ -89,20 +116,26 @@ def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: S
         ConfigError: the cluster does not take them; nothing was submitted.
     """
     slurm.require_sbatch()
-    record = new_record(launcher, jobs, command)
+    record = new_record(launcher, jobs, command, sweep_dir)
     work = run_jobs(jobs, sweep_dir, record, command)
-    before = _jobs_before(sweep_dir)
     there = {path.name for path in sweep_dir.iterdir()} if sweep_dir.exists() else set()
+    make(sweep_dir)
     folder = submission_folder(sweep_dir)
-    _describe(sweep_dir, launcher)
+    _describe(sweep_dir)
     try:
         ids = slurm.submit(work, launcher, name_of(jobs), folder)
     except ConfigError:
         _take_away(sweep_dir, there)
         raise
     submitted = [dataclasses.replace(job, id=id) for job, id in zip(record.jobs, ids, strict=True)]
-    record = dataclasses.replace(record, jobs=before).with_jobs(submitted)
-    record.write(sweep_dir)
+    record = _beside_others(dataclasses.replace(record, jobs=submitted), sweep_dir)
+    try:
+        write_configs(sweep_dir, {number: job.config for number, job in jobs.items()}, launcher)
+        record.write(sweep_dir)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(
+            f"{error}. The jobs were submitted all the same; cancel them with: {slurm.cancel_command(ids)}"
+        ) from error
     return record
 
 
@@ -138,43 +171,43 @@ def run_in_background(
 def _run_in_pool(
     jobs: Mapping[int, Job], launcher: LocalParallel, sweep_dir: Path, command: Sequence[str]
 ) -> list[SweepRow]:
-    record = new_record(launcher, jobs, command)
+    record = new_record(launcher, jobs, command, sweep_dir)
     work = run_jobs(jobs, sweep_dir, record, command)
-    before = _jobs_before(sweep_dir)
+    make(sweep_dir)
     folder = submission_folder(sweep_dir)
-    _describe(sweep_dir, launcher)
-    record.with_jobs(before).write(sweep_dir)
+    _describe(sweep_dir)
+    write_down(jobs, sweep_dir, command)
     pool = Pool(dict(zip(jobs, work, strict=True)), launcher, folder)
-
-    def with_ids() -> SweepRecord:
-        ids = pool.ids()
-        return record.with_jobs([dataclasses.replace(job, id=ids.get(job.number)) for job in record.jobs])
-
+    with_ids = _written_with_ids(record, pool.ids, sweep_dir)
     try:
-        with _sigterm_raises():
-            return watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
+        return watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
     except KeyboardInterrupt:
         say("stopping: the jobs save what they have; Ctrl-C again leaves them to themselves")
         pool.stop()
         watch.follow(sweep_dir, with_ids, pool.states, launcher.poll_seconds)
         raise
-    finally:
-        with_ids().with_jobs(before).write(sweep_dir)
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP are heard as Ctrl-C is, and end with the exit code of SIGTERM."""
+def _written_with_ids(
+    record: SweepRecord, ids: Callable[[], Mapping[int, str]], sweep_dir: Path
+) -> Callable[[], SweepRecord]:
+    """Gives the record with the ids of now, and writes it down whenever one has come."""
+    written: dict[int, str] = {}
 
-    def hear(number: int, frame: object) -> None:
-        raise Stopped(number)
+    def with_ids() -> SweepRecord:
+        found = dict(ids())
+        own = dataclasses.replace(
+            record, jobs=[dataclasses.replace(job, id=found.get(job.number)) for job in record.jobs]
+        )
+        if found != written:
+            written.update(found)
+            try:
+                _beside_others(own, sweep_dir).write(sweep_dir)
+            except (RunDirectoryError, ConfigError) as error:  # the jobs go on all the same
+                _log.warning("the ids of the jobs are not written down: %s", error)
+        return own
 
-    before = {number: signal.signal(number, hear) for number in heard(signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return with_ids
 
 
 def dry_run(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path) -> tuple[str, bool]:
@@ -236,22 +269,24 @@ def _own_words(job: Job) -> list[str]:
     ]
 
 
-def _jobs_before(sweep_dir: Path) -> list[SweepJob]:
-    """Jobs that a sweeper started earlier in the same sweep."""
-    return SweepRecord.read(sweep_dir).jobs if (sweep_dir / FILE).exists() else []
+def _beside_others(record: SweepRecord, sweep_dir: Path) -> SweepRecord:
+    """The record with the jobs that were started earlier in the same sweep."""
+    return SweepRecord.read(sweep_dir).followed_by(record) if (sweep_dir / FILE).exists() else record
 
 
-def _describe(sweep_dir: Path, launcher: Launcher) -> None:
+def _describe(sweep_dir: Path) -> None:
     """Commit, diff, versions and command line at the moment of submission."""
-    environment, asked = (sweep_dir / name for name in _DESCRIPTION)
-    if not environment.exists():
-        atomic.replace(environment, to_json(describe_environment(), indent=2))
-        atomic.replace(asked, yaml.safe_dump(to_dict(launcher), sort_keys=False))
+    path = sweep_dir / _ENVIRONMENT
+    if not path.exists():
+        try:
+            atomic.replace(path, to_json(describe_environment(), indent=2))
+        except OSError as error:
+            raise cannot("write", path, error) from error
 
 
 def _take_away(sweep_dir: Path, there: Set[str]) -> None:
     """Remove what was written of jobs that were not submitted, and nothing that was there before."""
-    for name in {SUBMITIT, *_DESCRIPTION} - there:
+    for name in {SUBMITIT, _ENVIRONMENT} - there:
         path = sweep_dir / name
         if path.is_dir():
             shutil.rmtree(path)

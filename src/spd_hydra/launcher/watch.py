@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from spd_hydra import metrics_log, report
-from spd_hydra.command_word import command_word
+from spd_hydra.going_on import going_on, launcher_in
 from spd_hydra.launcher import slurm
 from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
@@ -60,21 +60,34 @@ def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]
     )
     # A sweeper that chooses as it goes has more jobs in this process than were planned.
     shown = [row for row in rows if row.job in jobs or record.launcher == "local"]
-    by_scheduler = record.launcher == "slurm"
-    return [_row(sweep_dir, row, jobs.get(row.job), states, by_scheduler=by_scheduler) for row in shown]
+    found = []
+    for row in shown:
+        job = jobs.get(row.job)
+        by_scheduler = record.launcher_of(job) == "slurm"
+        # Others of the same sweep may run here.
+        known = states if by_scheduler or (states is not None and row.job in states) else None
+        found.append(_row(sweep_dir, record, row, job, known, by_scheduler=by_scheduler))
+    return found
 
 
 def scheduler_states(record: SweepRecord) -> States:
     """What the scheduler says of the jobs of a sweep now."""
-    numbers = {job.id: job.number for job in record.jobs if job.id is not None}
-    if record.launcher != "slurm" or not numbers:
+    submitted = [job for job in record.jobs if job.id is not None and record.launcher_of(job) == "slurm"]
+    numbers = {job.id: job.number for job in submitted if job.id is not None}
+    if not numbers:
         return None
     found = slurm.states(list(numbers))
     return None if found is None else {numbers[id]: state for id, state in found.items() if id in numbers}
 
 
 def _row(
-    sweep_dir: Path, row: SweepRow, job: SweepJob | None, states: States, *, by_scheduler: bool
+    sweep_dir: Path,
+    record: SweepRecord,
+    row: SweepRow,
+    job: SweepJob | None,
+    states: States,
+    *,
+    by_scheduler: bool,
 ) -> SweepRow:
     state = None if states is None else states.get(row.job)
     is_over = states is not None and (state is None or state.name not in _QUEUED | _ACTIVE)
@@ -82,31 +95,34 @@ def _row(
     row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
-    if _tells_of_before(sweep_dir / str(row.job)) and not (is_over and row.state == "done"):
+    since = job.since if job is not None and (by_scheduler or states is not None) else None
+    if _tells_of_before(sweep_dir / str(row.job), since) and not (is_over and row.state == "done"):
         row = dataclasses.replace(row, state="missing", error=None, traceback=None)
     if row.state == "done":
         return row
     if states is None:
         return _without_scheduler(sweep_dir, row, is_submitted=by_scheduler and row.id is not None)
     if state is None:
-        return _ended(sweep_dir, row, SchedulerState(name="unknown to the scheduler"))
+        state = SchedulerState(name="unknown to the scheduler")
+        return _ended(sweep_dir, record, row, job, state)
     if state.name in _QUEUED:
         return dataclasses.replace(row, state="pending" if row.state == "missing" else "requeued", error=None)
     if state.name in _ACTIVE:
         return row if row.state == "failed" else dataclasses.replace(row, state="running", error=None)
-    return _ended(sweep_dir, row, state)
+    return _ended(sweep_dir, record, row, job, state)
 
 
-def _tells_of_before(directory: Path) -> bool:
-    """Whether a run that goes on elsewhere still says how it stood before this job."""
-    if not directory.is_symlink():
+def _tells_of_before(directory: Path, since: str | None) -> bool:
+    """Whether a run that goes on, elsewhere or since then, still says how it stood before this job."""
+    if not directory.is_symlink() and since is None:
         return False
     try:
         status = RunDirectory.view(directory).read_status() or {}
         updated = datetime.fromisoformat(str(status.get("updated"))).timestamp()
+        began = directory.lstat().st_mtime if since is None else datetime.fromisoformat(since).timestamp()
     except (ValueError, RunDirectoryError):
         return False
-    return updated < math.floor(directory.lstat().st_mtime)
+    return updated < math.floor(began)
 
 
 def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) -> SweepRow:
@@ -115,21 +131,28 @@ def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) ->
         return dataclasses.replace(row, state="pending") if is_submitted else row
     if row.state != "running" or is_submitted:
         return row
-    if RunDirectory.view(sweep_dir / str(row.job)).is_being_written():
+    is_being_written = RunDirectory.view(sweep_dir / str(row.job)).is_being_written()
+    if is_being_written is None:
+        unknown = "may have ended: whether somebody writes to it cannot be told where locks do not work"
+        return dataclasses.replace(row, error=unknown)
+    if is_being_written:
         return row
     return dataclasses.replace(
         row, state="failed", error="ended without a word: nobody writes to it any more"
     )
 
 
-def _ended(sweep_dir: Path, row: SweepRow, state: SchedulerState) -> SweepRow:
+def _ended(
+    sweep_dir: Path, record: SweepRecord, row: SweepRow, job: SweepJob | None, state: SchedulerState
+) -> SweepRow:
     """A job that has ended and is not done: its own words if it left any, else the scheduler's."""
     how = " ".join(part for part in (state.name, state.exit_code) if part)
     if row.error is not None and row.state == "failed":
         return dataclasses.replace(row, exit=how)
     if row.state == "stopped":
-        hint = f"go on with spd-run {command_word('resume', sweep_dir / str(row.job))}"
-        return dataclasses.replace(row, state="failed", exit=how, error=f"{row.error}; {hint}")
+        launcher = launcher_in(sweep_dir, record.launcher_of(job))
+        hint = going_on(sweep_dir / str(row.job), launcher, record.ranks)
+        return dataclasses.replace(row, state="failed", exit=how, error=f"{row.error}; go on with {hint}")
     what = "ended before it began" if row.state == "missing" else "ended without a word"
     log = "" if row.id is None else f"; log: {log_paths(sweep_dir / SUBMITIT, row.id)[1]}"
     return dataclasses.replace(row, state="failed", exit=how, error=f"{what} ({how}){log}")

@@ -8,7 +8,13 @@ from spd_hydra.section import Section
 
 
 class Logger:
-    """Receives what a run reports. This one forgets it: the local files are enough."""
+    """Receives what a run reports. This one forgets it: the local files are enough.
+
+    Attributes:
+        finish_seconds: how long `finish` is waited for, at most.
+    """
+
+    finish_seconds: float = 60.0
 
     def log(self, step: int, split: str, values: dict[str, float]) -> None:
         """Numbers of one step; `split` is `train` or `eval`."""
@@ -17,7 +23,10 @@ class Logger:
         """PNG files that were just drawn, by name."""
 
     def finish(self, summary: dict[str, Any] | None, exit_code: int) -> None:
-        """The run ended; called exactly once, also after an exception (then without a summary)."""
+        """The run ended; called exactly once, also after an exception (then without a summary).
+
+        By then all is written down and the other ranks have been told. In a thread of its own.
+        """
 
 
 @dataclasses.dataclass(kw_only=True)

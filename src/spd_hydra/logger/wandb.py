@@ -128,6 +128,7 @@ class _WandbLogger(Logger):
 
     def __init__(self, wandb: Any, run: Any, finish_timeout: float) -> None:
         self._wandb, self._run, self._finish_timeout = wandb, run, finish_timeout
+        self.finish_seconds = finish_timeout + 2 * _GRACE_SECONDS  # `finish` gives up before
         self._warned = self._finished = False
 
     def log(self, step: int, split: str, values: dict[str, float]) -> None:

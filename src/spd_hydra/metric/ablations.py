@@ -83,6 +83,17 @@ def cross_entropy_sum(
     return total, int((following != _NO_TARGET).sum())
 
 
+def masked_cross_entropy_sum(
+    logits: Float[Tensor, "batch length vocabulary"], answers: Int[Tensor, "batch length"]
+) -> tuple[Float[Tensor, ""], int]:
+    """Cross-entropy of what mask tokens stand for, in nats, summed over them, and their number.
+
+    `answers` are token ids at positions with a mask token, and negative at all others, which do not count.
+    """
+    hidden = answers >= 0
+    return cross_entropy(logits[hidden].float(), answers[hidden], reduction="sum"), int(hidden.sum())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationSettings:
     """What to measure.
@@ -90,6 +101,7 @@ class AblationSettings:
     Attributes:
         next_token: the output are logits of the next token, so that there is a cross-entropy; the
             divergence is then KL whatever training uses.
+        fills_masks: the output are logits of the tokens that mask tokens stand for; likewise.
         rounded: thresholds of rounded masks.
         groups: sites by a name of the user's; of several, each is also masked alone.
         adversaries: adversarial terms by the name of their metric.
@@ -97,6 +109,7 @@ class AblationSettings:
     """
 
     next_token: bool
+    fills_masks: bool = False
     rounded: Sequence[float] = ()
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     adversaries: Mapping[str, PGDRecon] = dataclasses.field(default_factory=dict)
@@ -107,8 +120,8 @@ class Ablations:
     """Adds up what masked passes lose against the target, over batches and ranks.
 
     For every kind of mask, at all sites at once: `kl/<kind>` or `mse/<kind>`, the divergence from the
-    target's output, as in training. For models that predict the next token also `ce/<kind>`, the
-    cross-entropy in nats, `ce/target`, and
+    target's output, as in training. For models that predict the next token, or masked
+    ones, also `ce/<kind>`, the cross-entropy in nats, `ce/target`, and
 
         ce_recovered/<kind> = (CE of zero - CE of the kind) / (CE of zero - CE of the target),
 
@@ -126,17 +139,21 @@ class Ablations:
     def __init__(self, objective: Objective, settings: AblationSettings) -> None:
         self._objective, self._settings = objective, settings
         self.kinds = mask_kinds(objective.model.config, settings.rounded) if settings.masks else {}
-        self._divergence = Divergence.kl if settings.next_token else objective.losses.divergence
+        predicts = settings.next_token or settings.fills_masks
+        self._divergence = Divergence.kl if predicts else objective.losses.divergence
+        self._answers: Tensor | None = None
         self.sums: dict[str, Float[Tensor, " 2"]] = {}  # sum and count, by the name of the metric
 
     @torch.no_grad()
-    def add(self, inputs: LossInputs, numbers: Numbers) -> None:
+    def add(self, inputs: LossInputs, numbers: Numbers, answers: Tensor | None = None) -> None:
         """Measure one batch.
 
         Args:
             inputs: the batch with its clean pass and causal importances.
             numbers: gives random numbers for the positions of the batch.
+            answers: what its mask tokens stand for, see `masked_cross_entropy_sum`; None: it has none.
         """
+        self._answers = answers if self._settings.fills_masks else None
         inputs = dataclasses.replace(inputs, divergence=self._divergence)
         if self._settings.masks:
             self._add_masks(inputs, numbers)
@@ -147,8 +164,7 @@ class Ablations:
 
     def _add_masks(self, inputs: LossInputs, numbers: Numbers) -> None:
         shapes, divergence = self._objective.model.site_shapes(), self._divergence.value
-        if self._settings.next_token:
-            self._count(f"ce/{TARGET}", *cross_entropy_sum(inputs.clean.output, inputs.batch))
+        self._count_ce(f"ce/{TARGET}", inputs.clean.output, inputs)
         for name, kind in self.kinds.items():
             masks = {
                 site: kind.make(ci, numbers(f"ablation/{name}/{site}", kind.columns(shapes[site].C)))
@@ -162,10 +178,15 @@ class Ablations:
 
     def _measure(self, inputs: LossInputs, masks: Mapping[str, SiteMask], ce: str, divergence: str) -> None:
         output = self._objective.output(inputs, masks)
-        if self._settings.next_token:
-            self._count(ce, *cross_entropy_sum(output, inputs.batch))
+        self._count_ce(ce, output, inputs)
         found = divergence_sum(self._divergence, output, inputs.clean.output, inputs.valid)
         self._count(divergence, *found)
+
+    def _count_ce(self, name: str, output: Tensor, inputs: LossInputs) -> None:
+        if self._settings.next_token:
+            self._count(name, *cross_entropy_sum(output, inputs.batch))
+        elif self._answers is not None:
+            self._count(name, *masked_cross_entropy_sum(output, self._answers))
 
     def _count(self, name: str, total: Tensor, count: Tensor | int) -> None:
         new = torch.stack([total.double(), torch.as_tensor(count, device=total.device).double()])
@@ -175,7 +196,7 @@ class Ablations:
         """All numbers, from what every rank has added; each rank has to ask."""
         sums = distributed.exact_sum(list(self.sums.values()))
         found = {name: float(own[0] / own[1]) for name, own in zip(self.sums, sums, strict=True)}
-        if self._settings.next_token and self._settings.masks:
+        if f"ce/{TARGET}" in found:
             found |= _recovered(found, self.kinds)
         return found
 

@@ -15,6 +15,7 @@ from spd_hydra.metric.ablations import Ablations, AblationSettings
 from spd_hydra.metric.activity import Activity
 from spd_hydra.metric.contributions import agreement_metrics, neuron_contributions
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
+from spd_hydra.metric.extra import with_extra
 from spd_hydra.metric.known_answer import STRICT_TOLERANCE, TOLERANCE, Verdict, compare
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.sampler import Sampler
@@ -72,7 +73,7 @@ def evaluate(
     metrics = _metrics({"total": total} | losses, activity, verdict) | agreement_metrics(contributions)
     if ablations is not None and ablated is not None:
         metrics |= ablated.metrics() | _by_group(ablations.groups, activity)
-    return Evaluation(
+    found = Evaluation(
         step=step,
         n_positions=activity.positions,
         ci_threshold=activity.threshold,
@@ -86,6 +87,7 @@ def evaluate(
         solved=certified and verdict.holds(TOLERANCE) if verdict else None,
         strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict else None,
     )
+    return with_extra(found, model)
 
 
 def _sums(
@@ -109,7 +111,7 @@ def _sums(
             before = totals.get(name)
             totals[name] = found if before is None else {key: before[key] + found[key] for key in found}
         if ablated is not None:
-            ablated.add(inputs, partial(sampler.numbers, number))
+            ablated.add(inputs, partial(sampler.numbers, number), sampler.answers(number))
     (all_positions,) = distributed.exact_sum([torch.tensor(float(positions), dtype=torch.float64)])
     return activity.over_ranks(), over_ranks(totals), float(all_positions)
 

@@ -131,6 +131,10 @@ class TargetSpec(Section):
         """Whether the output at position t are logits of token t + 1: then there is a cross-entropy."""
         return False
 
+    def fills_masks(self) -> bool:
+        """Whether the output at a position are logits of the token that a mask token there stands for."""
+        return False
+
     def gives_logits(self) -> bool:
         """Whether the output are logits, whose softmax are chances: then `loss.divergence=auto` is `kl`."""
         return self.predicts_next_token()

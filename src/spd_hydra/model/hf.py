@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -176,25 +176,21 @@ class HuggingFace(TargetSpec):
 
     def context_length(self) -> int | None:
         """Longest text that the model takes, in tokens."""
-        config = self._config().get_text_config()
-        longest = cast("int | None", getattr(config, "max_position_embeddings", None))
-        if longest is None or longest <= 0:  # -1 where there is no limit
-            return None
-        if hf_config.padding_token(config) is None or getattr(config, "rope_parameters", None):
-            return longest
-        with torch.device("meta"):
-            tables = self.skeleton().named_modules()
-        # A table of positions that has a row for padding, as RoBERTa's, counts from behind that row.
-        rows = [
-            module.padding_idx + 1
-            for name, module in tables
-            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
-        ]
-        return longest - max(rows, default=0)
+
+        def modules() -> Iterable[tuple[str, nn.Module]]:
+            with torch.device("meta"):
+                module: nn.Module = self.skeleton()
+            return list(module.named_modules())
+
+        return hf_config.longest_text(self._config().get_text_config(), modules)
 
     def predicts_next_token(self) -> bool:
         """Whether what is compared are the logits of a causal language model."""
         return self.auto_class is AutoClass.causal_lm and self.gives_logits()
+
+    def fills_masks(self) -> bool:
+        """Whether what is compared are the logits of a masked language model."""
+        return self.auto_class is AutoClass.masked_lm and self.gives_logits()
 
     def gives_logits(self) -> bool:
         """Whether what is compared are a head's logits of tokens or of classes of which one is right."""

@@ -1,10 +1,12 @@
 """Configurations of transformers: what they say of a model, and which models are refused for it."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
+from torch import nn
 
 from spd_hydra.model import hub
 from spd_hydra.section import ConfigError
@@ -93,6 +95,27 @@ def classifies_at_the_end(config: Any) -> bool:
 
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def longest_text(config: Any, modules: Callable[[], Iterable[tuple[str, nn.Module]]]) -> int | None:
+    """Most tokens that a model takes at once; None: there is no limit.
+
+    Args:
+        config: of what reads the text.
+        modules: gives the model's modules by name, where they have to be looked at.
+    """
+    longest = cast("int | None", getattr(config, "max_position_embeddings", None))
+    if longest is None or longest <= 0:  # -1 where there is no limit
+        return None
+    if padding_token(config) is None or getattr(config, "rope_parameters", None):
+        return longest
+    # A table of positions that has a row for padding, as RoBERTa's, counts from behind that row.
+    rows = [
+        module.padding_idx + 1
+        for name, module in modules()
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+    ]
+    return longest - max(rows, default=0)
 
 
 def padding_token(config: Any) -> int | None:

@@ -18,6 +18,7 @@ from spd_hydra import rng
 from spd_hydra.counted import counted
 from spd_hydra.model.base import Measurement, TargetSpec, interval
 from spd_hydra.model.training import BatchSource, TrainableTarget, fresh_loss, train
+from spd_hydra.model.users_code import told_of
 from spd_hydra.model.weights import WeightsError, load_target_weights, save_target
 from spd_hydra.section import ConfigError, kind_of
 
@@ -139,7 +140,8 @@ def cache_root(cache_dir: Path | str) -> Path:
 
 def _untrained(spec: TargetSpec, seed: int, device: torch.device, started: float) -> TrainedTarget:
     first = rng.derived_seed(seed, "target", 0)
-    module = _frozen(spec.build(rng.generator(first, "target_weights")).to(device))
+    with told_of("model", spec, "build"):
+        module = _frozen(spec.build(rng.generator(first, "target_weights")).to(device))
     return _judged(spec, module, None, seed=first, tries=0, cached=False, started=started)
 
 
@@ -156,7 +158,8 @@ def _train_until_certified(
     recipe = spec.training
     for number in range(recipe.max_tries):
         this_seed = rng.derived_seed(seed, "target", number)
-        module = spec.build(rng.generator(this_seed, "target_weights")).to(device)
+        with told_of("model", spec, "build"):
+            module = spec.build(rng.generator(this_seed, "target_weights")).to(device)
 
         def report(step: int, number: int = number) -> None:
             if progress is not None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from spd_hydra.model.hf_config import padding_token
+from spd_hydra.model import hf_config
 from spd_hydra.section import ConfigError
 
 _UNPADDED, _PADDED = "spd_hydra_unpadded", "spd_hydra_padded"
@@ -19,24 +19,32 @@ class TokensIn(nn.Module):
     Attributes:
         output_path: which part of the model's output is returned.
         padded: whether tokens may be negative, which marks padding; see `expect_padding`.
+        longest: most tokens that the model takes at once; None: there is no limit.
     """
 
     output_path: str
     padded: bool
+    longest: int | None
     config: Any
 
-    def forward(self, tokens: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch *rest"]:
+    def forward(
+        self, tokens: Int64[Tensor, "batch length"] | None = None, **as_transformers: Any
+    ) -> Float[Tensor, "batch *rest"]:
         """The chosen output for these tokens.
 
         Args:
             tokens: ids; negative ones are padding, which no position attends to.
+            as_transformers: without tokens, arguments and with them the output of transformers' own class, as
+                its `generate` needs them.
 
         Raises:
             ConfigError: the model gives no output under `output_path`, or it is no tensor.
         """
+        if tokens is None:
+            return cast(Tensor, super().forward(**as_transformers))
         valid = tokens >= 0
         if self.padded:
-            padding = padding_token(self.config)
+            padding = hf_config.padding_token(self.config)
             tokens = torch.where(valid, tokens, 0 if padding is None else padding)
         # Always a mask: without one, transformers looks for packed texts in the values of the positions.
         output = super().forward(input_ids=tokens, attention_mask=valid.long())
@@ -74,6 +82,7 @@ def adapt(model: nn.Module, output: str) -> TokensIn:
         if getattr(getattr(module, "config", None), "use_cache", False):
             cast(Any, module).config.use_cache = False
     adapted.output_path = output
+    adapted.longest = hf_config.longest_text(config.get_text_config(), adapted.named_modules)
     adapted.expect_padding(padded=True)
     return adapted
 

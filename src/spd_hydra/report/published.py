@@ -14,7 +14,13 @@ NOTE = (
     f"paper: {SOURCE}, Table 1; solved, which it does not have, is of the authors' own seeds.",
     "±: standard deviation, here over seeds. Where no line of the paper follows, nothing is published.",
 )
+CHANGED = ("*: with other settings than the experiment's own; the paper's line is of the paper's settings.",)
 _SETTINGS_OF_THE_PAPER = "paper/"
+_OTHER_TOY = ("debug", "model", "target_steps", "train.steps")  # what makes a comparison mean nothing
+_NO_SETTING = (
+    *("experiment", "suite", "seed", "name", "out_dir", "cache_dir", "device", "threads", "train.replicas"),
+    *("logger", "launcher", "eval", "objective"),
+)  # what changes no result
 _WIDEST_SEEDS = 9
 
 
@@ -62,16 +68,42 @@ def beside_the_paper(rows: Sequence[SweepRow], *, short: bool = False) -> list[l
     names = short_names(keys) if short else {key: key for key in keys}
     cells: list[list[str]] = []
     done = [row for row in rows if row.state == "done"]
-    if not any(published_of(row.experiment) for row in done):
+    if not any(_comparable(row) for row in done):
         return []
     for group in sweep_groups(done):
         cells.append(_own(group, names))
         published = published_of(group.rows[0].experiment)
-        if published is not None:
+        if published is not None and _comparable(group.rows[0]):
             solved = NOTHING if published.solved is None else fraction(*published.solved)
             mmcs = f"{published.mmcs:.3f}"
             cells.append(["", "paper", NOTHING, solved, NOTHING, mmcs, published.ml2r_text])
     return cells
+
+
+def _comparable(row: SweepRow) -> bool:
+    """Whether something is published of the toy that a job decomposed, and the job was not cut short."""
+    return published_of(row.experiment) is not None and not _touches(row, _OTHER_TOY)
+
+
+def is_changed(row: SweepRow) -> bool:
+    """Whether a job was given settings that its experiment does not have."""
+    return any(
+        not _is_among(key, _NO_SETTING) and (key, value) != ("debug", "none")
+        for key, value in row.overrides.items()
+    )
+
+
+def _touches(row: SweepRow, keys: Sequence[str]) -> bool:
+    return any(_is_among(key, keys) and value != "none" for key, value in row.overrides.items())
+
+
+def _is_among(key: str, keys: Sequence[str]) -> bool:
+    return any(key == one or key.startswith((f"{one}.", f"{one}/")) for one in keys)
+
+
+def notes(rows: Sequence[SweepRow]) -> tuple[str, ...]:
+    """What stands below the table."""
+    return NOTE + (CHANGED if any(is_changed(row) for row in rows if row.state == "done") else ())
 
 
 def published_table(rows: Sequence[SweepRow]) -> str:
@@ -81,11 +113,18 @@ def published_table(rows: Sequence[SweepRow]) -> str:
         return ""
     others = sum(max(len(line[i]) for line in [HEADER, *cells]) + 2 for i in range(1, len(HEADER)))
     room = max(WIDTH - 2 - others, 8)
+    named: list[str] = []
+    keys = _keys(rows)
     if any(len(line[0]) > room for line in cells):
         cells = beside_the_paper(rows, short=True)
-    settings = fitted([line[0] for line in cells], room, keys=len(_keys(rows)))
+    if len(keys) == 1 and any(len(line[0]) > room for line in cells):
+        cells = [[line[0].replace(f"{short_names(keys)[keys[0]]}=", ""), *line[1:]] for line in cells]
+        named = [f"behind the experiment: {keys[0]}."]
+    settings = fitted([line[0] for line in cells], room, keys=len(keys))
     cells = [[setting, *line[1:]] for setting, line in zip(settings, cells, strict=True)]
-    return "\n".join([*text_table(HEADER, cells, left=4), "", *(f"  {line}" for line in NOTE), ""])
+    return "\n".join(
+        [*text_table(HEADER, cells, left=4), "", *(f"  {line}" for line in [*named, *notes(rows)]), ""]
+    )
 
 
 def _keys(rows: Sequence[SweepRow]) -> list[str]:
@@ -98,7 +137,7 @@ def _own(group: SweepGroup, names: Mapping[str, str]) -> list[str]:
     seeds = ranges([row.seed for row in group.rows if row.seed is not None])
     return [
         f"{first.experiment or NOTHING} {setting}".rstrip(),
-        "here",
+        "here*" if is_changed(first) else "here",
         clipped(seeds, _WIDEST_SEEDS),
         group.fraction,
         str(group.strict) if group.judged else NOTHING,

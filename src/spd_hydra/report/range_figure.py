@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from spd_hydra.figure.style import MUTED, WIDTH, colour_of, new_figure, panels, plain
+from spd_hydra.figure.style import MUTED, WIDTH, colour_of, new_figure, panels, plain, plain_decades
 from spd_hydra.report.numbers import wilson_interval
 from spd_hydra.report.quantities import QUANTITIES
 from spd_hydra.report.sweep import SweepRow
@@ -18,6 +18,7 @@ Line = Mapping[float, Sequence[SweepRow]]  # by the value of the key, the jobs t
 BESIDE = 0.8  # inches of a panel that its axis does not have
 KNOWN = (0, (4, 3))
 ABOVE = 1.08  # the top of an axis over its highest point
+NEAREST = 1e-4  # distances from 1 below this are drawn as this
 ASIDE = 0.015  # of the axis between lines, so that their intervals do not hide each other
 
 
@@ -35,8 +36,8 @@ def range_panels(rows: Sequence[SweepRow]) -> list[Panel]:
 
     The fraction of jobs with a verdict that are solved, with Wilson's 95 % interval, or, where none has a
     verdict, the share of cross-entropy that masks g recover. L0 over the sites whose ideal L0 is known, with
-    that dashed, or over all sites where none is. MMCS and ML2R, or, where there are none, the divergence with
-    masks g.
+    that dashed, or over all sites where none is. MMCS and ML2R, as distances from 1 on a logarithmic axis,
+    which tells 0.99 from 0.97; or, where there are none, the divergence with masks g.
     """
     measured = {name for row in rows for name in row.numbers}
     title = "L0, dashed: ideal" if any(ideal_l0(row) is not None for row in rows) else "L0"
@@ -47,8 +48,8 @@ def range_panels(rows: Sequence[SweepRow]) -> list[Panel]:
         words = "how much of the cross-entropy masks of causal importances recover"
         found.insert(0, Panel("CE recovered with masks g, %", words, _draw_recovered, _dashed(100)))
     if {"mmcs", "ml2r"} & measured:
-        words = "how well their directions and sizes match"
-        found.append(Panel("● MMCS  ▲ ML2R", words, _draw_sizes, _dashed(1)))
+        words = "how far their directions and sizes are from a perfect match (lower is better)"
+        found.append(Panel("1 – MMCS ●, |1 – ML2R| ▲", words, _draw_sizes, _decades))
     elif divergence := next((name for name in ("kl", "mse") if name in measured), None):
         name = QUANTITIES[divergence]
         words = f"the {name} from the target with masks of causal importances"
@@ -133,6 +134,10 @@ def _from_0(axes: "Axes") -> None:
     axes.set_ylim(0, ABOVE * highest if highest > 0 else None)
 
 
+def _decades(axes: "Axes") -> None:
+    plain_decades(axes)
+
+
 def _dashed(level: float) -> Callable[["Axes"], None]:
     def draw(axes: "Axes") -> None:
         axes.axhline(level, color=MUTED, linewidth=1.1, linestyle=KNOWN, zorder=0)
@@ -147,8 +152,13 @@ def _draw_l0(axes: "Axes", line: Line, places: Mapping[float, float], colour: st
 
 
 def _draw_sizes(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:
-    _draw_quantity("mmcs")(axes, line, places, colour)
-    _draw_quantity("ml2r", "^")(axes, line, places, colour)
+    for name, marker in (("mmcs", "o"), ("ml2r", "^")):
+        own = [[_from_1(row.numbers[name]) for row in line[v] if name in row.numbers] for v in places]
+        _draw_means(axes, own, list(places), colour, marker)
+
+
+def _from_1(value: float) -> float:
+    return max(abs(1 - value), NEAREST)
 
 
 def _draw_recovered(axes: "Axes", line: Line, places: Mapping[float, float], colour: str) -> None:

@@ -47,7 +47,7 @@ def write_sweep(sweep_dir: Path, rows: Sequence[SweepRow]) -> tuple[Path, Path]:
         heatmaps=heatmaps(sweep_dir, rows),
         published_header=published.HEADER,
         published=published.beside_the_paper(rows),
-        published_note=published.NOTE,
+        published_note=published.notes(rows),
     )
     atomic.replace(page, content)
     return table, page

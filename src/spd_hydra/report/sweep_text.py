@@ -23,6 +23,7 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
     keys = varying_keys(rows)
     told = [] if keys == ["experiment"] else keys  # the name alone says as much
     shown = [name for name in ["solved", "seed", *_QUANTITIES] if is_shown(rows, name)]
+    only = told[0] if len(told) == 1 else None  # its key stands above the values
     header = ["job", "setting", "state", *(_HEADINGS.get(name, name) for name in shown)]
     cells = [[row.folder, "", row.state, *(_cell(row, name) for name in shown)] for row in rows]
     other = sum(max(len(line[i]) for line in [header, *cells]) + 2 for i in range(len(header)) if i != 1)
@@ -34,10 +35,14 @@ def sweep_table(rows: Sequence[SweepRow]) -> str:
         len(_label(group, names)) > of_group for group in groups
     ):
         names = short_names(keys)
-    settings = fitted([_setting(row, names, told) for row in rows], of_row, keys=len(told))
+    if only is None:
+        settings = fitted([_setting(row, names, told) for row in rows], of_row, keys=len(told))
+    else:
+        settings = fitted([row.overrides.get(only, NOTHING) for row in rows], of_row, keys=1)
+        header[1] = next((name for name in (only, names[only]) if len(name) <= of_row), header[1])
     cells = [[line[0], setting, *line[2:]] for line, setting in zip(cells, settings, strict=True)]
     lines = ["", *text_table(header, cells, left=3 + ("solved" in shown)), ""]
-    labels = fitted([_label(group, names) for group in groups], of_group, keys=len(keys))
+    labels = _labels(groups, names, of_group)
     lines += [f"  {label}: {text}" for label, text in zip(labels, facts, strict=True)]
     errors = [f"  job {row.folder}: {row.reason}" for row in rows if row.error]
     if errors:
@@ -52,6 +57,16 @@ def _setting(row: SweepRow, names: Mapping[str, str], told: Sequence[str]) -> st
 
 def _label(group: SweepGroup, names: Mapping[str, str]) -> str:
     return setting_text(group.setting, names) or ("all jobs" if names else group.label())
+
+
+def _labels(groups: Sequence[SweepGroup], names: Mapping[str, str], room: int) -> list[str]:
+    """A label for each setting; of a single key whole names, and only values are cut."""
+    if len(names) != 1:
+        return fitted([_label(group, names) for group in groups], room, keys=len(names))
+    ((key, name),) = names.items()
+    values = [dict(group.setting).get(key, NOTHING) for group in groups]
+    cut = fitted(values, max(room - len(name) - 1, 8), keys=1)
+    return [f"{name}={value}" for value in cut]
 
 
 def _cell(row: SweepRow, name: str) -> str:

@@ -1,0 +1,1 @@
+"""Looking into a decomposition: prompts, effects of ablations, two decompositions side by side."""

@@ -1,0 +1,111 @@
+"""What a model may be given, and what is said of what it may not."""
+
+from collections import UserDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.model.tiny_hf import LENGTH, VOCAB, padded_tokens, saved_model, tokens
+
+from spd_hydra.ci_fn.mlp import MLPCausalImportance
+from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.model.tms import TMSModel
+from spd_hydra.model.tokens_in import adapt
+
+SITE = "transformer.h.0.mlp.c_fc"
+
+
+def gpt2(directory: Path) -> DecomposedModel:
+    target = adapt(saved_model("gpt2", directory), "logits")
+    return decomposed(target, SITE)
+
+
+def decomposed(target: Any, site: str) -> DecomposedModel:
+    config = Decomposition(sites={"a": SitePattern(pattern=site, C=5)})
+    return DecomposedModel(target, config, MLPCausalImportance(hidden=2), seed=0).eval()
+
+
+@torch.no_grad()
+def test_what_a_tokenizer_returns_counts_as_the_tokens_with_their_padding(tmp_path: Path) -> None:
+    model, padded = gpt2(tmp_path), padded_tokens()
+    valid = padded >= 0
+    given: Any = UserDict({"input_ids": padded.clamp(min=0), "attention_mask": valid.long()})
+    g, of_given = (model.causal_importances(batch)[SITE].lower for batch in (padded, given))
+    assert torch.equal(of_given, g)
+    assert torch.equal(model(given)[valid], model(padded)[valid])
+    assert torch.equal(model({"input_ids": tokens()}), model(tokens()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (
+            tokens()[0],
+            ValueError,
+            f"batch: got shape [{LENGTH}], int64, must be token ids, [batch, length]; for one text give "
+            "tokens[None]",
+        ),
+        (
+            torch.zeros(1, 33, dtype=torch.long),
+            ValueError,
+            "batch: got rows of 33 tokens, but the target takes at most 32; give fewer, or cut the text into "
+            "rows",
+        ),
+        (
+            torch.zeros(1, 3),
+            ValueError,
+            "batch: got shape [1, 3], float32, must be token ids, [batch, length]",
+        ),
+        (
+            torch.full((1, 3), VOCAB),
+            ValueError,
+            f"batch: got token id {VOCAB}, but the target takes ids below {VOCAB}; use its tokenizer",
+        ),
+        ([1, 2], TypeError, "batch: got a list, must be a tensor with one row per input"),
+        (
+            {"input_ids": [1, 2]},
+            TypeError,
+            "batch: got a mapping of input_ids: list; its input_ids must be a tensor, as "
+            'tokenizer(texts, return_tensors="pt", padding=True) gives them',
+        ),
+    ],
+)
+def test_what_a_language_model_does_not_take_is_said(
+    tmp_path: Path, batch: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        gpt2(tmp_path).causal_importances(batch)
+    assert str(caught.value) == message
+
+
+def test_inputs_of_another_width_are_told_with_their_shape() -> None:
+    model = decomposed(TMSModel(torch.randn(2, 5), torch.zeros(5), 0), "embed")
+    with pytest.raises(
+        ValueError, match=r"batch: got shape \[3, 7\], float32, which the target does not take: "
+    ):
+        model.causal_importances(torch.zeros(3, 7))
+
+
+def test_a_mask_of_another_number_of_subcomponents_is_told_with_c(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="one number for each of the C = 5 subcomponents of the site"
+    ) as caught:
+        gpt2(tmp_path)(tokens(), {SITE: SiteMask(mask=torch.ones(4))})
+    assert str(caught.value).startswith(f"masks['{SITE}']: got a mask of shape [4], must be [..., 5]")
+
+
+def test_subcomponents_show_their_sizes(tmp_path: Path) -> None:
+    assert repr(gpt2(tmp_path).pieces(SITE)) == "Subcomponents(C=5, d_in=32, d_out=128)"
+
+
+@torch.no_grad()
+def test_called_as_transformers_calls_it_a_target_answers_as_its_own_class(tmp_path: Path) -> None:
+    own: Any = saved_model("gpt2", tmp_path)
+    adapted: Any = adapt(saved_model("gpt2", tmp_path), "logits")
+    expected = own.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    found = adapted.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(adapted(input_ids=tokens()).logits, adapted(tokens()))

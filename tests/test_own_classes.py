@@ -1,0 +1,176 @@
+"""A target and data of a user's own: opened from anywhere, and mistakes in them told in one line."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spd_hydra import compose, decompose, load_run
+from spd_hydra.config import RunConfig
+from spd_hydra.data.base import Batches, DataSource
+from spd_hydra.model.base import TargetSpec
+from spd_hydra.model.users_code import UsersCodeError
+from spd_hydra.preflight import preflight
+from spd_hydra.saved_run import pinned
+from spd_hydra.section import ConfigError, option, register
+
+Make = Callable[..., RunConfig]
+
+
+@register("model", "test_own_net")
+@dataclasses.dataclass(kw_only=True)
+class OwnNet(TargetSpec):
+    """A matrix from a file, without a skeleton."""
+
+    weights: str = option("net.safetensors", "file with its weights")
+    activation: str = option("relu", "no file, even where there is one of this name")
+
+    def build(self, generator: torch.Generator) -> nn.Module:
+        module = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+        module.load_state_dict(load_file(self.weights), assign=True)
+        return module
+
+
+class Rows(Batches):
+    """The first rows of a tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        return self.x.to(rows.device)[rows.long() % len(self.x)]
+
+
+@register("data", "test_own_inputs")
+@dataclasses.dataclass(kw_only=True)
+class OwnInputs(DataSource):
+    """Rows from a file."""
+
+    file: str = option("inputs.safetensors", "file with a tensor x")
+
+    def bind(self, target: TargetSpec) -> Rows:
+        return Rows(load_file(self.file)["x"])
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Configurations in a directory with the two files."""
+    monkeypatch.chdir(tmp_path)
+    module = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    save_file(module.state_dict(), "net.safetensors")
+
+    def make(x: Tensor | None = None, name: str = "x") -> RunConfig:
+        save_file({name: torch.randn(50, 6) if x is None else x}, "inputs.safetensors")
+        sites = ["decomposition.sites.first={pattern: '0', C: 5}"]
+        sizes = ["train.steps=2", "train.batch_size=8", "eval.batches=1", "eval.batch_size=8", "device=cpu"]
+        more = [
+            "train.restarts.number=1",
+            "train.compile=false",
+            "eval.figures=false",
+            "decomposition=blocks",
+        ]
+        return compose(
+            [
+                "experiment=none",
+                "name=own",
+                "model=test_own_net_schema",
+                "data=test_own_inputs_schema",
+                *more,
+                *sites,
+                *sizes,
+            ]
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("x", "what", "why"),
+    [
+        (torch.zeros(9, 7), "rows of shape [7], dtype float32", "mat1 and mat2 shapes cannot be multiplied"),
+        (torch.zeros(9, 6).double(), "rows of shape [6], dtype float64", "must have the same dtype"),
+    ],
+    ids=["other width", "other precision"],
+)
+def test_rows_that_do_not_fit_are_told_in_one_line_and_torch_writes_nothing(
+    own: Make, capfd: pytest.CaptureFixture[str], x: Tensor, what: str, why: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        preflight(own(x))
+    message = str(caught.value)
+    assert message.startswith(f"data: {what}, do not fit the target: ")
+    assert why in message
+    assert message.endswith("; OwnInputs.bind has to give what the model's forward takes")
+    assert "\n" not in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_in_ones_own_code_names_key_class_method_and_line(own: Make) -> None:
+    with pytest.raises(
+        UsersCodeError,
+        match=r"^data: OwnInputs\.bind \(test_own_classes\.py:\d+\) failed with KeyError: 'x'$",
+    ):
+        preflight(own(name="y"))
+    config = own()
+    Path("net.safetensors").unlink()
+    with pytest.raises(
+        UsersCodeError,
+        match=r"^model: OwnNet\.build \(test_own_classes\.py:\d+\) failed with FileNotFoundError: ",
+    ):
+        preflight(config)
+
+
+def test_what_fits_passes(own: Make) -> None:
+    assert preflight(own()).model.site_names == ("0",)
+
+
+def test_a_run_names_files_of_ones_own_classes_whole_and_no_other_texts(own: Make, tmp_path: Path) -> None:
+    config = own()
+    Path("relu").write_text("a file of this name")
+    named: Any = pinned(config)
+    assert named.model.weights == str(tmp_path / "net.safetensors")
+    assert named.model.activation == "relu"
+    assert named.data.file == str(tmp_path / "inputs.safetensors")
+    assert pinned(named) == named
+
+
+def test_a_run_opens_from_another_directory_and_without_its_data(
+    own: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = decompose(own()).path.absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "inputs.safetensors").unlink()
+    assert load_run(path).model.pieces("0").V.shape == (6, 5)
+    (tmp_path / "net.safetensors").unlink()
+    with pytest.raises(ConfigError) as caught:
+        _ = load_run(path).model
+    assert re.match(
+        r"model: OwnNet\.build \(.*\) failed with FileNotFoundError: .*; the run directory has",
+        str(caught.value),
+    )
+    monkeypatch.setattr(
+        OwnNet,
+        "skeleton",
+        lambda spec, architecture=None: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)),
+    )
+    assert load_run(path).model.pieces("0").V.shape == (6, 5)
+
+
+def test_a_class_that_is_not_imported_is_told_with_what_to_do(
+    own: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = decompose(own()).path
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("model/test_own_net", "model/my_net"))
+    for open_it in (lambda: load_run(path), lambda: decompose(["task=analyse", f"run={path}"])):
+        with pytest.raises(ConfigError) as caught:
+            open_it()
+        assert "unknown kind 'model/my_net'; known are" in str(caught.value)
+        assert "Import the module that registers it first, or make it a plug-in" in str(caught.value)
