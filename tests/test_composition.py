@@ -435,7 +435,7 @@ def test_composing_leaves_another_hydra_application_as_it_was() -> None:
         ),
         (
             "++decomposition.sites.x=8",
-            "decomposition.sites.x: got 8, must be an entry {pattern: …, C: …, init: …}",
+            "decomposition.sites.x: got 8, must be an entry {pattern: …, C: …, init: …, lr_factor: …}",
         ),
         (
             "seed=${oc.env:SPD_NO_SUCH}",
@@ -570,7 +570,8 @@ def test_words_that_a_saved_run_cannot_follow_are_refused_for_that_and_not_by_th
     assert errors(["resume=mine", "decomposition.C=4", "train.steps=9"]) == [
         "decomposition.C: got 4, but every entry has a C of its own; set decomposition.sites.mlp_in.C, "
         "decomposition.sites.mlp_out.C",
-        "A run that goes on takes train.steps and keys of logging, evaluation and checkpoints only; leave "
+        "A run that goes on takes train.steps, threads, device, and keys of logging, evaluation and checkpoints "
+        "only; leave "
         "out decomposition.C=4",
     ]
     for others in ([], ["launcher=local_parallel", "eval.every=3"]):

@@ -268,8 +268,10 @@ def test_differences_are_full_keys_with_both_values() -> None:
         ("train.clip_components", 0.01, None),
         ("decomposition.sites.hidden.pattern", "hidden.*", None),
         ("decomposition.sites.hidden.C", 5, None),
+        ("decomposition.sites.hidden.lr_factor", 1.0, None),
         ("decomposition.sites.u.pattern", None, "unembed"),
         ("decomposition.sites.u.C", None, 4),
+        ("decomposition.sites.u.lr_factor", None, 1.0),
     }
 
 

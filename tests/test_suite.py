@@ -88,7 +88,7 @@ def test_of_two_words_the_last_suite_counts(composer: Composer) -> None:
 
 def test_a_mistake_in_one_job_of_a_suite_is_told_with_the_job(composer: Composer) -> None:
     text = error(composer, "suite=toys", "decomposition.sites.embed.C=7")
-    assert "jobs 4 (experiment=resid_mlp1)" in text  # the TMS have that site, the residual MLPs do not
+    assert "job 4 (experiment=resid_mlp1)" in text  # the TMS have that site, the residual MLPs do not
     assert "decomposition.sites has no entry embed, only mlp_in, mlp_out" in text
 
 
