@@ -10,10 +10,12 @@ _PLAIN = re.compile(r"[\w.+-]*/[\w./+-]*", re.ASCII)
 def command_word(key: str, value: object) -> str:
     """The word that gives a key a text, to be pasted into a shell."""
     text = str(value)
-    if not _PLAIN.fullmatch(text):
-        # Double quotes stay readable between the single ones of the shell.
-        text = quoted(text) if '"' in text or text.endswith("\\") else f'"{text}"'
-    return shlex.quote(f"{key}={text}")
+    return shlex.quote(f"{key}={text if _PLAIN.fullmatch(text) else readably_quoted(text)}")
+
+
+def readably_quoted(text: str) -> str:
+    """The same as `quoted`, in double quotes if it can be: they stay readable between those of the shell."""
+    return quoted(text) if '"' in text or text.endswith("\\") else f'"{text}"'
 
 
 def quoted(text: str) -> str:

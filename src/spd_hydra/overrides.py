@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from spd_hydra import config_errors
-from spd_hydra.command_word import quoted
+from spd_hydra.command_word import readably_quoted
 from spd_hydra.redaction import redact_command
 from spd_hydra.section import Problem
 
@@ -196,4 +196,10 @@ def _as_text(value: object) -> str:
         return "{" + ",".join(f"{name}:{_as_text(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_as_text, value)) + "]"
-    return quoted(value) if isinstance(value, str) else str(value)
+    return _as_word(value) if isinstance(value, str) else str(value)
+
+
+def _as_word(text: str) -> str:
+    """A text, with quotes only where Hydra would read something else."""
+    override = read(f"key=[{text}]")
+    return text if override is not None and override.value() == [text] else readably_quoted(text)

@@ -22,8 +22,8 @@ from spd_hydra.config import RunConfig, from_dict, load_config
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.exit_code import ExitCode
-from spd_hydra.going_on import launcher_in
 from spd_hydra.launcher.local_ranks import free_port, local_ranks
+from spd_hydra.launcher.record import launcher_in
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import from_sources, sources

@@ -15,18 +15,18 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from spd_hydra import atomic
-from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.config import KIND, RunConfig, to_dict
 from spd_hydra.launcher_config import Launcher
 from spd_hydra.lock import FileLock, LockedError
 from spd_hydra.redaction import redact, redact_words
 from spd_hydra.run_files import LOCK, cannot
 from spd_hydra.saved_run import from_sources, sources
-from spd_hydra.section import ConfigError
+from spd_hydra.section import ConfigError, registered
 
 FILE = "sweep.json"
 CONFIGS = "configs.json"
@@ -135,6 +135,31 @@ def read_configs(sweep_dir: Path) -> dict[int, dict[str, Any]]:
     """What `write_configs` kept, by job, as plain data; empty where there is nothing that can be read."""
     found = _json_of(sweep_dir / CONFIGS) or {}
     return {int(name): data for name, data in found.items() if name.isdecimal() and isinstance(data, dict)}
+
+
+def launcher_data(sweep_dir: Path) -> dict[str, Any] | None:
+    """What `write_configs` kept of the launcher, as plain data; None where there is nothing to be read."""
+    try:
+        found = yaml.safe_load((sweep_dir / LAUNCHER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def launcher_in(sweep_dir: Path, kind: str | None = None) -> Launcher:
+    """What the jobs of a sweep were asked with, for words that are printed: nothing ends because of them.
+
+    Args:
+        sweep_dir: the directory of the sweep.
+        kind: of the launcher; where the file tells of another, or of none, one as it is by default.
+    """
+    kinds = cast(dict[str, type[Launcher]], registered("launcher"))
+    data = launcher_data(sweep_dir) or {}
+    try:
+        found = kinds[str(data.pop(KIND, None)).rpartition("/")[2]](**data)
+    except (KeyError, TypeError, AttributeError, ValueError, ConfigError):
+        found = Launcher()
+    return found if kind in {None, found.kind} else kinds.get(str(kind), Launcher)()
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spd_hydra.command_word import command_word
 from spd_hydra.composer import Composer
 from spd_hydra.composition import Job
@@ -52,7 +50,7 @@ def line_to_type(sweep_dir: Path) -> str | None:
     """What goes on with a sweep; None where its directory does not say how its jobs were composed."""
     if not files.read_configs(sweep_dir):
         return None
-    launcher = _launcher_data(sweep_dir) or {}
+    launcher = files.launcher_data(sweep_dir) or {}
     again = [assignment(f"launcher.{key}", launcher[key]) for key in _RUN_ANYTHING if launcher.get(key)]
     return " ".join(["spd-run", command_word("resume", sweep_dir), *map(shlex.quote, again)])
 
@@ -143,7 +141,7 @@ def _words(job: SweepJob | None) -> list[str]:
 
 def _own_words(sweep_dir: Path, kind: str, typed: Sequence[str]) -> list[str]:
     """The words that make the launcher which the sweep had."""
-    data = _launcher_data(sweep_dir) or {KIND: f"launcher/{kind}"}
+    data = files.launcher_data(sweep_dir) or {KIND: f"launcher/{kind}"}
     path = sweep_dir / files.LAUNCHER
     name = str(data.get(KIND)).removeprefix("launcher/")
     values = {key: value for key, value in data.items() if key != KIND}
@@ -158,11 +156,3 @@ def _own_words(sweep_dir: Path, kind: str, typed: Sequence[str]) -> list[str]:
             )
     kept = {key: value for key, value in values.items() if key not in _RUN_ANYTHING}
     return [f"launcher={name}", *(assignment(f"launcher.{key}", value) for key, value in kept.items())]
-
-
-def _launcher_data(sweep_dir: Path) -> dict[str, Any] | None:
-    try:
-        found = yaml.safe_load((sweep_dir / files.LAUNCHER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from spd_hydra import metrics_log, report
-from spd_hydra.going_on import going_on, launcher_in
+from spd_hydra.going_on import going_on
 from spd_hydra.launcher import slurm
-from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, log_paths
+from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, launcher_in, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
