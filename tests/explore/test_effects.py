@@ -180,7 +180,7 @@ def test_the_table_names_the_largest_and_says_how_many_are_left(language: Module
         )
     lines = found.table(2).splitlines()
     assert lines[0].split() == ["site", "c", "g", "kl", "falls", "without", "it", "rises"]
-    assert len(lines) == 4
+    assert len(lines) == 2 + 2 + 1  # with the rule
     assert lines[-1] == f"… and {len(found) - 2} more; table(n) shows n of them"
     with pytest.raises(KeyError, match="was not taken out; name it"):
         found["unembed", 2]

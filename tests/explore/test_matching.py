@@ -62,7 +62,12 @@ def test_only_candidates_are_matched_and_the_rest_of_the_larger_number_is_not() 
     found = best_matching(cosines(V, U, V, U), own=[1, 4, 5], other=[5, 1])
     assert (found.own, found.other, found.candidates) == ([1, 5], [1, 5], (3, 2))
     assert repr(found) == "Matching(2 pairs of 3 and 2, mean |cosine| 1.000)"
-    assert found.table().splitlines() == ["own  other  cosine", "  1      1   1.000", "  5      5   1.000"]
+    assert found.table().splitlines() == [
+        "own  other  cosine",
+        "───  ─────  ──────",
+        "  1      1   1.000",
+        "  5      5   1.000",
+    ]
 
 
 def test_without_candidates_there_is_no_pair_and_a_zero_matrix_is_like_none() -> None:

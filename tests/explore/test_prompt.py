@@ -34,10 +34,11 @@ def test_the_strongest_come_first_ties_by_z_and_those_at_0_not_at_all() -> None:
 def test_the_table_has_a_line_for_each_token_with_its_spaces_visible() -> None:
     assert repr(made()).splitlines() == [
         "   token  subcomponents of largest g",
+        "─  ─────  ──────────────────────────────────────",
         "0  ' a'   x:2 1.00  x:1 1.00  y:0 0.50  x:0 0.20",
         "1  '\\n'   x:2 0.30",
     ]
-    assert made().table(site="x", n=1).splitlines()[1] == "0  ' a'   2 1.00"
+    assert made().table(site="x", n=1).splitlines()[2] == "0  ' a'   2 1.00"
 
 
 def test_importances_are_those_of_the_model_for_the_tokens_of_the_text(language: ModuleType) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.inputs import as_batch, real_positions
 from spd_hydra.decomposition.masks import SiteMask, no_such_site, without
-from spd_hydra.explore.text_table import quoted, text_table
+from spd_hydra.explore.prompt import quoted
 from spd_hydra.loss.divergence import Divergence, kl_by_position, log_normaliser
+from spd_hydra.report.numbers import text_table
 
 _NUMBERS_AT_ONCE = 2**24  # of outputs of one pass: 64 MiB in float32
 _CLASSES = 5  # that fall, and that rise
@@ -89,7 +90,7 @@ class Effects:
                 rows[-1] += [_shown(effect.falls), _shown(effect.rises)]
         left = len(self.found) - n
         more = [f"… and {left} more; table(n) shows n of them"] if left > 0 else []
-        return "\n".join([text_table(header, rows, numbers=[1, 2, 3]), *more])
+        return "\n".join([*text_table(header, rows, left=[0, 4, 5], indent=""), *more])
 
     def __repr__(self) -> str:
         return self.table()

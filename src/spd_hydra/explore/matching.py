@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from spd_hydra.explore.text_table import text_table
+from spd_hydra.report.numbers import text_table
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,7 +34,7 @@ class Matching:
         """All pairs as text."""
         pairs = zip(self.own, self.other, self.cosines, strict=True)
         rows = [[str(c), str(d), f"{cosine:.3f}"] for c, d, cosine in pairs]
-        return text_table(["own", "other", "cosine"], rows, numbers=[0, 1, 2])
+        return "\n".join(text_table(["own", "other", "cosine"], rows, left=0, indent=""))
 
     def __repr__(self) -> str:
         own, other = self.candidates

@@ -12,7 +12,7 @@ from spd_hydra.data.characters import completed
 from spd_hydra.data.tokenizing import decoded
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import no_such_site
-from spd_hydra.explore.text_table import quoted, text_table
+from spd_hydra.report.numbers import text_table
 
 _SHOWN = 4  # subcomponents per token
 
@@ -65,7 +65,7 @@ class Prompt:
             ]
             rows.append([str(position), quoted(token), "  ".join(needed)])
         what = "subcomponents of largest g" + (f" at {site}" if site else "")
-        return text_table(["", "token", what], rows, numbers=[0])
+        return "\n".join(text_table(["", "token", what], rows, left=[1, 2], indent=""))
 
     def __repr__(self) -> str:
         return self.table()
@@ -97,3 +97,8 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Each token of a text as it reads there; without a tokenizer its id."""
     names = decoded(tokenizer, ids)
     return [str(token) for token in ids] if names is None else completed(names)
+
+
+def quoted(token: str) -> str:
+    """A token so that its spaces and line ends are seen."""
+    return "'" + token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + "'"

@@ -1,7 +1,7 @@
 """Numbers, durations and tables as people read them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 NOTHING = "–"
@@ -83,14 +83,22 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, indent: str = "  "
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: int | Collection[int] = 1, indent: str = "  "
 ) -> list[str]:
-    """Lines of a table for the terminal, the first `left` columns aligned to the left, the others right."""
+    """Lines of a table for the terminal.
+
+    Args:
+        header: of the columns.
+        rows: of the table.
+        left: how many columns, the first ones, are aligned to the left, or which ones; the others to the right.
+        indent: in front of each line.
+    """
+    on_the_left = range(left) if isinstance(left, int) else left
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         aligned = [
-            cell.ljust(width) if column < left else cell.rjust(width)
+            cell.ljust(width) if column in on_the_left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return (indent + "  ".join(aligned)).rstrip()
