@@ -90,7 +90,7 @@ def text_table(
     Args:
         header: of the columns.
         rows: of the table.
-        left: how many columns, the first ones, are aligned to the left, or which ones; the others to the right.
+        left: how many columns, the first ones, are aligned to the left, or which; others are right.
         indent: in front of each line.
     """
     on_the_left = range(left) if isinstance(left, int) else left
