@@ -13,8 +13,9 @@ from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.model.base import TargetSpec
+from spd_hydra.precision import Precision
 from spd_hydra.section import option, register
 
 # Chances of the next token, by the present one.

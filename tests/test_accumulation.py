@@ -23,9 +23,10 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision, StepLoss
+from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
+from spd_hydra.precision import Precision
 from spd_hydra.sampler import Sampler, SplitSampler
 from spd_hydra.search import Search
 from spd_hydra.section import ConfigError

@@ -29,10 +29,10 @@ from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Precision
 from spd_hydra.loss.persistent_recon import PersistentPGDRecon
 from spd_hydra.loss.recon import Recon
 from spd_hydra.model.tms import TMS, BiasInit
+from spd_hydra.precision import Precision
 from spd_hydra.schedule import Schedule, ScheduleKind
 from spd_hydra.section import ConfigError, Section, checks_deferred
 from spd_hydra.trainer_config import FaithfulnessWarmup, Training

@@ -15,7 +15,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.estimate import Way
 from spd_hydra.hardware import Gpu, Rates, peak_rates
-from spd_hydra.loss.objective import Precision
+from spd_hydra.precision import Precision
 from spd_hydra.preflight import preflight
 from spd_hydra.simulation import Needs, planned_peak, simulate
 from spd_hydra.trainer import Trainer
@@ -154,7 +154,7 @@ def test_what_people_read() -> None:
 def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_share_others_reached() -> None:
     needs = Needs(trained=1, frozen=1, resident=1, peak=1, flops=67_000_000_000_000, moved=335)
     model = dataclasses.replace(
-        shown(needs, way=Way.whole, planned=1, rates=peak_rates(Gpu.H100, bf16=False)),
+        shown(needs, way=Way.whole, planned=1, rates=peak_rates(Gpu.H100, Precision.fp32)),
         gpu=Gpu.H100,
         reads_tokens=True,
     )
@@ -176,7 +176,7 @@ def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_sha
     )  # memory is what takes longer
 
 
-@pytest.mark.parametrize(("precision", "rate"), [("fp32", 19.5e12), ("bf16", 312e12)])
+@pytest.mark.parametrize(("precision", "rate"), [("fp32", 19.5e12), ("tf32", 156e12), ("bf16", 312e12)])
 def test_a_named_gpu_stands_for_this_machine(toy: Toy, precision: str, rate: float) -> None:
     config = toy("train.batch_size=8", "check.device=A100", f"train.precision={precision}")
     found = estimates.estimate(config, preflight(config))
@@ -271,8 +271,9 @@ def test_what_ranks_share_out_is_counted_once_over_all_of_them(
         assert shared.moved < whole.moved
 
 
-def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", Precision)
+def test_rates_of_this_machine_are_positive(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
     monkeypatch.setattr(estimates, "_SECONDS", 0.0)
-    rates = estimates.measure(CPU, Precision.fp32)
+    rates = estimates.measure(CPU, precision)
     assert rates.matmul > 1e6
     assert rates.copy > 1e6

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.loss.objective import Precision
+from spd_hydra.precision import Precision
 from spd_hydra.schedule import ScheduleKind
 from spd_hydra.section import ConfigError
 from spd_hydra.trainer_config import Evaluation, FaithfulnessWarmup, Sharding, Training

@@ -8,6 +8,7 @@ from spd_hydra.build import assemble, device_of
 from spd_hydra.checkpoint import Checkpoint, load_newest
 from spd_hydra.command_word import command_word
 from spd_hydra.config import RunConfig, differences, load_config, to_yaml
+from spd_hydra.precision import products_in
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_run import read_target, require_own_config, require_same_data, require_trust
@@ -50,7 +51,8 @@ def analyse(config: RunConfig) -> Outcome:
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, before)
-        measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
+        with products_in(config.train.precision):
+            measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
         if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
             # The summary is then of these measurements; a run that may go on keeps its own.
             directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))

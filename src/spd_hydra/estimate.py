@@ -15,7 +15,7 @@ from spd_hydra.compiling import can_compile
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.hardware import Gpu, Rates, peak_rates
 from spd_hydra.launcher_config import Slurm
-from spd_hydra.loss.objective import Precision
+from spd_hydra.precision import Precision, products_in
 from spd_hydra.simulation import Needs, planned_peak, simulate
 from spd_hydra.trainer import compiles_blocks
 
@@ -168,7 +168,7 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     gpu, precision = config.check.device, config.train.precision
     known: Rates | None = None
     if gpu is not None:
-        known = peak_rates(gpu, bf16=precision is Precision.bf16)
+        known = peak_rates(gpu, precision)
     elif not elsewhere or config.device is Device.cpu:
         known = measure(device, precision)
     return Estimate(
@@ -196,8 +196,10 @@ def measure(device: torch.device, precision: Precision) -> Rates:
     a, b = (torch.ones(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(_COPIED // 4, device=device)
     target = torch.zeros_like(source)
+    with products_in(precision):
+        seconds = _least_seconds(lambda: torch.mm(a, b), device)
     return Rates(
-        matmul=2 * _SIDE**3 / _least_seconds(lambda: torch.mm(a, b), device),
+        matmul=2 * _SIDE**3 / seconds,
         copy=2 * _COPIED / _least_seconds(lambda: target.copy_(source), device),
     )
 

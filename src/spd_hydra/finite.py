@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spd_hydra.loss.objective import Precision, StepLoss
+from spd_hydra.loss.objective import StepLoss
+from spd_hydra.precision import Precision
 from spd_hydra.trainer_config import Training
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from enum import Enum
 from typing import NamedTuple
 
+from spd_hydra.precision import Precision
 from spd_hydra.section import Section, option
 
 
@@ -23,18 +24,27 @@ class Rates(NamedTuple):
     copy: float
 
 
-_PEAK = {  # TFLOP/s in float32 without TF32, as a run computes, in bfloat16 without sparsity; TB/s
-    Gpu.A100: (19.5, 312.0, 2.04),
-    Gpu.H100: (67.0, 989.0, 3.35),
-    Gpu.H200: (67.0, 989.0, 4.8),
-    Gpu.RTX4090: (82.6, 165.2, 1.01),
+class _Peak(NamedTuple):
+    """TFLOP/s of matrix products, without sparsity, and TB/s of memory."""
+
+    fp32: float
+    tf32: float
+    bf16: float
+    memory: float
+
+
+_PEAK = {
+    Gpu.A100: _Peak(fp32=19.5, tf32=156.0, bf16=312.0, memory=2.04),
+    Gpu.H100: _Peak(fp32=67.0, tf32=494.5, bf16=989.0, memory=3.35),
+    Gpu.H200: _Peak(fp32=67.0, tf32=494.5, bf16=989.0, memory=4.8),
+    Gpu.RTX4090: _Peak(fp32=82.6, tf32=82.6, bf16=165.2, memory=1.01),
 }
 
 
-def peak_rates(gpu: Gpu, *, bf16: bool) -> Rates:
+def peak_rates(gpu: Gpu, precision: Precision) -> Rates:
     """The most that a GPU can do."""
-    fp32_rate, bf16_rate, memory = _PEAK[gpu]
-    return Rates(matmul=1e12 * (bf16_rate if bf16 else fp32_rate), copy=1e12 * memory)
+    peak = _PEAK[gpu]
+    return Rates(matmul=1e12 * getattr(peak, precision.name), copy=1e12 * peak.memory)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -23,6 +23,7 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.hf import AutoClass, HuggingFace
 from spd_hydra.model.obtain import TrainedTarget, out_of_bounds
+from spd_hydra.precision import Precision, products_in
 from spd_hydra.preflight import preflight
 from spd_hydra.rank_errors import RunError
 from spd_hydra.redaction import redact
@@ -78,6 +79,8 @@ def remarks(parts: Parts) -> list[str]:
             "loss.divergence: kl takes the softmax of the target's output, which is not known to be logits; "
             "of hidden units take mse"
         )
+    if config.train.precision is Precision.tf32 and device_of(config).type != "cuda":
+        found.append("train.precision: tf32 is for GPUs; on a CPU it is the same as fp32")
     if cut := _cut_texts(config):
         found.append(cut)
     return [*found, *expectations(parts)]
@@ -110,8 +113,9 @@ def decompose(
     if config.task is Task.train_target:
         return _only_target(config, directory)
     work = prepare(config, directory, signals, trackers, time.perf_counter())
-    _restore(work.trainer, directory)
-    summary = work.conclude(_fit(work.trainer, work.parts))
+    with products_in(config.train.precision):  # not of the target's own training, which others share
+        _restore(work.trainer, directory)
+        summary = work.conclude(_fit(work.trainer, work.parts))
     trackers.succeeded(work.tracker, summary)
     return Outcome(directory.path, summary)
 

@@ -30,6 +30,7 @@ from spd_hydra.finite import TrainingError
 from spd_hydra.logger.trackers import Trackers
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.pipeline import Work, prepare
+from spd_hydra.precision import products_in
 from spd_hydra.rank_errors import RunError
 from spd_hydra.replicas import DROPPED, Replicas
 from spd_hydra.restarts import begin_with_best
@@ -64,7 +65,8 @@ def decompose_replicas(
                 work = prepare(of_replica(config, number), own, signals, trackers, started)
                 work.trainer.facts["machine"]["replicas"] = config.train.replicas
                 all_work.append(work)
-            results = _train(directory, all_work, broken)
+            with products_in(config.train.precision):
+                results = _train(directory, all_work, broken)
             summaries = [
                 _conclude(work, result, trackers, config.train.replicas)
                 for work, result in zip(all_work, results, strict=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from enum import Enum
 
-from spd_hydra.loss.objective import Precision
+from spd_hydra.precision import Precision
 from spd_hydra.schedule import Schedule, ScheduleKind
 from spd_hydra.section import Problem, Section, option
 
@@ -73,7 +73,7 @@ class Training(Section):
         None, "largest gradient norm of V and U together; null: no limit", gt=0
     )
     clip_ci_fn: float | None = option(None, "largest gradient norm of the ci_fn; null: no limit", gt=0)
-    precision: Precision = option(Precision.fp32, "fp32 | bf16 (autocast)")
+    precision: Precision = option(Precision.fp32, "fp32 | tf32 (matrix products, on a GPU) | bf16 (autocast)")
     checkpoint_activations: bool = option(
         False,
         "masked passes keep inputs of blocks alone and compute each block again: less memory, slower",

@@ -20,9 +20,10 @@ from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.ascent import Start
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
+from spd_hydra.precision import Precision
 
 WIDTH, C = 5, 3
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.hidden_acts_recon import HiddenActsRecon
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
+from spd_hydra.precision import Precision
 
 MakeModel = Callable[..., DecomposedModel]
 # As in test_terms.py: a' = (3/4, 25/16), m_b = 5/8, δ_b = 1/4

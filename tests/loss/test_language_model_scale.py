@@ -22,11 +22,12 @@ from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.faithfulness import Faithfulness
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.persistent_recon import PersistentPGDRecon
 from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon, RoutedRecon
 from spd_hydra.optimizer import adamw
+from spd_hydra.precision import Precision
 from spd_hydra.step import Ascent, Step
 
 VOCABULARY, LENGTH, WIDTH, INNER, C = 31, 6, 10, 22, 7

@@ -18,9 +18,10 @@ from spd_hydra.loss.faithfulness import Faithfulness
 from spd_hydra.loss.hidden_acts_recon import HiddenActsRecon
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
+from spd_hydra.precision import Precision
 from spd_hydra.step import Step
 
 MakeModel = Callable[..., DecomposedModel]

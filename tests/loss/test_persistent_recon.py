@@ -11,8 +11,9 @@ from spd_hydra import rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.persistent_recon import PersistentPGDRecon
+from spd_hydra.precision import Precision
 from spd_hydra.step import Ascent, Step
 
 MakeModel = Callable[..., DecomposedModel]

@@ -18,8 +18,9 @@ from spd_hydra.decomposition.routing import Routing
 from spd_hydra.loss.ascent import Scope, Start, start_sources
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.pgd_recon import PGDRecon
+from spd_hydra.precision import Precision
 from spd_hydra.section import ConfigError
 from spd_hydra.step import StackedStep, Step
 

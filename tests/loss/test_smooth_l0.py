@@ -9,8 +9,9 @@ from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.smooth_l0 import SmoothL0
+from spd_hydra.precision import Precision
 from spd_hydra.section import ConfigError
 
 MakeModel = Callable[..., DecomposedModel]

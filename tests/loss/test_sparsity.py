@@ -9,9 +9,10 @@ from torch import Tensor
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision, StepLoss
+from spd_hydra.loss.objective import Objective, StepLoss
 from spd_hydra.loss.smooth_l0 import SmoothL0
 from spd_hydra.loss.sparsity import SparsityLoss
+from spd_hydra.precision import Precision
 from spd_hydra.section import ConfigError
 from spd_hydra.step import Step
 

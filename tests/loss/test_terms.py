@@ -22,10 +22,11 @@ from spd_hydra.loss.faithfulness import Faithfulness, faithfulness_statistics
 from spd_hydra.loss.hidden_acts_recon import HiddenActsRecon
 from spd_hydra.loss.importance_minimality import ImportanceMinimality
 from spd_hydra.loss.loss_set import LossSet
-from spd_hydra.loss.objective import Objective, Precision
+from spd_hydra.loss.objective import Objective
 from spd_hydra.loss.pgd_recon import PGDRecon
 from spd_hydra.loss.recon import Recon
 from spd_hydra.loss.smooth_l0 import SmoothL0
+from spd_hydra.precision import Precision
 from spd_hydra.section import ConfigError
 
 MakeModel = Callable[..., DecomposedModel]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.loss.divergence import Divergence, log_normaliser
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.persistent_recon import Adversary
+from spd_hydra.precision import Precision
 from spd_hydra.transfer import send
 
 ScheduledValues = dict[str, dict[str, Tensor]]
@@ -27,13 +27,6 @@ SPARSITY = "sparsity"
 """Stands beside the names of the terms, for the sums of `Objective.sparsity`."""
 
 POSITIONS = "positions"
-
-
-class Precision(Enum):
-    """`fp32`, or `bf16` autocast; weights, optimiser, deltas, divergences and sums stay float32 in both."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 class StepLoss(NamedTuple):
