@@ -35,8 +35,8 @@ class Way(enum.StrEnum):
 
 
 _LEAST_SECONDS = 0.01
-_USED = {Way.whole: 0.58, Way.blocks: 0.4, Way.uncompiled: 0.34}
-"""Share of the rate of matrix products that steps reached: mean MFU of the models in docs/performance.md."""
+_USED = {Way.whole: (0.29, 0.70), Way.blocks: (0.17, 0.53), Way.uncompiled: (0.14, 0.45)}
+"""Least and most of the rate of matrix products that steps reached: MFU of models in docs/performance.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,16 +82,17 @@ class Estimate:
         return max(self.needs.flops / self.rates.matmul, self.needs.moved / self.rates.copy)
 
     @property
-    def expected(self) -> float | None:
-        """Seconds that a step of a model of text should take, by what others of its kind took.
+    def expected(self) -> tuple[float, float] | None:
+        """Least and most seconds that a step of a model of text should take, by what others of its kind took.
 
         Nothing is said of toys, most of whose time is spent on the activations of small networks, nor of
         steps of a few milliseconds, most of which is spent around the arithmetic.
         """
         if self.rates is None or self.seconds is None or not self.reads_tokens:
             return None
-        expected = max(self.seconds, self.needs.flops / self.rates.matmul / _USED[self.way])
-        return expected if expected >= _LEAST_SECONDS else None
+        at_full_rate = self.needs.flops / self.rates.matmul
+        low, high = (max(self.seconds, at_full_rate / share) for share in reversed(_USED[self.way]))
+        return (low, high) if low >= _LEAST_SECONDS else None
 
     def lines(self) -> list[str]:
         """What people read."""
@@ -117,9 +118,11 @@ class Estimate:
             "as matrix products"
         )
         if self.expected is not None:
+            low, high = (_milliseconds(seconds, 2) for seconds in self.expected)
+            least, most = _USED[self.way]
             found.append(
-                f"time: about {_milliseconds(self.expected, 2)} per step, from the {_USED[self.way]:.0%} of "
-                f"that rate at which {self.way} of small language models ran on a CPU (docs/performance.md)"
+                f"time: {low} to {high} per step, from the {least:.0%} to {most:.0%} of that rate at which "
+                f"{self.way} of small language models ran on two CPUs (docs/performance.md)"
             )
         return found
 
