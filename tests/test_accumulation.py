@@ -187,6 +187,20 @@ def test_a_part_that_is_nothing_but_padding_changes_nothing(beta: float) -> None
     require_close(cut, whole)
 
 
+class Empty(Tokens):
+    """Padding alone."""
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        return torch.full((len(rows), LENGTH), -1)
+
+
+def test_a_batch_that_is_nothing_but_padding_has_the_gradients_of_the_whole_batch() -> None:
+    objective, sampler = language_model(pools=False, beta=0.0, rows=6, batches=Empty())
+    whole, cut = whole_and_parts(objective, sampler, 3)
+    assert all(value.isfinite().all() for value in whole.values())
+    require_close(cut, whole)
+
+
 def test_an_adversary_searches_the_whole_batch_also_for_an_output_that_is_no_mean_over_positions() -> None:
     objective, sampler = language_model(pools=True, beta=0.0, rows=7, searches=True)
     whole, cut = whole_and_parts(objective, sampler, 3)

@@ -172,7 +172,10 @@ def test_the_expected_time_of_a_model_of_text_is_that_of_its_products_at_the_sha
     assert dataclasses.replace(model, needs=short).expected is None  # about 2 ms of arithmetic
     moves = dataclasses.replace(needs, moved=10 * 3_350_000_000_000)
     memory = dataclasses.replace(model, needs=moves)
-    assert memory.expected == pytest.approx((10, 10))  # memory is what takes longer
+    assert memory.expected is None  # memory is what takes longer
+    half = dataclasses.replace(model, rates=peak_rates(Gpu.H100, Precision.bf16), fp32=67e12)
+    assert half.expected == pytest.approx((67 / 989 / 0.7, 1 / 0.29))
+    assert "from the 29% to 70% of the rate of float32 to that rate at which" in half.lines()[-1]
 
 
 @pytest.mark.parametrize(("precision", "rate"), [("fp32", 19.5e12), ("tf32", 156e12), ("bf16", 312e12)])

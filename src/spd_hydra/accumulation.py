@@ -131,7 +131,9 @@ class AccumulatedStep:
             return [torch.full((), share, device=device) for share in rows]  # no wait for a GPU
         parts = range(len(self._sampler.rows))
         sizes = torch.stack([(self._sampler(step, part)[0] >= 0).sum(dtype=torch.float32) for part in parts])
-        return list(sizes / distributed.global_sum([sizes.sum()])[0])
+        total, number = distributed.global_sum([sizes.sum(), torch.full_like(sizes[0], len(parts))])
+        # Where all is padding, equal ones: what no position says anything of has gradients all the same.
+        return list(torch.where(total > 0, sizes / total.clamp(min=1), 1 / number))
 
     def _weights(self, step: int, terms: Mapping[str, Loss], numbers: Sequence[Tensor]) -> Sums:
         """∂L/∂s of each statistic of the given terms, at their sums over the global batch."""

@@ -16,7 +16,7 @@ from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.inputs import real_positions
-from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay
+from spd_hydra.decomposition.roots import find_roots, require_values_that_stay
 from spd_hydra.decomposition.sites import site_groups, unfit_sites
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.objective import Objective
@@ -230,7 +230,7 @@ def assemble(
     has_values = device.type != "meta"
     require_vectors(model)
     with passes or nullcontext(), torch.no_grad():
-        require_outputs_that_stay(model, example)
+        require_values_that_stay(model, example)
         clean = model.clean_pass(example)
         if has_values:
             model.roots = find_roots(model, example, clean)

@@ -50,6 +50,7 @@ class Estimate:
         ranks: processes that share a batch.
         device: where a step was simulated.
         rates: of that device; None where this machine does not have the one that the run will use.
+        fp32: FLOPs per second of its float32 products; None: those of `rates`.
         gpu: the one that rates are the data sheet's of; None: they were measured here.
         reads_tokens: whether the target is a model of text, as those are whose steps were measured.
     """
@@ -60,6 +61,7 @@ class Estimate:
     ranks: int
     device: torch.device
     rates: Rates | None
+    fp32: float | None = None
     gpu: Gpu | None = None
     reads_tokens: bool = False
 
@@ -85,14 +87,17 @@ class Estimate:
     def expected(self) -> tuple[float, float] | None:
         """Least and most seconds that a step of a model of text should take, by what others of its kind took.
 
-        Nothing is said of toys, most of whose time is spent on the activations of small networks, nor of
-        steps of a few milliseconds, most of which is spent around the arithmetic.
+        The least with products at the rate of the run's precision, the most at that of float32, in which
+        those others were measured. Nothing is said of toys, most of whose time is spent on the activations of
+        small networks, of steps of a few milliseconds, most of which is spent around the arithmetic, nor of
+        steps that take longer to move their bytes.
         """
         if self.rates is None or self.seconds is None or not self.reads_tokens:
             return None
-        at_full_rate = self.needs.flops / self.rates.matmul
-        low, high = (max(self.seconds, at_full_rate / share) for share in reversed(_USED[self.way]))
-        return (low, high) if low >= _LEAST_SECONDS else None
+        least, most = _USED[self.way]
+        low = max(self.seconds, self.needs.flops / self.rates.matmul / most)
+        high = self.needs.flops / (self.fp32 or self.rates.matmul) / least
+        return (low, high) if _LEAST_SECONDS <= low < high else None
 
     def lines(self) -> list[str]:
         """What people read."""
@@ -120,8 +125,9 @@ class Estimate:
         if self.expected is not None:
             low, high = (_milliseconds(seconds, 2) for seconds in self.expected)
             least, most = _USED[self.way]
+            rate = "that rate" if self.fp32 is None else "the rate of float32 to that rate"
             found.append(
-                f"time: {low} to {high} per step, from the {least:.0%} to {most:.0%} of that rate at which "
+                f"time: {low} to {high} per step, from the {least:.0%} to {most:.0%} of {rate} at which "
                 f"{self.way} of small language models ran on two CPUs (docs/performance.md)"
             )
         return found
@@ -170,10 +176,12 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
             planned = None
     gpu, precision = config.check.device, config.train.precision
     known: Rates | None = None
+    fp32: Rates | None = None
     if gpu is not None:
-        known = peak_rates(gpu, precision)
+        known, fp32 = peak_rates(gpu, precision), peak_rates(gpu, Precision.fp32)
     elif not elsewhere or config.device is Device.cpu:
         known = measure(device, precision)
+        fp32 = known if precision is Precision.fp32 else measure(device, Precision.fp32)
     return Estimate(
         needs=needs,
         way=way,
@@ -181,6 +189,7 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
         ranks=ranks,
         device=device,
         rates=known,
+        fp32=None if fp32 is None or precision is Precision.fp32 else fp32.matmul,
         gpu=gpu,
         reads_tokens=parts.reads_tokens,
     )

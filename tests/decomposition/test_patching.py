@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
 from tests.decomposition.test_sites import patterns
 from torch import Tensor, nn
@@ -61,6 +62,18 @@ def test_a_patched_copy_can_be_copied() -> None:
     assert model.clean_pass(torch.randn(2, 4)).output.shape == (2, 4)
     with pytest.raises(AttributeError):
         model.patched.module.get_submodule("first").nothing  # noqa: B018
+
+
+def test_a_target_with_a_tensor_in_place_of_a_parameter_is_refused_with_what_to_do() -> None:
+    target = Reading("bias")
+    torch.nn.utils.prune.l1_unstructured(target.second, "weight", amount=0.5)
+    target(torch.randn(2, 4))
+    with pytest.raises(ConfigError) as caught:
+        decomposed(target, one="first")
+    assert str(caught.value).startswith("model: the target cannot be copied (Only Tensors created explicitly")
+    assert str(caught.value).endswith("torch.nn.utils.prune.remove or remove_weight_norm")
+    torch.nn.utils.prune.remove(target.second, "weight")
+    decomposed(target, one="first")
 
 
 def test_mamba_is_decomposed_with_the_patterns_that_its_refusal_names() -> None:

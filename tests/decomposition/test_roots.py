@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.roots import find_roots, require_outputs_that_stay, roots_without_values
+from spd_hydra.decomposition.roots import find_roots, require_values_that_stay, roots_without_values
 from spd_hydra.section import ConfigError
 
 
@@ -80,9 +80,51 @@ def test_a_site_whose_output_is_changed_in_place_is_refused_with_the_others_as_a
     ci_fn = MLPCausalImportance(hidden=4)
     model = DecomposedModel(Clipping(), Decomposition(sites=sites), ci_fn, seed=0).to(device)
     with pytest.raises(ConfigError) as caught:
-        require_outputs_that_stay(model, torch.ones(2, 4, device=device))
+        require_values_that_stay(model, torch.ones(2, 4, device=device))
     message = str(caught.value)
     assert message.startswith("decomposition.sites: got clipped, whose output the target changes in place; ")
     assert "pattern=kept" in message
     alone = Decomposition(sites={"kept": sites["kept"]})
-    require_outputs_that_stay(DecomposedModel(Clipping(), alone, ci_fn, seed=0), torch.ones(2, 4))
+    require_values_that_stay(DecomposedModel(Clipping(), alone, ci_fn, seed=0), torch.ones(2, 4))
+
+
+class AddsInPlace(nn.Module):
+    """Adds to what a layer read, after it was read, or to its batch."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.fc1, self.fc2 = what, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "batch":
+            x += 1
+        h = torch.tanh(x)
+        added = self.fc2(torch.relu(self.fc1(h)))
+        h += added
+        return h
+
+
+def adding(what: str, device: str) -> DecomposedModel:
+    sites = {"fc1": SitePattern(pattern="fc1", C=3)}
+    return DecomposedModel(
+        AddsInPlace(what), Decomposition(sites=sites), MLPCausalImportance(hidden=4), seed=0
+    ).to(device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_site_whose_input_is_changed_after_it_was_read_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_values_that_stay(adding("input", device), torch.ones(2, 4, device=device))
+    assert str(caught.value).startswith(
+        "decomposition.sites: got fc1, whose input the target changes in place; "
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_target_that_changes_its_batch_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_values_that_stay(adding("batch", device), torch.ones(2, 4, device=device))
+    assert str(caught.value) == (
+        "model: the target changes its batch in place (x += …, x[…] = …), and every pass would change it "
+        "again; let its forward make a new tensor (x = x + …)"
+    )

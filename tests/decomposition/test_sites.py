@@ -136,8 +136,9 @@ def test_a_pattern_that_matches_no_layer_but_one_with_a_forward_of_its_own_is_re
     with pytest.raises(ConfigError) as caught:
         find_sites(nn.ModuleDict({"block": Scaling(), "head": nn.Linear(2, 2)}), patterns(a=("block*", 2)))
     assert str(caught.value) == (
-        "decomposition.sites.a.pattern: 'block*' matches 'block.inner', a Scaled, whose forward is its own "
-        "and not a product with its matrix; only Linear, Embedding and Conv1D layers can be decomposed: head"
+        "decomposition.sites.a.pattern: 'block*' matches 'block.inner', a Scaled, whose output is no "
+        "product with its matrix (hooks, max_norm or a forward of its own); only Linear, Embedding and "
+        "Conv1D layers can be decomposed: head"
     )
 
 
@@ -250,6 +251,32 @@ def test_a_tied_site_has_no_start_of_its_own() -> None:
     check_ties(tms(), tied, same)
 
 
+def test_a_tied_site_has_no_rate_of_its_own() -> None:
+    tied, same = {"unembed": "embed"}, entries(embed=4, unembed=4)
+    same["unembed"].lr_factor = 0.1
+    with pytest.raises(ConfigError) as caught:
+        check_ties(tms(), tied, same)
+    assert str(caught.value) == (
+        "decomposition.tied.unembed: lr_factor is 0.1 here, but a tied site learns as 'embed'; set it there"
+    )
+    same["embed"].lr_factor = 0.1
+    check_ties(tms(), tied, same)
+
+
+def test_layers_that_give_something_else_than_the_product_are_no_sites() -> None:
+    plain, hooked, read_first, shrinking = (
+        nn.Linear(2, 2),
+        nn.Linear(2, 2),
+        nn.Linear(2, 2),
+        nn.Embedding(3, 2),
+    )
+    hooked.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    read_first.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+    shrinking.max_norm = 0.5
+    assert is_decomposable(plain)
+    assert not any(is_decomposable(layer) for layer in (hooked, read_first, shrinking))
+
+
 def test_equal_shapes_are_not_enough_for_a_tie() -> None:
     target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
     with pytest.raises(ConfigError, match="the weight is not the transpose of that of '0'"):
@@ -316,8 +343,9 @@ def test_a_layer_with_a_forward_of_its_own_is_refused_by_its_class_and_passed_ov
     with pytest.raises(ConfigError) as caught:
         find_sites(target, patterns(a=("0", 2)))
     assert str(caught.value) == (
-        "decomposition.sites.a.pattern: '0' matches '0', a Scaled, whose forward is its own and not a "
-        "product with its matrix; only Linear, Embedding and Conv1D layers can be decomposed: 1"
+        "decomposition.sites.a.pattern: '0' matches '0', a Scaled, whose output is no "
+        "product with its matrix (hooks, max_norm or a forward of its own); only Linear, Embedding and "
+        "Conv1D layers can be decomposed: 1"
     )
     assert list(find_sites(target, patterns(a=("*", 2)))) == ["1"]
 

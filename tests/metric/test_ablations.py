@@ -12,7 +12,13 @@ from spd_hydra import rng
 from spd_hydra.loss.ascent import Start
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.pgd_recon import PGDRecon
-from spd_hydra.metric.ablations import Ablations, AblationSettings, cross_entropy_sum, mask_kinds
+from spd_hydra.metric.ablations import (
+    Ablations,
+    AblationSettings,
+    cross_entropy_sum,
+    mask_kinds,
+    rounded_name,
+)
 from spd_hydra.sampler import position_index
 
 TOKENS = torch.tensor([[0, 1, 2, 0], [2, 2, -1, -1]])
@@ -60,6 +66,15 @@ def by_hand(logits: Tensor, chances: Tensor) -> tuple[float, float]:
     p = chances.double()
     kl = [float((p[t] * (p[t].log() - log_q[t])).sum()) for t in POSITIONS]
     return ce, sum(kl) / len(kl)
+
+
+def test_thresholds_that_differ_have_names_that_differ() -> None:
+    assert [rounded_name(t) for t in (0.0, 0.5, 0.12345678, 0.12345679)] == [
+        "rounded_0",
+        "rounded_0.5",
+        "rounded_0.12345678",
+        "rounded_0.12345679",
+    ]
 
 
 def test_every_kind_of_mask_has_the_cross_entropy_and_the_divergence_worked_out_by_hand(

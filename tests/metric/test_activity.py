@@ -70,6 +70,11 @@ def test_a_batch_of_nothing_but_padding_counts_nothing() -> None:
     activity.add({"site": torch.ones(2, 3)}, torch.tensor([False, False]))
     assert activity.positions == len(G)
     assert activity.alive() == counted(G).alive()
+    alone = Activity(0.1)
+    alone.add({"site": torch.ones(2, 3)}, torch.tensor([False, False]))
+    assert alone.positions == 0
+    assert alone.alive() == {"site": 0}
+    assert not alone.sites["site"].histogram.any()
 
 
 def test_sites_are_counted_apart_and_may_differ_in_size() -> None:

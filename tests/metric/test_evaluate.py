@@ -175,6 +175,17 @@ def test_without_a_known_answer_there_is_no_verdict(parts: Parts) -> None:
     )
 
 
+def test_where_no_site_has_a_known_answer_there_is_no_verdict(toy: Callable[..., RunConfig]) -> None:
+    config = toy(
+        "~decomposition.sites.embed",
+        "~decomposition.sites.unembed",
+        "~decomposition.tied.unembed",
+        "+decomposition.identities.x.pattern=unembed",
+    )
+    found = measured(assemble(config, untrained_target(config), torch.device("cpu")))
+    assert (found.solved, found.strict, found.checks) == (None, None, [])
+
+
 def test_a_term_that_is_measured_only_where_it_is_trained_on_is_measured_where_it_is_asked_for(
     toy: Callable[..., RunConfig],
 ) -> None:

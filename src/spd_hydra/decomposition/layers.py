@@ -18,9 +18,18 @@ def is_decomposable(layer: nn.Module) -> bool:
 
 
 def computes_otherwise(layer: nn.Module) -> bool:
-    """Whether the layer is of such a kind, but with a `forward` of its own, e.g. one that scales its rows."""
+    """Whether the layer is of such a kind, but gives something else than the product.
+
+    By a `forward` of its own, e.g. one that scales its rows, by hooks, or, as an embedding with `max_norm`,
+    by changing its weight on the way.
+    """
     kind = _kind(layer)
-    return kind is not None and (type(layer).forward is not kind.forward or "forward" in vars(layer))
+    return kind is not None and (
+        type(layer).forward is not kind.forward
+        or "forward" in vars(layer)
+        or bool(layer._forward_hooks or layer._forward_pre_hooks)
+        or getattr(layer, "max_norm", None) is not None
+    )
 
 
 def weight_matrix(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:

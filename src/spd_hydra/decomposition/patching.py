@@ -69,7 +69,13 @@ def patched_copy(
         return unfit_sites(reason, [site], target, sites)
 
     shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
-    patched = copy.deepcopy(target, shared)
+    try:
+        patched = copy.deepcopy(target, shared)
+    except RuntimeError as error:  # a tensor that was computed stands where a parameter should
+        raise ConfigError(
+            f"model: the target cannot be copied ({str(error).partition('.')[0]}); make pruning or weight "
+            "normalisation permanent first, e.g. by torch.nn.utils.prune.remove or remove_weight_norm"
+        ) from error
     layers = {name: patched.get_submodule(name) for name in sites}
     wrappers = {id(layer): _SiteWrapper(name, layer, switch, refused) for name, layer in layers.items()}
     # Also where the target holds the same layer under a second name.

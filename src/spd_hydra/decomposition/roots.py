@@ -1,4 +1,4 @@
-"""What of a clean pass can be used again: outputs that stay, and quantities of roots.
+"""What of a clean pass can be used again: inputs and outputs that stay, and quantities of roots.
 
 Roots are sites whose input no other site influences.
 """
@@ -12,29 +12,39 @@ from spd_hydra import rng
 from spd_hydra.decomposition.decomposed_model import CleanPass, DecomposedModel
 from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, dense
+from spd_hydra.section import ConfigError
 
 
 @torch.no_grad()
-def require_outputs_that_stay(model: DecomposedModel, batch: Tensor) -> None:
-    """Check that the target leaves its sites' outputs as they are, which needs no values.
+def require_values_that_stay(model: DecomposedModel, batch: Tensor) -> None:
+    """Check that the target leaves its batch and its sites' inputs and outputs as they are.
 
-    Masked passes read those of the clean pass, after the target has gone on with them.
+    Masked passes read those of the clean pass, after the target has gone on with them. Needs no values.
 
     Raises:
         ConfigError: it changes some in place.
     """
-    found: dict[str, tuple[Tensor, int]] = {}
+    inputs: dict[str, tuple[Tensor, int]] = {}
+    outputs: dict[str, tuple[Tensor, int]] = {}
 
     def at_site(name: str, layer: nn.Module, x: Activation) -> Activation:
         y = layer(x)
-        if isinstance(y, Tensor):
-            found[name] = y, y._version  # views count with it
+        for value, found in ((x, inputs), (y, outputs)):
+            if isinstance(value, Tensor):
+                found[name] = value, value._version  # views count with it
         return cast(Activation, y)
 
+    before = batch._version
     model.patched.run(batch, at_site)
-    if changed := [name for name, (y, version) in found.items() if y._version != version]:
-        reason = "whose output the target changes in place"
-        raise unfit_sites(reason, changed, model.target, model.matrix_names)
+    if batch._version != before:  # before the inputs, which may be the batch
+        raise ConfigError(
+            "model: the target changes its batch in place (x += …, x[…] = …), and every pass would change it "
+            "again; let its forward make a new tensor (x = x + …)"
+        )
+    for what, found in (("output", outputs), ("input", inputs)):
+        if changed := [name for name, (value, version) in found.items() if value._version != version]:
+            reason = f"whose {what} the target changes in place"
+            raise unfit_sites(reason, changed, model.target, model.matrix_names)
 
 
 @torch.no_grad()

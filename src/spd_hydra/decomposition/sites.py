@@ -51,7 +51,7 @@ def _why_nothing(pattern: str, modules: Mapping[str, nn.Module], candidates: lis
     if wrong_kind:
         own = next((name for name in wrong_kind if computes_otherwise(modules[name])), None)
         name = own or wrong_kind[0]
-        otherwise = ", whose forward is its own and not a product with its matrix"
+        otherwise = ", whose output is no product with its matrix (hooks, max_norm or a forward of its own)"
         return (
             f"{pattern!r} matches {name!r}, a {type(modules[name]).__name__}{otherwise if own else ''}; only "
             f"Linear, Embedding and Conv1D layers can be decomposed: {_shortened(candidates)}"
@@ -180,6 +180,11 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
         if own.init not in {None, other.init}:
             raise ConfigError(
                 f"{where}: init is {own.init.name} here, but a tied site begins as {source!r}; set it there"
+            )
+        if own.lr_factor not in {1.0, other.lr_factor}:
+            raise ConfigError(
+                f"{where}: lr_factor is {own.lr_factor:g} here, but a tied site learns as {source!r}; "
+                "set it there"
             )
         weight, of_source = (weight_matrix(target.get_submodule(site)) for site in (name, source))
         if weight.shape != of_source.T.shape or not bool(

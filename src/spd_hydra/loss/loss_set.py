@@ -71,7 +71,10 @@ class LossSet(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        own = {field.name for field in dataclasses.fields(self)}
         for name, term in self.extra.items():
+            if name in own:
+                yield Problem(f"extra.{name}", "has the name of another term; choose a name of its own")
             if type(term) is Loss:
                 choice = f"'+loss_term@loss.extra.{name}=<term>_schema'"
                 yield Problem(f"extra.{name}", f"names no term; choose the one of a plug-in: {choice}")

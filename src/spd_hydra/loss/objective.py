@@ -12,7 +12,7 @@ from spd_hydra import distributed, rng
 from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.ascent import Sources, Values
-from spd_hydra.loss.base import Loss, LossInputs, Statistics
+from spd_hydra.loss.base import Loss, LossInputs, Statistics, mean
 from spd_hydra.loss.divergence import Divergence, log_normaliser
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.persistent_recon import Adversary
@@ -111,7 +111,7 @@ class Objective:
         total = torch.stack(
             [term.weight(statistics[name]) * terms[name] for name, term in active.items()]
         ).sum()
-        l0 = {site: active / positions for site, active in sparsity.items()}
+        l0 = {site: mean(active, positions) for site, active in sparsity.items()}
         return StepLoss(total, {name: term.detach() for name, term in terms.items()}, l0)
 
     @property

@@ -18,6 +18,8 @@ from spd_hydra.optimizer import load_state_tensors, state_tensors
 from spd_hydra.section import option
 
 _STATE = "adversary."
+_EPS = 1e-16
+"""Of Adam: small, as gradients are those of a mean, times a coefficient, on which no step should depend."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -104,6 +106,7 @@ class Adversary(nn.Module):
                 self.of(name).values(),
                 lr=term.lr,
                 betas=(term.beta_1, term.beta_2),
+                eps=_EPS,
                 maximize=True,
                 fused=model.device.type != "meta",
             )

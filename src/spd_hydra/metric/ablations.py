@@ -55,10 +55,16 @@ def mask_kinds(config: Decomposition, rounded: Sequence[float] = ()) -> dict[str
         "unmasked": MaskKind(lambda ci, draws: SiteMask()),
         "stochastic": MaskKind(stochastic, partial(columns_needed, MaskSource.stochastic)),
         "ci": MaskKind(lambda ci, draws: SiteMask(mask=ci.lower)),
-        **{f"rounded_{t:g}": MaskKind(partial(_rounded, threshold=t)) for t in rounded},
+        **{rounded_name(t): MaskKind(partial(_rounded, threshold=t)) for t in rounded},
         "random": MaskKind(lambda ci, draws: SiteMask(mask=draws), lambda C: C),
         ZERO: MaskKind(lambda ci, draws: SiteMask(mask=torch.zeros_like(ci.lower))),
     }
+
+
+def rounded_name(threshold: float) -> str:
+    """The name of the masks g > threshold; as many digits as tell it from others."""
+    short = f"{threshold:g}"
+    return f"rounded_{short if float(short) == threshold else repr(threshold)}"
 
 
 def _rounded(ci: CausalImportance, draws: Tensor, threshold: float) -> SiteMask:

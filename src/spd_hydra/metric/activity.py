@@ -39,14 +39,12 @@ class Activity:
         self, ci: dict[str, Float[Tensor, "*positions C"]], valid: Bool[Tensor, "*positions"] | None = None
     ) -> None:
         """Count one batch of lower causal importances, by site, without the positions that are not valid."""
-        if valid is not None and not valid.any():
-            return
         for site, values in ci.items():
             g = (values if valid is None else values[valid]).float().flatten(0, -2)
             new = SiteActivity(
                 g.sum(0),
                 (g > self.threshold).float().sum(0),
-                g.amax(0),
+                g.amax(0) if len(g) else torch.full_like(g.sum(0), -torch.inf),
                 _histogram(g),
             )
             old = self.sites.get(site)

@@ -19,6 +19,7 @@ from spd_hydra.metric.extra import with_extra
 from spd_hydra.metric.known_answer import STRICT_TOLERANCE, TOLERANCE, Verdict, compare
 from spd_hydra.model.base import KnownAnswer
 from spd_hydra.sampler import Sampler
+from spd_hydra.section import ConfigError
 
 
 @torch.no_grad()
@@ -60,6 +61,10 @@ def evaluate(
         activity, totals, with_padding = _sums(
             objective, sampler, terms, objective.scheduled(progress, terms), batches, ablated
         )
+    if not activity.positions:
+        raise ConfigError(
+            "data: every position of the evaluation data is padding; there is nothing to measure"
+        )
     real = reference_positions * activity.positions / with_padding  # as in a training batch padded as much
     losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
     active = objective.losses.active_terms()
@@ -84,8 +89,8 @@ def evaluate(
         mmcs=recovery.mmcs if recovery else None,
         ml2r=recovery.ml2r if recovery else None,
         ml2r_plain=recovery.ml2r_plain if recovery else None,
-        solved=certified and verdict.holds(TOLERANCE) if verdict else None,
-        strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict else None,
+        solved=certified and verdict.holds(TOLERANCE) if verdict and verdict.checks else None,
+        strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict and verdict.checks else None,
     )
     return with_extra(found, model)
 
