@@ -106,6 +106,29 @@ def test_a_kernel_is_traced_without_values() -> None:
     assert given == [FakeTensor]
 
 
+def test_what_asks_for_values_runs_uncompiled_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def halved_while_large(x: Tensor) -> Tensor:
+        while x.max() > 1:
+            x = x / 2
+        return x
+
+    kernel = Kernel(halved_while_large)
+    for x in (torch.tensor([6.0]), torch.tensor([1.0])):
+        assert torch.equal(kernel(x), halved_while_large(x))
+    assert len(warnings_in(caplog)) == 1
+    assert (
+        "the step runs uncompiled, which is slower; with train.compile_blocks=true" in warnings_in(caplog)[0]
+    )
+
+
+def test_other_errors_while_tracing_are_raised() -> None:
+    def adds_unequal(x: Tensor) -> Tensor:
+        return x + torch.ones(7)
+
+    with pytest.raises(RuntimeError, match="broadcast"):
+        Kernel(adds_unequal)(torch.ones(3))
+
+
 class Vectors:
     """Vector instructions that work or do not, and whether they were tried."""
 

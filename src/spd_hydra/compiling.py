@@ -148,6 +148,18 @@ def _unloadable(error: BaseException | None) -> Path | None:
     return None
 
 
+def _asks_for_values(error: Exception) -> bool:
+    """Whether a function could not be traced because what it does depends on values."""
+    from torch._subclasses.fake_tensor import (  # noqa: PLC0415
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # noqa: PLC0415
+
+    kinds = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+    return isinstance(error, kinds)
+
+
 class Kernel:
     """A pure function of tensors, compiled as one piece per set of shapes, without a backward pass.
 
@@ -172,7 +184,17 @@ class Kernel:
         stand_in = _stand_in.get()
         compiled = self._compiled if stand_in is None else stand_in.made.setdefault(self, {})
         if layout not in compiled:
-            compiled[layout] = mending_files(lambda: self._compile(tensors))
+            try:
+                compiled[layout] = mending_files(lambda: self._compile(tensors))
+            except Exception as error:
+                if stand_in is not None or not _asks_for_values(error):
+                    raise
+                logger.warning(
+                    "the target asks for the values of a tensor on its way (%s): the step runs uncompiled, "
+                    "which is slower; with train.compile_blocks=true what can be compiled is",
+                    str(error).partition("\n")[0],
+                )
+                compiled[layout] = self._function
         return compiled[layout](*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ ALL, NOTHING = 1 - 1e-9, 1e-9  # shares
         (
             *(LAYOUT, texts(1), None, ALL),
             "data.eval_fraction: none of 1 documents is left to train on; take more text or another "
-            "data.eval_fraction, for a text in one piece data.text_unit=paragraph or line, or name",
+            "data.eval_fraction, of text files that are one document another data.text_unit, or name",
         ),
         (
             *(LAYOUT, texts(1), None, NOTHING),

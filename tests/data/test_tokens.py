@@ -274,6 +274,33 @@ def test_a_path_that_is_not_there_is_no_name_of_the_hub(name: str, spec: Any, tm
         tokens(name, tmp_path).bind(spec)
 
 
+def test_a_file_of_a_kind_that_is_not_read_is_told_as_one(spec: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text("a\tb\n")
+    with pytest.raises(ConfigError, match=r"data.name: got a file of a kind that is not read \(.*t.tsv\)"):
+        tokens(tmp_path / "t.tsv", tmp_path).bind(spec)
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.parquet"])
+def test_a_path_is_no_pattern(spec: Any, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    WRITERS[f"a.{name.rpartition('.')[2]}"](folder / name)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    WRITERS[f"a.{name.rpartition('.')[2]}"](plain / name)
+    found, wanted = (tokens(where / name, tmp_path).bind(spec) for where in (folder, plain))
+    key, rows = rng.key(0, "train", 0), torch.arange(2, dtype=torch.int32)
+    assert torch.equal(found(key, rows), wanted(key, rows))
+
+
+def test_a_folder_that_reads_as_a_pattern_is_told(spec: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]"
+    folder.mkdir()
+    WRITERS["a.jsonl"](folder / "a.jsonl")
+    with pytest.raises(ConfigError, match=r"has one of \* \? \[ in its path"):
+        tokens(folder, tmp_path).bind(spec)
+
+
 def test_files_of_different_kinds_are_refused(spec: Any, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.csv"):
         WRITERS[f"a.{name.rpartition('.')[2]}"](tmp_path / name)

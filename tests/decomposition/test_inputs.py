@@ -30,13 +30,32 @@ def decomposed(target: Any, site: str) -> DecomposedModel:
 
 @torch.no_grad()
 def test_what_a_tokenizer_returns_counts_as_the_tokens_with_their_padding(tmp_path: Path) -> None:
-    model, padded = gpt2(tmp_path), padded_tokens()
+    model, padded = gpt2(tmp_path), padded_tokens()[:2]  # GPT-2 counts padding in front as positions
     valid = padded >= 0
     given: Any = UserDict({"input_ids": padded.clamp(min=0), "attention_mask": valid.long()})
     g, of_given = (model.causal_importances(batch)[SITE].lower for batch in (padded, given))
     assert torch.equal(of_given, g)
     assert torch.equal(model(given)[valid], model(padded)[valid])
     assert torch.equal(model({"input_ids": tokens()}), model(tokens()))
+
+
+@torch.no_grad()
+def test_padding_in_front_is_refused_where_the_target_counts_it_as_positions(tmp_path: Path) -> None:
+    late = padded_tokens()[1:]  # the second of which begins late
+    given = {"input_ids": late.clamp(min=0), "attention_mask": (late >= 0).long()}
+    with pytest.raises(ValueError, match="row 1 begins with padding") as caught:
+        gpt2(tmp_path / "gpt2").causal_importances(given)
+    assert str(caught.value) == (
+        "batch: row 1 begins with padding, which the target counts as positions: its outputs are others than "
+        'without; tokenise with padding_side="right"'
+    )
+    llama = decomposed(
+        adapt(saved_model("llama", tmp_path / "llama"), "logits"), "model.layers.0.mlp.up_proj"
+    )
+    first = int((late[1] >= 0).int().argmax())
+    g = llama.causal_importances(given)["model.layers.0.mlp.up_proj"].lower
+    alone = llama.causal_importances(late[1:, first:])["model.layers.0.mlp.up_proj"].lower
+    torch.testing.assert_close(g[1, first:], alone[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
         ),
     ),
+    # Its MLPs take all positions as rows.
+    "opt": (
+        "causal_lm",
+        lambda: transformers.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=SMALL["hidden_size"]),
+    ),
+    # Its layers write the product down themselves, and read queries, keys and values from one matrix.
+    "falcon": ("causal_lm", lambda: transformers.FalconConfig(**SMALL, alibi=False)),
     "roberta": ("masked_lm", lambda: transformers.RobertaConfig(**SMALL)),
     "bert": ("masked_lm", lambda: transformers.BertConfig(**SMALL)),
     "bert_classifier": (

@@ -1,6 +1,7 @@
 """Text in local files and folders, and in datasets that were saved to disk."""
 
 import functools
+import glob
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ def of_files(files: Sequence[Path], wanted: Wanted) -> TextSource:
     """
     kind = _only_kind(files, wanted)
     split = wanted.chosen(["train"], "what is read from files")
-    names = [str(file.absolute()) for file in files]
+    names = [glob.escape(str(file.absolute())) for file in files]  # which `datasets` takes for patterns
     if kind == "text" and _in_pieces(wanted):
         read = functools.partial(read_pieces, {"train": names}, piece_size(files))
         return _source(kind, files, split, wanted, read)
@@ -133,6 +134,11 @@ def of_folder(folder: Path, files: Sequence[Path], wanted: Wanted) -> TextSource
         return of_files(files, wanted)  # of endings that are no text to `datasets`
     sample_by = _sample_by("text", wanted) if kinds <= {"text"} else {}
     path = str(folder.absolute())
+    if glob.has_magic(path):
+        raise ConfigError(
+            f"{wanted.key('name')}: {folder} has one of * ? [ in its path, which `datasets` takes for a "
+            "pattern; rename it, or name a file in it"
+        )
 
     def whole(**how: Any) -> Any:
         from datasets import load_dataset
@@ -193,9 +199,9 @@ def _only_kind(files: Sequence[Path], wanted: Wanted) -> str:
     kinds = {_kind(file): file for file in files}
     if len(kinds) > 1 or None in kinds:
         shown = ", ".join(str(file) for file in kinds.values())
+        what = "files that are not of one kind" if len(kinds) > 1 else "a file of a kind that is not read"
         raise ConfigError(
-            f"{wanted.key('name')}: got files that are not of one kind ({shown}); name files of one of "
-            f"{', '.join(KINDS)}"
+            f"{wanted.key('name')}: got {what} ({shown}); name files of one of {', '.join(KINDS)}"
         )
     return str(next(iter(kinds)))
 

@@ -104,8 +104,8 @@ class Layout:
         if not tally.documents:
             none = f"data.eval_fraction: none of {others:,} documents" if others else "data: no document"
             return (
-                f"{none} is {part}; take more text or another data.eval_fraction, for a text in one piece "
-                "data.text_unit=paragraph or line, or name data to evaluate on, see data.eval_split"
+                f"{none} is {part}; take more text or another data.eval_fraction, of text files that are one "
+                "document another data.text_unit, or name data to evaluate on, see data.eval_split"
             )
         documents = f"documents {part} (number: {tally.documents:,})"
         if not self.pack:

@@ -192,10 +192,16 @@ def make_reader(
     else:
         texts = [name for name, is_text in columns.items() if is_text]
         text_column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+        if text_column is None and texts:
+            raise ConfigError(
+                f"data.text_column: got null, and more than one column holds text; name one of "
+                f"{', '.join(texts)}, or data.token_column for token ids"
+            )
         if text_column is None:
             raise ConfigError(
-                f"data.text_column: got null, and {'more than one' if texts else 'no'} column holds text; "
-                f"name one of {', '.join(columns)}, or data.token_column for token ids"
+                f"data.text_column: got null, and no column holds text, of {', '.join(columns)}; if one has "
+                "strings further on, name it, and one of lists of token ids as data.token_column; messages "
+                "and other records have to be made into a column of strings first"
             )
     if tokenizer is None and token_column is None:
         raise ConfigError(

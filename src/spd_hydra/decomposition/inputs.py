@@ -30,6 +30,8 @@ def as_batch(given: Tensor | Mapping[str, Any], target: nn.Module) -> Tensor:
         raise TypeError(f"batch: got a {type(batch).__name__}, must be a tensor with one row per input")
     if isinstance(target, TokensIn):
         _require_tokens(batch, target)
+        if isinstance(given, Mapping):
+            _require_padding_that_does_not_count(batch, target)
     return batch
 
 
@@ -54,6 +56,26 @@ def _require_tokens(batch: Tensor, target: TokensIn) -> None:
         raise ValueError(
             f"batch: got rows of {batch.shape[1]} tokens, but the target takes at most {target.longest}; "
             "give fewer, or cut the text into rows"
+        )
+
+
+@torch.no_grad()
+def _require_padding_that_does_not_count(batch: Tensor, target: TokensIn) -> None:
+    """Refuse padding in front of a text where the target counts it as positions, as GPT-2 does."""
+    begins_late = (batch[:, 0] < 0) & (batch >= 0).any(dim=1)
+    if not begins_late.any():
+        return
+    row = batch[begins_late][:1]
+    first = int((row >= 0).int().argmax())
+    late, alone = target(row), target(row[:, first:])
+    if late.shape[:2] == row.shape:  # an output for each position
+        late = late[:, first:]
+    if late.shape == alone.shape and not torch.allclose(
+        late, alone, rtol=0.01, atol=0.01 * float(alone.abs().max())
+    ):
+        raise ValueError(
+            f"batch: row {int(begins_late.int().argmax())} begins with padding, which the target counts as "
+            'positions: its outputs are others than without; tokenise with padding_side="right"'
         )
 
 

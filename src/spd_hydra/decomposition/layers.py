@@ -25,7 +25,7 @@ def computes_otherwise(layer: nn.Module) -> bool:
     """
     kind = _kind(layer)
     return kind is not None and (
-        type(layer).forward is not kind.forward
+        not (type(layer).forward is kind.forward or _is_plain(layer))
         or "forward" in vars(layer)
         or bool(layer._forward_hooks or layer._forward_pre_hooks)
         or getattr(layer, "max_norm", None) is not None
@@ -49,6 +49,12 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """The class whose `forward` the layer should have."""
     known = (WritingLinear, nn.Linear, nn.Embedding, TransposedLinear)  # the first is also of the second
     return next((kind for kind in known if isinstance(layer, kind)), _conv1d(layer))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is a layer of transformers that writes the product of a Linear down in its own words."""
+    kind = type(layer)
+    return kind.__name__ == "FalconLinear" and kind.__module__.startswith("transformers.")
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

@@ -58,6 +58,7 @@ class PatchedTarget:
             at_block: called in place of each block; None: they run as they are.
             products: of parameters, which the passes of a batch share.
         """
+        self._switch.positions = None if batch.is_floating_point() or batch.dim() != 2 else batch.shape
         with self._switched(at_site, at_block), sharing(products):
             return cast(Tensor, self.module(batch))
 

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from spd_hydra.decomposition.blocks import BlockSwitch, wrap_blocks
@@ -25,6 +26,8 @@ class Switch(BlockSwitch):
     def __init__(self) -> None:
         super().__init__()
         self.at_site: AtSite | None = None
+        self.positions: torch.Size | None = None
+        """Of token ids, `[batch, length]`, while a pass runs."""
 
 
 class _SiteWrapper(nn.Module):
@@ -37,6 +40,11 @@ class _SiteWrapper(nn.Module):
     def forward(self, x: Activation) -> Activation:
         if self.switch.at_site is None:
             return cast(Activation, self.layer(x))
+        positions = self.switch.positions
+        if positions is not None and isinstance(x, Tensor) and x.dim() == 2 and len(x) == positions.numel():
+            # Some models, as OPT, take all positions of their MLPs as rows; masks are by row and position.
+            y = self.switch.at_site(self.name, self.layer, x.view(*positions, -1))
+            return cast(Tensor, y).flatten(0, 1)
         return self.switch.at_site(self.name, self.layer, x)
 
     def __getattr__(self, name: str) -> Any:
