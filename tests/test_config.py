@@ -192,6 +192,17 @@ def test_a_folder_without_a_configuration_is_no_run_directory(tmp_path: Path) ->
         load_config(tmp_path / "config.yaml")
 
 
+def test_a_file_is_no_run_directory_and_the_one_that_it_is_in_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    for name, hint in (("config.yaml", f"; did you mean {tmp_path}?"), ("deeper/notes.txt", "")):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        with pytest.raises(ConfigError) as caught:
+            load_config(file / "config.yaml")
+        assert str(caught.value) == f"{file} is a file and no run directory{hint}"
+
+
 @pytest.mark.parametrize(
     ("runs", "listed"),
     [

@@ -37,9 +37,8 @@ def _said_and_done() -> int:
         names = ("spd_hydra", "hydra-core", "torch")
         show(" ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
         return ExitCode.ok
-    arguments = get_args_parser().parse_intermixed_args()
     try:
-        return _main(arguments)
+        return _main(_parsed())
     except ConfigError as error:
         if distributed.leads():
             show(f"{invalid(error)}\nNothing was started. spd-run --help lists every key.", sys.stderr)
@@ -54,6 +53,23 @@ def _said_and_done() -> int:
     except KeyboardInterrupt:
         show("Interrupted.", sys.stderr)
         return ExitCode.interrupted
+
+
+def _parsed() -> argparse.Namespace:
+    """What the command line says.
+
+    Raises:
+        ConfigError: it has an option that there is not.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # --experiment would mean --experimental-rerun
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        key = unknown[0].lstrip("-").partition("=")[0]
+        raise ConfigError(
+            f"{unknown[0]}: there is no such option; keys are written without dashes, as {key}=…"
+        )
+    return arguments
 
 
 def _main(arguments: argparse.Namespace) -> int:

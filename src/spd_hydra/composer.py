@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
+from hydra.core.override_parser.types import IntervalSweep, Override, Sweep
 from hydra.types import RunMode
 from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -113,7 +113,10 @@ class Composer:
             parsed, takes_all = self._swept(overrides)
             if not takes_all:
                 return [[str(item.input_line) for item in parsed if not item.is_sweep_override()]]
+            _require_finite(parsed)
             jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        except ConfigError:
+            raise
         except Exception as error:
             found = [unreadable(text) for text in overrides if read(text) is None]
             raise _error(found or [Problem("", explain(error))]) from error
@@ -293,6 +296,21 @@ def _declared(cfg: DictConfig) -> DictConfig:
         with open_dict(node):
             del node[name]
     return clean
+
+
+def _require_finite(parsed: Sequence[Override]) -> None:
+    """Refuse intervals, of which no combinations can be listed.
+
+    Raises:
+        ConfigError: one of the values is an interval.
+    """
+    for item in parsed:
+        if isinstance(item.value(), IntervalSweep):
+            key, _, value = str(item.input_line).partition("=")
+            raise ConfigError(
+                f"{key}: got {value}, which needs a sweeper that chooses as it goes, hydra/sweeper=…; for a "
+                f"grid list the values, as {key}=1,2,4"
+            )
 
 
 def _error(found: Sequence[Problem]) -> ConfigError:

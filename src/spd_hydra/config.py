@@ -75,7 +75,7 @@ class RunConfig(Section):
     )
     seed: int = option(0, "seed of the target, the data, the masks and the initial values", ge=0)
     device: Device = option(Device.auto, "auto | cpu | cuda; auto takes a GPU if there is one")
-    threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0)
+    threads: int = option(0, "CPU threads; 0: as many as the machine offers", ge=0, le=1024)
     out_dir: str = option("outputs", "folder of all runs; default $SPD_OUT_DIR or ./outputs")
     cache_dir: str = option(
         "~/.cache/spd_hydra", "trained targets; default $SPD_CACHE_DIR or ~/.cache/spd_hydra"
@@ -273,6 +273,10 @@ def load_config(path: Path) -> RunConfig:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is no run directory: {_why_no_run(path)}") from None
+    except NotADirectoryError:
+        folder = path.parent.parent
+        hint = f"; did you mean {folder}?" if (folder / path.name).is_file() else ""
+        raise ConfigError(f"{path.parent} is a file and no run directory{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date that there is not

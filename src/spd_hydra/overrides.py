@@ -180,7 +180,8 @@ def unreadable(text: str) -> Problem:
 def needs_multirun(override: Override) -> Problem:
     """The message for several values where one run is asked for."""
     key, _, value = str(override.input_line).partition("=")
-    advice = f"to run once with each add -m, for a list write {key}=[{value}]"
+    list_of_them = "" if "(" in value else f", for a list write {key}=[{value}]"
+    advice = f"to run once with each add -m{list_of_them}"
     return Problem(override.key_or_group, f"got several values ({value}); {advice}")
 
 

@@ -95,6 +95,17 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
             "task=analyse measures a run as it was trained, so it takes task, run, eval, device, threads, "
             "launcher, trust_remote_code only; leave out loss=vpd",
         ),
+        (
+            ["--experiment", "tms_5-2"],
+            "--experiment: there is no such option; keys are written without dashes, as experiment=…",
+        ),
+        (
+            ["-m", "train.lr=interval(0.1,1)"],
+            "train.lr: got interval(0.1,1), which needs a sweeper that chooses as it goes, hydra/sweeper=…; for "
+            "a grid list the values, as train.lr=1,2,4",
+        ),
+        (["seed=range(5)"], "seed: got several values (range(5)); to run once with each add -m"),
+        (["threads=1025"], "threads: got 1025, must be ≥ 0 and ≤ 1024"),
         (["-m", "seed"], "seed: not understood; write key=value, e.g. seed=1"),
     ],
 )
@@ -118,7 +129,7 @@ def test_a_directory_that_is_no_run_ends_with_2_and_one_message(
     reasons = {
         "empty": "empty is no run directory: it holds no config.yaml",
         "nowhere": "nowhere is no run directory: there is no such directory",
-        "file": "file/config.yaml cannot be read: Not a directory",
+        "file": "file is a file and no run directory",
     }
     for name, reason in reasons.items():
         ended = spd_run(*task, f"{key}={name}")
