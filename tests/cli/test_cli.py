@@ -101,8 +101,8 @@ def test_a_wrong_configuration_ends_with_2_before_anything_starts(spd_run: Call,
         ),
         (
             ["-m", "train.lr=interval(0.1,1)"],
-            "train.lr: got interval(0.1,1), which needs a sweeper that chooses as it goes, hydra/sweeper=…; for "
-            "a grid list the values, as train.lr=1,2,4",
+            "train.lr: got interval(0.1,1), which needs a sweeper that chooses as it goes, hydra/sweeper=…; "
+            "for a grid list the values, as train.lr=1,2,4",
         ),
         (["seed=range(5)"], "seed: got several values (range(5)); to run once with each add -m"),
         (["threads=1025"], "threads: got 1025, must be ≥ 0 and ≤ 1024"),
