@@ -134,8 +134,8 @@ def test_advice_knows_the_keys_of_every_site(layers: str, tied: bool) -> None:
         assert config.decomposition.sites[name].C == C
     assert bool(settings.tied) is tied
     assert settings.sparsity_coeff == config.loss.importance_minimality.coeff
-    assert settings.adversary_coeff == {"tms_5-2": 0, "resid_mlp2": 0.8, "resid_mlp3": 0.4}[layers]
-    assert settings.anneals_late is (layers == "resid_mlp3")  # until 85 % of training, not until 75 %
+    assert settings.adversary_coeff == {"tms_5-2": 0, "resid_mlp2": 0.8, "resid_mlp3": 0.5}[layers]
+    assert not settings.anneals_late  # until 75 % of training
 
 
 @pytest.mark.parametrize(("end", "late"), [(0.7, False), (0.8, True)])
