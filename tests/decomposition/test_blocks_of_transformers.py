@@ -128,9 +128,14 @@ def test_a_pass_of_a_model_that_shares_keys_is_the_same_with_what_the_clean_pass
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern"), [("gemma3n", "model.layers.*.mlp.*"), ("xlm", "transformer.attentions.*.*")]
+    ("name", "pattern"),
+    [
+        ("gemma3n", "model.layers.*.mlp.*"),
+        ("xlm", "transformer.attentions.*.*"),
+        ("opt", "model.decoder.layers.*.fc*"),
+    ],
 )
-def test_gradients_of_recomputed_blocks_that_share_keys_are_those_of_blocks_that_are_kept(
+def test_gradients_of_recomputed_blocks_that_share_more_than_their_inputs_are_those_of_blocks_that_are_kept(
     name: str, pattern: str
 ) -> None:
     gradients = []
@@ -139,6 +144,7 @@ def test_gradients_of_recomputed_blocks_that_share_keys_are_those_of_blocks_that
         masks = {site: mask(tokens()) for site in of.site_names}
         output = of(tokens(), masks, reuse=reuse(of, tokens()) if recompute else None, recompute=recompute)
         assert output.shape == (3, LENGTH, VOCAB)
+        of(tokens()[:1], {site: mask(tokens()[:1]) for site in of.site_names})  # another pass in between
         torch.autograd.backward(output.square().sum())
         gradients.append(torch.cat([p.grad.flatten() for p in of.component_parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -30,7 +30,7 @@ def as_batch(given: Tensor | Mapping[str, Any], target: nn.Module) -> Tensor:
         raise TypeError(f"batch: got a {type(batch).__name__}, must be a tensor with one row per input")
     if isinstance(target, TokensIn):
         _require_tokens(batch, target)
-        if isinstance(given, Mapping):
+        if isinstance(given, Mapping) and target.padded:
             _require_padding_that_does_not_count(batch, target)
     return batch
 
@@ -71,7 +71,7 @@ def _require_padding_that_does_not_count(batch: Tensor, target: TokensIn) -> Non
     if late.shape[:2] == row.shape:  # an output for each position
         late = late[:, first:]
     if late.shape == alone.shape and not torch.allclose(
-        late, alone, rtol=0.01, atol=0.01 * float(alone.abs().max())
+        late, alone, rtol=0.05, atol=0.05 * float(alone.abs().max())
     ):
         raise ValueError(
             f"batch: row {int(begins_late.int().argmax())} begins with padding, which the target counts as "

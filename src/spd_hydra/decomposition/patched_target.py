@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,8 +59,8 @@ class PatchedTarget:
             at_block: called in place of each block; None: they run as they are.
             products: of parameters, which the passes of a batch share.
         """
-        self._switch.positions = None if batch.is_floating_point() or batch.dim() != 2 else batch.shape
-        with self._switched(at_site, at_block), sharing(products):
+        positions = None if batch.is_floating_point() or batch.dim() != 2 else batch.shape
+        with self._switched(at_site, at_block, positions), sharing(products):
             return cast(Tensor, self.module(batch))
 
     def compiled(self, blocks: CompiledBlocks, sites: StandIns, *, lone: bool) -> AtBlock:
@@ -71,7 +72,7 @@ class PatchedTarget:
 
         def run(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             def whole(tensors: dict[str, Tensor], own: StandIns, args: Any, kwargs: Any) -> Any:
-                with self._switched(standing_in(own), None):
+                with self._switched(standing_in(own), None, self._switch.positions):
                     return call(block, tensors, args, kwargs)
 
             tensors = dict(block.named_parameters()) | dict(block.named_buffers())
@@ -86,9 +87,11 @@ class PatchedTarget:
         """The same as `run`, but the backward pass runs a block again."""
 
         def at(path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            positions = self._switch.positions  # of this pass, which is over when the block runs again
+
             def again() -> Any:
                 # Products that passes share would be there already when the block runs again.
-                with self._switched(at_site, None), sharing({}):
+                with self._switched(at_site, None, positions), sharing({}):
                     return run(path, block, args, kwargs)
 
             return checkpoint(again, use_reentrant=False, preserve_rng_state=False)
@@ -96,10 +99,13 @@ class PatchedTarget:
         return at
 
     @contextmanager
-    def _switched(self, at_site: AtSite, at_block: AtBlock | None) -> Iterator[None]:
-        before = self._switch.at_site, self._switch.at_block
-        self._switch.at_site, self._switch.at_block = at_site, at_block
+    def _switched(
+        self, at_site: AtSite, at_block: AtBlock | None, positions: torch.Size | None
+    ) -> Iterator[None]:
+        switch = self._switch
+        before = switch.at_site, switch.at_block, switch.positions
+        switch.at_site, switch.at_block, switch.positions = at_site, at_block, positions
         try:
             yield
         finally:
-            self._switch.at_site, self._switch.at_block = before
+            switch.at_site, switch.at_block, switch.positions = before
