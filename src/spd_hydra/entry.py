@@ -2,6 +2,8 @@
 
 import sys
 
+from spd_hydra.exit_code import ExitCode
+
 
 def main() -> int:
     """Do what the command line says, and return the exit code."""
@@ -11,4 +13,4 @@ def main() -> int:
         return begin()
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return ExitCode.interrupted
