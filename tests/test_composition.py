@@ -572,8 +572,10 @@ def test_words_that_a_saved_run_cannot_follow_are_refused_for_that_and_not_by_th
     assert errors(["resume=mine", "decomposition.C=4", "train.steps=9"]) == [
         "decomposition.C: got 4, but every entry has a C of its own; set decomposition.sites.mlp_in.C, "
         "decomposition.sites.mlp_out.C",
-        "A run that goes on takes train.steps, threads, device, and keys of logging, evaluation and "
-        "checkpoints only; leave out decomposition.C=4",
+        "A run that goes on takes train.steps, threads, device, train.accumulate, "
+        "train.checkpoint_activations, train.shard, and keys of compiling, logging, evaluation and "
+        "checkpoints only; leave out decomposition.C=4, or begin a new run with what this one has learned: "
+        "start_from=",
     ]
     for others in ([], ["launcher=local_parallel", "eval.every=3"]):
         assert errors(["resume=mine", "train.steps=-9", *others]) == ["train.steps: got -9, must be ≥ 1"]

@@ -70,6 +70,14 @@ CASES = {
         "loss.pgd_recon_layerwise={coeff:0.5,scope:per_datapoint,start:zeros}",
         "loss.pgd_recon_subset={coeff:0.5,scope:per_datapoint}",
     ],
+    "attention on tokens, KL": [
+        "experiment=induction_heads",
+        "model.n_tokens=6",
+        "model.length=8",
+        "train.batch_size=4",
+        "eval.batch_size=4",
+        "ci_fn.hidden=[4]",
+    ],
     "residual": [
         "experiment=resid_mlp1",
         "model.d_embed=20",

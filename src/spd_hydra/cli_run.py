@@ -28,7 +28,7 @@ from spd_hydra.overrides import is_for_hydra, read
 from spd_hydra.plan import Plan, make_plan
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.section import ConfigError
-from spd_hydra.stop import Stopped, heard
+from spd_hydra.stop import Stopped, handled_by, heard
 from spd_hydra.terminal import show
 
 _IN_THIS_PROCESS = {WhatToDo.check, WhatToDo.prefetch, WhatToDo.sweep_status}
@@ -81,12 +81,8 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a fork inherits this handler
         os.kill(os.getpid(), number)
 
-    before = {number: signal.signal(number, hear) for number in heard(signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled_by(hear, *heard(signal.SIGTERM, signal.SIGHUP)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _require_one_process(plan: Plan) -> None:

@@ -23,7 +23,7 @@ from spd_hydra.config import (
 from spd_hydra.config_errors import wrong_value
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
-from spd_hydra.saved_run import fixed, require_trust
+from spd_hydra.saved_run import TOLD_MAY_CHANGE, fixed, require_trust
 from spd_hydra.section import ConfigError, Problem, Section
 
 _OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
@@ -203,8 +203,8 @@ def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
     if not others:
         return ""
     return (
-        "\nA run that goes on takes train.steps, threads, device, and keys of logging, evaluation and "
-        f"checkpoints only; leave out {' '.join(others)}"
+        f"\nA run that goes on takes {TOLD_MAY_CHANGE} only; leave out {' '.join(others)}, or begin a new "
+        "run with what this one has learned: start_from="
     )
 
 

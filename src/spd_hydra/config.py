@@ -83,6 +83,12 @@ class RunConfig(Section):
     run: str | None = option(None, "run directory, for task=analyse")
     sweep: str | None = option(None, "directory of a sweep, for task=sweep_status")
     resume: str | None = option(None, "run directory to go on with, using its saved configuration")
+    start_from: str | None = option(
+        None, "run directory or checkpoint that a new run begins with: its target, subcomponents and step"
+    )
+    start_anew: bool = option(
+        False, "with start_from: take its target and parameters alone, and begin at step 0"
+    )
     trust_remote_code: bool = option(
         False,
         "run the Python code that came with the model of a saved run, for resume= and task=analyse",
@@ -141,6 +147,7 @@ class RunConfig(Section):
             yield Problem(
                 "sweep", f"got {self.sweep}, which only task=sweep_status reads; add that, or leave it out"
             )
+        yield from self._about_the_start()
         if self.trust_remote_code and self.task is not Task.analyse and self.resume is None:
             yield Problem(
                 "trust_remote_code",
@@ -159,6 +166,25 @@ class RunConfig(Section):
                 "suite",
                 f"got {listed}, must be none for a single run; give one of them as experiment=…, or start "
                 "all with suite=… from the command line or submit()",
+            )
+
+    def _about_the_start(self) -> Iterator[Problem]:
+        if self.start_from is None:
+            if self.start_anew:
+                yield Problem("start_anew", "got true without start_from=<run directory or checkpoint>")
+            return
+        for key, number in (
+            ("replicas", self.train.replicas),
+            ("restarts.number", self.train.restarts.number),
+        ):
+            if number > 1:
+                yield Problem(
+                    f"train.{key}",
+                    f"got {number} with start_from, must be 1: a start has one set of subcomponents",
+                )
+        if self.task in {Task.train_target, Task.prefetch}:
+            yield Problem(
+                "start_from", f"got {self.start_from} with task={self.task.name}, which decomposes nothing"
             )
 
     def _about_ranks(self) -> Iterator[Problem]:

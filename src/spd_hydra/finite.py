@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from spd_hydra.loss.objective import StepLoss
@@ -39,7 +40,7 @@ def require_finite_weights(weights: Iterable[Tensor], *, step: int, advice: str)
     Raises:
         TrainingError: one is not finite; with advice.
     """
-    if not all(bool(weight.isfinite().all()) for weight in weights):
+    if not torch.stack([weight.isfinite().all() for weight in weights]).all():
         raise TrainingError(f"the weights are not finite after step {step}. {advice}")
 
 

@@ -41,6 +41,7 @@ from spd_hydra.saved_run import (
     write_target,
 )
 from spd_hydra.section import ConfigError
+from spd_hydra.start import begin_elsewhere, starting_target
 from spd_hydra.stop import StopSignals
 from spd_hydra.trainer import Trainer
 
@@ -114,7 +115,7 @@ def decompose(
         return _only_target(config, directory)
     work = prepare(config, directory, signals, trackers, time.perf_counter())
     with products_in(config.train.precision):  # not of the target's own training, which others share
-        _restore(work.trainer, directory)
+        _restore(config, work.trainer, directory)
         summary = work.conclude(_fit(work.trainer, work.parts))
     trackers.succeeded(work.tracker, summary)
     return Outcome(directory.path, summary)
@@ -207,20 +208,26 @@ def prepare(
     return Work(parts, target, directory, tracker, trainer)
 
 
-def _restore(trainer: Trainer, directory: RunDirectory) -> None:
+def _restore(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> None:
     """Go on from the newest whole checkpoint, if there is one; the others from the one that rank 0 found."""
+    begins = False
     if directory.follows:
         name = distributed.of_rank_0()
         checkpoint = None if name is None else load_checkpoint(directory.checkpoints / name)
     else:
         checkpoint = load_newest(directory.checkpoints)
+        begins = checkpoint is None and config.start_from is not None
+        if begins:
+            begin_elsewhere(config, trainer)
+            checkpoint = load_newest(directory.checkpoints)
         distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
     if checkpoint is None:
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
         return
     require_same_data(trainer.facts["data"], checkpoint.state, checkpoint.path.name)
     trainer.restore(checkpoint)
-    say(f"going on from step {trainer.step}")
+    if not begins:  # which it has said
+        say(f"going on from step {trainer.step}")
 
 
 def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
@@ -247,7 +254,7 @@ def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device
     """The run's own target if it has one already, else from the cache, else trained now."""
     if (directory.path / TARGET_FILE).exists():
         return read_target(config, directory.path, device)
-    target = obtain(config, device)
+    target = starting_target(config, device) or obtain(config, device)
     with directory.writing(TARGET_FILE) as path:
         write_target(config.model, target, path.parent)
     if target.certified and target.tries > 1 and not target.cached:

@@ -21,6 +21,7 @@ from spd_hydra.model.hf_config import first_line
 from spd_hydra.model.tokens_in import TokensIn
 from spd_hydra.model.users_code import UsersCodeError, is_users, told_of
 from spd_hydra.section import ConfigError
+from spd_hydra.start import require_fit
 
 _DEFAULT_OBJECTIVE = RunConfig.__dataclass_fields__["objective"].default
 _FEW_ROWS = 8
@@ -43,6 +44,8 @@ def preflight(config: RunConfig) -> Parts:
     if config.loss.divergence is Divergence.kl:
         with passes:
             _require_classes(parts)
+    if config.resume is None:  # a run that was begun has what it began with in its own directory
+        require_fit(config, parts)
     # Ranks that share a run were started from a configuration that was checked before they met.
     if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
         _require_metric(config)

@@ -88,6 +88,8 @@ class Replicas:
         self.training = first.training
         self._is_on_cpu = first.model.device.type == "cpu"
         compile = self.training.compile and can_compile(first.model.device.type)
+        for trainer in trainers:  # a trainer that is alone may compile blocks one by one, which vmap refuses
+            trainer.model.compiled_blocks = None
         self._step = StackedStep([trainer.objective for trainer in trainers], compile=compile)
         self._sampler = StackedSampler([trainer.sampler for trainer in trainers], compile=compile)
         names = [name for name, p in first.model.named_parameters() if p.requires_grad]

@@ -14,6 +14,7 @@ from spd_hydra import competition, distributed, rank_errors
 from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
 from spd_hydra.checkpoint import CheckpointError, read_state, require_whole, step_of
+from spd_hydra.command_word import command_word
 from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
@@ -28,6 +29,7 @@ from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.saved_run import (
     MAY_CHANGE,
+    TOLD_MAY_CHANGE,
     from_sources,
     machine,
     pinned,
@@ -36,6 +38,7 @@ from spd_hydra.saved_run import (
     sources,
 )
 from spd_hydra.section import ConfigError
+from spd_hydra.start import pinned_start
 from spd_hydra.stop import Stopped, StopSignals, unheard
 
 log = logging.getLogger(__name__)
@@ -164,7 +167,7 @@ def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirec
     """Check everything, fix what a hub may change, then make and lock the directory of a new run."""
     for line in remarks(preflight(config)):
         say(line)
-    config = pinned(config)
+    config = pinned_start(pinned(config))
     root = Path(config.out_dir).expanduser()
     return config, RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
 
@@ -187,8 +190,8 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
         lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
         raise ConfigError(
             f"resume={path}: these changes would make it another run:\n{lines}\n"
-            "Only train.steps, threads, device, and keys of logging, evaluation and checkpoints may change; "
-            "start a new run for others"
+            f"Only {TOLD_MAY_CHANGE} may change; for others start a new run, or begin one with what this one "
+            f"has learned: {command_word('start_from', path)}"
         )
     config = _for_its_run(config, saved.task)
     with contextlib.ExitStack() as on_error:

@@ -129,7 +129,7 @@ class SplitSampler:
     def __call__(self, step: int, part: int) -> tuple[Tensor, Float[Tensor, "*positions columns"]]:
         """The batch of a part of a step and its random numbers."""
         rows = self.rows[part]
-        data_key, mask_key = (key.to(rows.device) for key in self._sampler.keys(step))
+        data_key, mask_key = (send(key, rows.device) for key in self._sampler.keys(step))
         if self._sampler.batches.ordered:
             return self._ordered(step)[part], self._draw_numbers(mask_key, rows)
         return self._draw(data_key, mask_key, rows)

@@ -35,8 +35,9 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
-    "train.compile",
-    "train.compile_blocks",
+    "train.accumulate",
+    "train.checkpoint_activations",
+    "train.compile",  # and compile_blocks
     "train.cuda_graphs",
     "train.shard",
     "eval.",
@@ -54,6 +55,11 @@ MAY_CHANGE = (
     "device",
 )
 """Keys, or how they begin, that may change in a resume: they touch what is trained by rounding at most."""
+
+TOLD_MAY_CHANGE = (
+    "train.steps, threads, device, train.accumulate, train.checkpoint_activations, train.shard, and keys of "
+    "compiling, logging, evaluation and checkpoints"
+)
 
 Sources = dict[str, dict[str, str]]
 """Where parts of a configuration, `model` and `data`, are from, by field: paths, ids and commits of a hub."""
@@ -188,6 +194,11 @@ def pinned(config: RunConfig) -> RunConfig:
     model, data = config.model, config.data
     named = {"model": _names(model) | model.commits(), "data": _names(data) | data.commits()}
     return from_sources(config, named)
+
+
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """A configuration that names what is local by its whole path."""
+    return from_sources(config, {"model": _names(config.model), "data": _names(config.data)})
 
 
 def sources(config: RunConfig) -> Sources:

@@ -38,6 +38,22 @@ def heard(*numbers: signal.Signals) -> list[signal.Signals]:
     return [number for number in numbers if number not in without]
 
 
+@contextlib.contextmanager
+def handled_by(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Iterator[dict[signal.Signals, Any]]:
+    """Within the block these signals go to this handler; gives those of before, which are put back.
+
+    In the main thread alone. A handler that was set outside of Python, which tells it as None, is lost.
+    """
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield before
+    finally:
+        for number, own in before.items():
+            signal.signal(number, signal.SIG_DFL if own is None else own)
+
+
 class Stopped(KeyboardInterrupt):
     """The run was asked to stop and did.
 
@@ -95,15 +111,13 @@ class StopSignals:
         if self._before or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._before = {number: signal.signal(number, self._hear) for number in heard(*_HEARD)}
-        before = self._before.get(signal.SIGUSR2)
-        self._successor = before if callable(before) else None
-        try:
-            yield
-        finally:
-            for number, handler in self._before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            self._before = {}
+        with handled_by(self._hear, *heard(*_HEARD)) as self._before:
+            before = self._before.get(signal.SIGUSR2)
+            self._successor = before if callable(before) else None
+            try:
+                yield
+            finally:
+                self._before = {}
 
     @contextlib.contextmanager
     def stepping(self, *, saving: str = "a checkpoint") -> Iterator[None]:
@@ -199,12 +213,8 @@ def unheard() -> Iterator[None]:
         return
     # Not by a mask: another thread, of which gloo has some, would take the signal.
     held = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda number, frame: None) for number in held}
-    try:
+    with handled_by(lambda number, frame: None, *held):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class Trainer:
             self.accumulated = AccumulatedStep(objective, split, compile=compile, pieces=self.updates.shards)
         self.adversary = objective.adversary
         self.adversary_gradients = Ascent(objective, compile=compile)
-        self._is_prepared = False
+        self._is_prepared = self._is_restored = False
         self._graph: GraphedStep | None = None
         self.lr = training.lr  # of the last step
         self.gradient_norms: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ class Trainer:
             TrainingError: the loss or its gradient is no longer finite.
             Stopped: a signal asked for it; a checkpoint was saved.
         """
-        if self.step == 0:
+        if self.step == 0 and not self._is_restored:
             self.updates.fit_weights()
         self.take_from_rank_0()
         result = None
@@ -259,6 +259,7 @@ class Trainer:
         self.set_state(checkpoint.tensors["model"], checkpoint.tensors["optimizer"], step=checkpoint.step)
         self.facts = checkpoint.state["facts"] | self.facts
         self.stopwatch.add(checkpoint.state.get("times", {}))
+        self._is_restored = True
         self.run.truncate_metrics(self.step)
 
     def is_due(self, every: int) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from spd_hydra.launcher import pool
+from spd_hydra.launcher.job import RunJob
+from spd_hydra.result import Outcome
 
 Begin = Callable[..., subprocess.Popen[str]]
 TROUBLE = ["debug=smoke", "+loss_term@loss.extra.trouble=trouble_schema", "loss.extra.trouble.coeff=1"]
@@ -163,19 +165,39 @@ def test_when_spd_run_is_killed_its_jobs_save_and_end_and_their_ids_were_written
 
 
 @pytest.mark.parametrize(
-    ("there", "each", "wanted"),
+    ("visible", "there", "each", "wanted"),
     [
-        (4, 2, [[0, 1], [2, 3]]),
-        (4, 1, [[0], [1], [2], [3]]),
-        (3, 2, [[0, 1], [2, 0]]),
-        (1, 1, [[0], [0]]),
-        (0, 1, [[0], [0]]),
-        (4, 0, [[], []]),
+        (None, 4, 2, [["0", "1"], ["2", "3"]]),
+        (None, 4, 1, [["0"], ["1"], ["2"], ["3"]]),
+        (None, 3, 2, [["0", "1"], ["2", "0"]]),
+        (None, 1, 1, [["0"], ["0"]]),
+        (None, 0, 1, [["0"], ["0"]]),
+        (None, 4, 0, [[], []]),
+        ("2,3", 2, 1, [["2"], ["3"], ["2"]]),
+        ("3, GPU-5f,9", 2, 2, [["3", "GPU-5f"], ["3", "GPU-5f"]]),
     ],
 )
 def test_every_slot_has_gpus_of_its_own_as_long_as_there_are_enough(
-    monkeypatch: pytest.MonkeyPatch, there: int, each: int, wanted: Sequence[list[int]]
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, there: int, each: int, wanted: Sequence[list[str]]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: there > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [list(pool._gpus_of(slot, each)) for slot in range(len(wanted))] == wanted
+
+
+def test_a_job_sees_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen: list[str | None] = []
+
+    def outcome(job: RunJob) -> Outcome:
+        seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return Outcome(None, {})
+
+    monkeypatch.setattr(RunJob, "outcome", outcome)
+    for gpus in ("2,GPU-5f", "", None):
+        RunJob(config={}, run_dir=None, command=[], gpus=gpus)()
+    assert seen == ["2,GPU-5f", "", ""]

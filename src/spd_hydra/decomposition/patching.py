@@ -41,7 +41,7 @@ class _SiteWrapper(nn.Module):
         if self.switch.at_site is None:
             return cast(Activation, self.layer(x))
         positions = self.switch.positions
-        if positions is not None and isinstance(x, Tensor) and x.dim() == 2 and len(x) == positions.numel():
+        if positions is not None and isinstance(x, Tensor) and _has_positions_as_rows(x, positions):
             # Some models, as OPT, take all positions of their MLPs as rows; masks are by row and position.
             y = self.switch.at_site(self.name, self.layer, x.view(*positions, -1))
             return cast(Tensor, y).flatten(0, 1)
@@ -55,6 +55,11 @@ class _SiteWrapper(nn.Module):
         if isinstance(found, Tensor):  # what a target makes of a matrix by itself would not be masked
             raise self.refused(self.name)
         return found
+
+
+def _has_positions_as_rows(x: Tensor, positions: torch.Size) -> bool:
+    """Whether an input has a vector for each position, all in one row of rows; token ids are no vectors."""
+    return x.dim() == 2 and x.is_floating_point() and len(x) == positions.numel()
 
 
 def patched_copy(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_hydra.factored import Activation, dense
+from spd_hydra.precision import exact_product
 
 
 class Init(Enum):
@@ -104,4 +105,4 @@ def weight_delta(
     weight: Float[Tensor, "d_out d_in"], V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]
 ) -> Float[Tensor, "d_out d_in"]:
     """Δ = W - (V U)ᵀ, the part of the matrix that the subcomponents do not sum to."""
-    return weight - (V @ U).T
+    return weight - exact_product(V, U).T

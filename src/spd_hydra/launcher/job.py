@@ -52,6 +52,7 @@ class RunJob:
         code: digest of the sources when the job was submitted; None: not recorded.
         ranks: processes to share the run on this machine; 1 also where the scheduler starts them.
         starter: the process on this machine without which the job saves and ends; None: it needs nobody.
+        gpus: what `CUDA_VISIBLE_DEVICES` names for it; None: as it is.
     """
 
     config: dict[str, Any]
@@ -61,6 +62,7 @@ class RunJob:
     code: str | None = None
     ranks: int = 1
     starter: int | None = None
+    gpus: str | None = None
 
     def __call__(self) -> dict[str, Any]:
         """Do the run, or go on with it, and return its summary.
@@ -70,6 +72,8 @@ class RunJob:
         """
         if self.starter is not None:
             ends_with(self.starter)
+        if self.gpus is not None:  # before torch looks for them
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         try:
             return self.outcome().summary
         except Stopped as stopped:

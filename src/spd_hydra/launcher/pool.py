@@ -72,14 +72,14 @@ class Pool:
     def _start(self, slot: int, number: int) -> None:
         launcher, job = self._launcher, self._waiting.pop(number)
         gpus = _gpus_of(slot, launcher.gpus)
+        # submitit knows GPUs by number alone; what they are called here the job is told itself.
         self._executor.update_parameters(
-            timeout_min=_MINUTES,
-            gpus_per_node=len(gpus),
-            visible_gpus=tuple(gpus),
+            timeout_min=_MINUTES, gpus_per_node=len(gpus), visible_gpus=tuple(range(len(gpus)))
         )
+        job = dataclasses.replace(job, starter=os.getpid(), gpus=",".join(gpus))
         try:
             with _without_ctrl_c():
-                self._started[number] = self._executor.submit(dataclasses.replace(job, starter=os.getpid()))
+                self._started[number] = self._executor.submit(job)
         except OSError as error:  # a full disk
             self._refused[number] = SchedulerState(name=f"cannot be started: {error.strerror or error}")
             return
@@ -89,12 +89,14 @@ class Pool:
         return self._started[number]._process.poll() is None
 
 
-def _gpus_of(slot: int, each: int) -> Sequence[int]:
-    """The GPUs of a slot: its own as long as there are enough."""
+def _gpus_of(slot: int, each: int) -> Sequence[str]:
+    """The GPUs of a slot, as `CUDA_VISIBLE_DEVICES` names them: its own as long as there are enough."""
     if not each or not torch.cuda.is_available():
-        return range(each)
+        return [str(index) for index in range(each)]
     there = torch.cuda.device_count()
-    return [(slot * each + index) % there for index in range(each)]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # which may name them otherwise than by number
+    names = [str(index) for index in range(there)] if given is None else given.split(",")[:there]
+    return [names[(slot * each + index) % there].strip() for index in range(each)]
 
 
 @contextlib.contextmanager

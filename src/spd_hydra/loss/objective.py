@@ -38,13 +38,21 @@ class StepLoss(NamedTuple):
 
     def numbers(self) -> dict[str, float]:
         """All of them as numbers, by the names of the metrics log. Waits for the device."""
-        l0 = {f"l0/{site}": value.item() for site, value in self.l0.items()}
-        terms = {f"loss/{name}": value.item() for name, value in self.terms.items()}
-        return {"loss/total": self.total.item()} | terms | l0 | {"l0/total": sum(l0.values())}
+        losses = {"loss/total": self.total} | {f"loss/{name}": value for name, value in self.terms.items()}
+        l0 = {f"l0/{site}": value for site, value in self.l0.items()}
+        found = _numbers(losses | l0)
+        return found | {"l0/total": sum(found[site] for site in l0)}
 
     def summary(self) -> dict[str, float]:
         """What is shown of them while training goes on. Waits for the device."""
-        return {"loss": self.total.item(), "L0": sum(value.item() for value in self.l0.values())}
+        found = _numbers({"": self.total} | self.l0)
+        return {"loss": found.pop(""), "L0": sum(found.values())}
+
+
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers on a device, for which it is waited once."""
+    found: list[float] = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, found, strict=True))
 
 
 class Objective:

@@ -175,11 +175,16 @@ def _train_until_certified(
         )
         if target.certified:
             return target
-        if best is None or not target.loss or not best.loss or target.loss < best.loss:
+        if best is None or _rank(target) < _rank(best):
             best = target
     if best is None:
         raise AssertionError("the last try is always trained to its end")
     return dataclasses.replace(best, tries=recipe.max_tries, seconds=time.perf_counter() - started)
+
+
+def _rank(target: TrainedTarget) -> float:
+    """Its loss, by which the best of those that are not certified is taken; one that diverged comes last."""
+    return math.inf if target.loss is None or math.isnan(target.loss) else target.loss
 
 
 def _frozen(module: nn.Module) -> nn.Module:
