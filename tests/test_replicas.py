@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd_hydra.api import decompose, load_run
 from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
+from spd_hydra.compiling import can_compile
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, Task, load_config
 from spd_hydra.finite import TrainingError
@@ -109,6 +110,14 @@ def assert_close(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert own.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_their_step_is_compiled_as_a_whole_also_where_one_alone_would_compile_blocks(make: Make) -> None:
+    words = [*CASES["attention on tokens, KL"], "train.compile=true", "train.compile_blocks=true"]
+    trainers = [make(*words, f"seed={seed}") for seed in range(2)]
+    assert (trainers[0].model.compiled_blocks is not None) == can_compile("cpu")
+    Replicas(trainers)
+    assert all(trainer.model.compiled_blocks is None for trainer in trainers)
 
 
 @pytest.mark.parametrize("words", CASES.values(), ids=CASES.keys())

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from spd_hydra.stop import StopSignals, heard
+from spd_hydra.stop import StopSignals, handled_by, heard
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -18,3 +18,14 @@ def test_a_closed_terminal_is_heard_unless_it_is_ignored_as_below_nohup(ignored:
         assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_handler_that_python_does_not_know_is_replaced_by_the_default_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[int, object]] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append((number, handler)))
+    own = lambda number, frame: None  # noqa: E731
+    with handled_by(own, signal.SIGTERM):
+        assert calls == [(signal.SIGTERM, own)]
+    assert calls[1:] == [(signal.SIGTERM, signal.SIG_DFL)]

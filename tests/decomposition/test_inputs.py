@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.language import hand_made
 from tests.model.tiny_hf import LENGTH, VOCAB, padded_tokens, saved_model, tokens
 
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
@@ -128,3 +129,16 @@ def test_called_as_transformers_calls_it_a_target_answers_as_its_own_class(tmp_p
     found = adapted.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert torch.equal(found, expected)
     torch.testing.assert_close(adapted(input_ids=tokens()).logits, adapted(tokens()))
+
+
+@torch.no_grad()
+def test_rows_of_one_token_are_no_positions_in_a_row_for_an_embedding() -> None:
+    model = hand_made()  # of 3 tokens; its embedding is the identity, and decomposed
+    tokens = torch.tensor([[2], [0], [1]])
+    g = model.causal_importances(tokens)
+    assert {site: own.lower.shape for site, own in g.items()} == {"embed": (3, 1, 3), "unembed": (3, 1, 3)}
+    only_second = SiteMask(mask=torch.tensor([0.0, 1.0, 0.0]).expand(3, 1, 3), delta=torch.ones(3, 1))
+    masked = model(tokens, {"embed": only_second})
+    # Without the rows of tokens 2 and 0 the first two positions are zero, and their logits too.
+    assert torch.equal(masked[:2], torch.zeros(2, 1, 3))
+    torch.testing.assert_close(masked[2], model(tokens)[2])

@@ -13,6 +13,7 @@ from torch import nn
 
 from spd_hydra import rng
 from spd_hydra.data.sparse_features import SparseFeatures
+from spd_hydra.model import obtain as obtain_module
 from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget, obtain_target, out_of_bounds
 from spd_hydra.model.tms import TMS
@@ -85,6 +86,20 @@ def test_without_any_certified_target_the_best_one_comes_back_and_says_so(
         assert again.loss is not None
         losses.append(again.loss)
     assert target.loss == min(losses)
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [([math.nan, 0.3, 0.1], 2), ([math.nan, 0.3, 0.4], 1), ([0.0, 0.5, 0.2], 0), ([0.2, 0.0, 0.9], 1)],
+)
+def test_of_targets_that_are_not_certified_one_that_diverged_comes_last_and_a_loss_of_0_first(
+    monkeypatch: pytest.MonkeyPatch, losses: list[float], wanted: int
+) -> None:
+    left = iter(losses)
+    monkeypatch.setattr(obtain_module, "fresh_loss", lambda *arguments: next(left))
+    target = obtained(picky(wanted=99, max_tries=3))
+    assert target.loss == losses[wanted]
+    assert target.seed == rng.derived_seed(0, "target", wanted)
 
 
 def test_after_the_one_try_of_target_steps_leaving_it_out_is_advised_before_more_tries(
