@@ -15,7 +15,7 @@ from spd_hydra.ci_fn.base import CausalImportanceFn
 from spd_hydra.data.base import DataSource
 from spd_hydra.decomposition.config import Decomposition
 from spd_hydra.hardware import Check
-from spd_hydra.launcher_config import Background, Launcher, Slurm
+from spd_hydra.launcher_config import Background, Launcher
 from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
@@ -188,8 +188,7 @@ class RunConfig(Section):
             )
 
     def _about_ranks(self) -> Iterator[Problem]:
-        ranks = self.launcher.ranks if isinstance(self.launcher, Slurm) else self.launcher.local_ranks
-        ranks = max(ranks, distributed.started_with())
+        ranks = max(self.launcher.ranks, distributed.started_with())
         if self.train.replicas > 1 and ranks > 1:
             yield Problem(
                 "train.replicas",

@@ -159,9 +159,8 @@ def estimate(config: RunConfig, parts: Parts) -> Estimate:
     elsewhere = isinstance(config.launcher, Slurm) and bool(config.launcher.gpus) and not here
     wants_gpu = config.device is Device.cuda or (config.device is Device.auto and here)
     device = torch.device("cuda" if wants_gpu and here else "cpu")
-    launcher = config.launcher
-    ranks = launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks
-    ranks = max(ranks, distributed.started_with())  # a process that was started as a rank has no launcher
+    # A process that was started as a rank has no launcher.
+    ranks = max(config.launcher.ranks, distributed.started_with())
     rows = -(-config.train.batch_size // ranks)
     replicas = config.train.replicas
     needs = simulate(parts, rows=rows, device=device, ranks=ranks, shard=config.train.shard).times(replicas)

@@ -32,6 +32,11 @@ class Launcher(Section):
         """Processes of a job on one node."""
         return self.ranks_per_node or max(1, self.gpus)
 
+    @property
+    def ranks(self) -> int:
+        """Processes of a job on all its nodes."""
+        return self.local_ranks
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.gpus and self.ranks_per_node and self.ranks_per_node != self.gpus:
@@ -103,7 +108,6 @@ class Slurm(Background):
 
     @property
     def ranks(self) -> int:
-        """Processes of a job on all nodes."""
         return self.nodes * self.local_ranks
 
     @property

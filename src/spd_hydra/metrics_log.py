@@ -43,10 +43,18 @@ def last_row(path: Path) -> dict[str, Any] | None:
     """The newest whole row, found without reading the whole file."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            size, tail = file.seek(0, os.SEEK_END), _TAIL_BYTES
+            while True:  # a row of a model with many sites may be longer
+                file.seek(max(0, size - tail))
+                row = _last_of(file.read().split(b"\n"))
+                if row is not None or tail >= size:
+                    return row
+                tail *= 8
     except FileNotFoundError:
         return None
+
+
+def _last_of(lines: list[bytes]) -> dict[str, Any] | None:
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
             row = json.loads(line)

@@ -206,7 +206,7 @@ class _Choice:
         left, ends = self.standing.left, self.standing.ends
         losses = [self._loss(number) if number in left else None for number in range(len(ends))]
         self.standing.rounds.append({"steps": steps, "losses": losses})
-        left.sort(key=lambda number: math.inf if losses[number] is None else losses[number] or 0.0)
+        left.sort(key=lambda number: math.inf if (loss := losses[number]) is None else loss)
         del left[math.ceil(len(left) / 2) :]
         self.standing.ends = [
             None if isinstance(end, Beginning) and number not in left else end

@@ -15,7 +15,7 @@ from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
 from spd_hydra.checkpoint import CheckpointError, read_state, require_whole, step_of
 from spd_hydra.command_word import command_word
-from spd_hydra.config import Device, RunConfig, Task, differences, load_config, to_yaml
+from spd_hydra.config import RunConfig, Task, differences, load_config, to_yaml
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.going_on import going_on
@@ -71,7 +71,7 @@ def run(
     if config.task is Task.analyse:  # the work of one rank
         return analyse(config) if distributed.leads() else Outcome(None, {})
     signals, trackers = StopSignals(), Trackers()
-    on_gpu = config.device is not Device.cpu and torch.cuda.is_available()
+    on_gpu = device_of(config).type == "cuda"
     try:
         with signals.listening(), distributed.process_group(torch.device("cuda" if on_gpu else "cpu")):
             outcome = _together(

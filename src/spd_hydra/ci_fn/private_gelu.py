@@ -17,7 +17,9 @@ from torch import Tensor
 
 from spd_hydra.compiling import Kernel, is_tracing
 
-_NUMBERS_AT_ONCE = 2**17  # uncompiled, of each `[rows, C, hidden]` tensor on a CPU
+# Uncompiled, of each `[rows, C, hidden]` tensor: what a CPU's cache holds; on a GPU, where each block is a
+# dozen launches, 64 MiB.
+_NUMBERS_AT_ONCE, _NUMBERS_AT_ONCE_ON_GPUS = 2**17, 2**24
 _RECIPROCAL_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
@@ -91,8 +93,9 @@ def _weight_gradients_by_block(
 
 
 def _blocks(x: Float[Tensor, "*positions C"], w_in: Tensor) -> tuple[Tensor, ...]:
-    """Rows of positions, so many that their `[rows, C, hidden]` tensors stay in the cache."""
-    return torch.split(x.flatten(0, -2), max(1, _NUMBERS_AT_ONCE // w_in.numel()))
+    """Rows of positions, so many that their `[rows, C, hidden]` tensors stay small."""
+    numbers = _NUMBERS_AT_ONCE if x.device.type == "cpu" else _NUMBERS_AT_ONCE_ON_GPUS
+    return torch.split(x.flatten(0, -2), max(1, numbers // w_in.numel()))
 
 
 # Inside a compiled step both passes are kernels of their own. Left to itself, the compiler computes dz/dh

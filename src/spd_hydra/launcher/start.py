@@ -65,7 +65,7 @@ def new_record(
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     return SweepRecord(
         launcher=launcher.kind,
-        ranks=launcher.ranks if isinstance(launcher, Slurm) else launcher.local_ranks,
+        ranks=launcher.ranks,
         command=shlex.join(redact_command(list(command))),
         code=code_digest(),
         jobs=[
