@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spd_hydra.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from spd_hydra.config import RunConfig, load_config, sections
+from spd_hydra.config import RunConfig, Task, load_config, sections
 from spd_hydra.result import Outcome
 from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
@@ -562,3 +562,24 @@ def test_a_resumed_run_keeps_its_target_even_without_the_cache(
     before = (finished / "target.safetensors").read_bytes()
     assert run(resumed(finished)).summary["steps"] == STEPS
     assert (finished / "target.safetensors").read_bytes() == before
+
+
+def test_another_target_in_the_place_of_the_runs_own_is_refused(toy: Toy) -> None:
+    words = ["train.steps=6", "train.checkpoint_every=3", "train.keep_checkpoints=1"]
+    directory, other = (run(toy(*words, f"seed={seed}")).run_dir for seed in (0, 5))
+    assert directory is not None
+    assert other is not None
+    own = (directory / "target.safetensors").read_bytes()
+    (directory / "target.safetensors").write_bytes((other / "target.safetensors").read_bytes())
+    again = dataclasses.replace(toy(*words, "train.steps=9"), resume=str(directory))
+    refusal = r"target\.safetensors: the target is not that of step_6: it was replaced, or made again"
+    before = (directory / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=refusal):
+        run(again)
+    with pytest.raises(ConfigError, match=refusal):
+        run(
+            dataclasses.replace(load_config(directory / "config.yaml"), task=Task.analyse, run=str(directory))
+        )
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    (directory / "target.safetensors").write_bytes(own)
+    assert run(again).summary["steps"] == 9

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from spd_hydra.checkpoint import load_checkpoint
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig, load_config
+from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.run import run
 from spd_hydra.section import ConfigError
 
@@ -115,6 +116,18 @@ def test_it_goes_on_without_the_run_that_it_began_with(toy: Toy, trained: Path) 
     saved = load_config(branch / "config.yaml")
     run(dataclasses.replace(saved, resume=str(branch)), saved=saved)
     assert_same_end(expected, branch, 16)
+
+
+def test_a_job_that_was_requeued_goes_on_where_it_is_and_not_where_it_began(toy: Toy, trained: Path) -> None:
+    place = str(trained.parent / "job")
+    config = toy("train.steps=16", *CADENCE, f"start_from={trained}")
+    begin_or_go_on(config, place, None)
+    expected = load_file(Path(place, "checkpoints", "step_16", "model.safetensors"))
+    shutil.rmtree(Path(place, "checkpoints", "step_16"))
+    Path(place, "summary.json").unlink()
+    begin_or_go_on(config, place, None)
+    found = load_file(Path(place, "checkpoints", "step_16", "model.safetensors"))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 def test_adversaries_that_last_begin_anew_where_the_loss_has_others(toy: Toy, trained: Path) -> None:

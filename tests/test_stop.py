@@ -1,5 +1,6 @@
 """Which signals ask a run to stop."""
 
+import os
 import signal
 
 import pytest
@@ -29,3 +30,13 @@ def test_a_handler_that_python_does_not_know_is_replaced_by_the_default_afterwar
     with handled_by(own, signal.SIGTERM):
         assert calls == [(signal.SIGTERM, own)]
     assert calls[1:] == [(signal.SIGTERM, signal.SIG_DFL)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_signal_of_many_cluster_scripts_stops_a_run_as_sigterm_does(number: signal.Signals) -> None:
+    signals = StopSignals()
+    with signals.stepping():
+        os.kill(os.getpid(), number)
+        stopped = signals.agreed()
+    assert stopped is not None
+    assert (stopped.number, stopped.hands_over, stopped.exit_code) == (number, False, 143)

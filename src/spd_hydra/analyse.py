@@ -11,7 +11,14 @@ from spd_hydra.config import RunConfig, differences, load_config, to_yaml
 from spd_hydra.precision import products_in
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import read_target, require_own_config, require_same_data, require_trust
+from spd_hydra.saved_run import (
+    read_target,
+    require_own_config,
+    require_same_data,
+    require_same_target,
+    require_trust,
+    target_digest,
+)
 from spd_hydra.section import ConfigError
 
 _MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
@@ -48,6 +55,7 @@ def analyse(config: RunConfig) -> Outcome:
         target = read_target(config, directory.path, device)
         parts = assemble(config, target.module, device, untrained=False)
         require_same_data(parts.content(), checkpoint.state, checkpoint.path.name)
+        require_same_target(target_digest(directory.path), checkpoint.state, checkpoint.path.name)
         parts.model.load_trainable_state(checkpoint.tensors["model"])
         parts.objective.adversary.set_state(checkpoint.tensors["optimizer"])
         seconds, speed = _times(checkpoint, before)

@@ -14,12 +14,13 @@ from spd_hydra.config import RunConfig, Task, load_config
 from spd_hydra.launcher import start
 from spd_hydra.launcher.handle import JobFailed as JobFailed
 from spd_hydra.launcher.handle import JobHandle
+from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.launcher.record import new_sweep_directory
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.opened_run import Run as Run
 from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
-from spd_hydra.run import run
+from spd_hydra.run import own_directory, run
 from spd_hydra.section import ConfigError
 
 _LEAVES_NO_RUN = {
@@ -73,7 +74,8 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
             f"train.replicas: got {config.train.replicas}, but decompose() returns one run; train them with "
             "spd-run, then open each with load_run(...)"
         )
-    outcome = run(config)
+    directory = own_directory(config)
+    outcome = run(config) if directory is None else begin_or_go_on(config, str(directory), None)
     assert outcome.run_dir is not None, "the tasks that make none were refused"
     return load_run(outcome.run_dir, trust_remote_code=True)  # it has run here already
 

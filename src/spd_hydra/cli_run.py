@@ -55,6 +55,11 @@ def _begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) 
         plan = make_plan(composer, overrides, multirun=multirun, config_dir=config_dir)
     config = plan.jobs[0].config
     flags = ["--config-dir", config_dir] if config_dir else []
+    if plan.is_sweep and config.run_dir is not None:
+        raise ConfigError(
+            f"run_dir: got {config.run_dir} in a sweep, whose jobs have folders of their own; choose where "
+            "with hydra.sweep.dir="
+        )
     if config.task is WhatToDo.sweep_status:
         return sweep_status(config)
     if config.task not in _IN_THIS_PROCESS:
@@ -175,6 +180,10 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
     """Through Hydra, whose sweeper calls our launcher: so any sweeper's jobs go the same way."""
     directory = _sweep_directory(plan)
     jobs = dict(enumerate(plan.jobs))
+    if isinstance(launcher, Slurm) and "%" in str(directory):
+        raise ConfigError(
+            f"out_dir: got {directory}, must be without %, which SLURM replaces in the names of log files"
+        )
     if isinstance(launcher, Slurm) and launcher.dry_run:
         text, is_refused = start.dry_run(jobs, launcher, directory)
         show(text)
@@ -211,6 +220,11 @@ def _sweep_directory(plan: Plan) -> Path:
         ConfigError: it is not known yet, or holds another sweep, whose results would be taken for these.
     """
     for override in map(read, reversed(plan.overrides)):
+        if override is not None and override.key_or_group == "hydra.sweep.subdir":
+            raise ConfigError(
+                f"hydra.sweep.subdir: got {override.value()}, but the jobs of a sweep lie in folders with "
+                "their numbers, where its table and resume= look for them; leave it out"
+            )
         if override is not None and override.key_or_group == "hydra.sweep.dir":
             given = str(override.value())
             if "${" in given:

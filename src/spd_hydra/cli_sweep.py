@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from spd_hydra import distributed, report
@@ -39,7 +39,7 @@ def sweep_status(config: RunConfig) -> int:
     if is_running:  # by a process that will begin them
         rows = [dataclasses.replace(row, state="pending") if row.state == "missing" else row for row in rows]
     if any(row.state in watch.OPEN for row in rows):
-        show("\n".join(["", *watch.live_table(rows)]))
+        show("\n".join(["", *watch.live_table(rows), *watch.hints(rows)]))
     return show_sweep(directory, rows, is_running=is_running)
 
 
@@ -111,9 +111,9 @@ def go_on(directory: Path, overrides: Sequence[str], *, multirun: bool, config_d
         _say_what_is_done(rows, jobs)
         if not jobs:
             return show_sweep(directory, rows)
-        if isinstance(launcher, Slurm):  # which knows itself what waits and runs
-            running.close()
-        return _run_rest(directory, jobs, launcher, config_dir)
+        # A cluster knows itself what waits and runs, once it has the jobs.
+        on_submitted = running.close if isinstance(launcher, Slurm) else lambda: None
+        return _run_rest(directory, jobs, launcher, config_dir, on_submitted)
 
 
 def _states(record: SweepRecord) -> watch.States:
@@ -144,10 +144,16 @@ def _say_what_is_done(rows: Sequence[SweepRow], jobs: Mapping[int, Job]) -> None
         show(f"all {counted(done, 'job')} done: nothing left to do")
 
 
-def _run_rest(directory: Path, jobs: Mapping[int, Job], launcher: Launcher, config_dir: str | None) -> int:
+def _run_rest(
+    directory: Path,
+    jobs: Mapping[int, Job],
+    launcher: Launcher,
+    config_dir: str | None,
+    on_submitted: Callable[[], None],
+) -> int:
     try:
         if isinstance(launcher, Background):
-            rows = start.run_in_background(jobs, directory, sys.argv)
+            rows = start.run_in_background(jobs, directory, sys.argv, on_submitted)
             return ExitCode.ok if rows is None else _shown(directory)
         task = Task(sys.argv, None, config_dir)
         start.write_down(jobs, directory, sys.argv)

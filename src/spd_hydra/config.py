@@ -83,6 +83,11 @@ class RunConfig(Section):
     run: str | None = option(None, "run directory, for task=analyse")
     sweep: str | None = option(None, "directory of a sweep, for task=sweep_status")
     resume: str | None = option(None, "run directory to go on with, using its saved configuration")
+    run_dir: str | None = option(
+        None,
+        "directory of this one run, in place of a new one below out_dir; a run that is there goes on",
+        saved=False,
+    )
     start_from: str | None = option(
         None, "run directory or checkpoint that a new run begins with: its target, subcomponents and step"
     )
@@ -147,6 +152,7 @@ class RunConfig(Section):
             yield Problem(
                 "sweep", f"got {self.sweep}, which only task=sweep_status reads; add that, or leave it out"
             )
+        yield from self._about_its_directory()
         yield from self._about_the_start()
         if self.trust_remote_code and self.task is not Task.analyse and self.resume is None:
             yield Problem(
@@ -167,6 +173,23 @@ class RunConfig(Section):
                 f"got {listed}, must be none for a single run; give one of them as experiment=…, or start "
                 "all with suite=… from the command line or submit()",
             )
+
+    def _about_its_directory(self) -> Iterator[Problem]:
+        if self.run_dir is None:
+            return
+        got = f"got {self.run_dir}"
+        if self.resume is not None:
+            yield Problem(
+                "run_dir", f"{got} with resume={self.resume}, which has its directory: leave one out"
+            )
+        if isinstance(self.launcher, Background):
+            yield Problem(
+                "run_dir",
+                f"{got} with launcher={self.launcher.kind}, whose jobs have folders of their own in which "
+                "they go on; choose where with hydra.sweep.dir=",
+            )
+        if self.task not in {Task.decompose, Task.train_target}:
+            yield Problem("run_dir", f"{got} with task={self.task.name}, which begins no run: leave it out")
 
     def _about_the_start(self) -> Iterator[Problem]:
         if self.start_from is None:

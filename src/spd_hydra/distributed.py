@@ -65,7 +65,13 @@ def require_place() -> None:
     Raises:
         ConfigError: names what is there and what is missing.
     """
-    given = os.environ.get("WORLD_SIZE", "")
+    given, of_srun = os.environ.get("WORLD_SIZE", ""), os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not given and of_srun.isdecimal() and int(of_srun) > 1:
+        raise ConfigError(
+            f"srun: started {of_srun} times, and each would train the whole run for itself; start one "
+            f"(srun --ntasks=1) with launcher.ranks_per_node={of_srun} for processes that share the run, or "
+            "let launcher=slurm start them; if each is to be a run of its own, set WORLD_SIZE=1"
+        )
     if not given or given == "1":
         return
     missing = [name for name in _PLACE if not os.environ.get(name)]

@@ -152,6 +152,8 @@ _OWN_KEYS = {
     "time": "launcher.time",
     "mem": "launcher.memory",
     "gpus-per-node": "launcher.gpus",
+    "gpus": "launcher.gpus",
+    "gpus-per-task": "launcher.gpus",
     "nodes": "launcher.nodes",
     "ntasks-per-node": "launcher.ranks_per_node",
     "cpus-per-task": "launcher.cpus",

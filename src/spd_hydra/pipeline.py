@@ -37,6 +37,8 @@ from spd_hydra.saved_run import (
     machine,
     read_target,
     require_same_data,
+    require_same_target,
+    target_digest,
     target_facts,
     write_target,
 )
@@ -202,6 +204,7 @@ def prepare(
     )
     trainer.facts["config"] = fixed(config)
     trainer.facts["data"] = parts.content()
+    trainer.facts["target"] = target_digest(directory.path)
     trainer.facts["machine"] = machine(device.type)
     watch = trainer.stopwatch
     watch.started, watch.seconds = started, {"target": target.seconds} | watch.seconds
@@ -225,6 +228,7 @@ def _restore(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> No
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint
         return
     require_same_data(trainer.facts["data"], checkpoint.state, checkpoint.path.name)
+    require_same_target(trainer.facts["target"], checkpoint.state, checkpoint.path.name)
     trainer.restore(checkpoint)
     if not begins:  # which it has said
         say(f"going on from step {trainer.step}")

@@ -37,7 +37,7 @@ from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.run_files import RunFiles
-from spd_hydra.saved_run import require_same_data, was_alone
+from spd_hydra.saved_run import require_same_data, require_same_target, was_alone
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals
 
@@ -130,6 +130,7 @@ def _train(
             work.directory.truncate_metrics(0)
         else:
             require_same_data(work.trainer.facts["data"], checkpoint.state, checkpoint.path.name)
+            require_same_target(work.trainer.facts["target"], checkpoint.state, checkpoint.path.name)
             work.trainer.restore(checkpoint)
         work.directory.write_status(Status.running, work.trainer.step)
     group = Replicas([work.trainer for work in all_work])

@@ -73,9 +73,10 @@ class RunDirectory(RunFiles):
             ConfigError: the name would lead out of the root.
             RunDirectoryError: nothing can be written there.
         """
-        parent = _inside(root, name)
-        path = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
+        path = root.absolute()
         try:
+            parent = _inside(root, name)
+            path = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
             parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except OSError as error:

@@ -20,6 +20,7 @@ from spd_hydra.model.weights import (
     require_same_weights,
     save_target,
     target_metadata,
+    weights_digest,
 )
 from spd_hydra.section import ConfigError
 
@@ -133,6 +134,30 @@ def require_same_data(now: Mapping[str, Any], state: Mapping[str, Any], checkpoi
         raise ConfigError(
             f"data: the rows to {' and to '.join(changed)} on are not those of {checkpoint}: the text was "
             "changed since; put it back, or start a new run"
+        )
+
+
+def target_digest(directory: Path) -> dict[str, Any]:
+    """What tells the target in a run directory from others: kept in `facts` of a checkpoint."""
+    return {"weights": weights_digest(directory / TARGET_FILE)}
+
+
+def require_same_target(now: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse to go on with another target than that of the steps that were done, or to measure them on it.
+
+    Args:
+        now: as `target_digest` gives it.
+        state: what a checkpoint says beside its tensors.
+        checkpoint: its name.
+
+    Raises:
+        ConfigError: it was replaced, or made again with other numbers.
+    """
+    then = _fact(state, "target").get("weights")
+    if then not in {None, now.get("weights")}:
+        raise ConfigError(
+            f"{TARGET_FILE}: the target is not that of {checkpoint}: it was replaced, or made again on "
+            "another machine or with other threads; put it back, or start a new run"
         )
 
 

@@ -3,6 +3,7 @@
     SIGINT   Ctrl-C: save and stop; exit code 130
     SIGTERM  the machine is wanted back: save and stop; exit code 143
     SIGHUP   the terminal was closed: as SIGTERM; where it is ignored (nohup), it stays so
+    SIGUSR1  what many cluster scripts ask for before the time limit: as SIGTERM
     SIGUSR2  time is nearly up: save and hand over to whoever listened to this signal before, such as
              submitit, which queues the job again; where nobody did, as SIGTERM
 
@@ -25,7 +26,7 @@ from spd_hydra import distributed
 
 logger = logging.getLogger(__name__)
 
-_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECONDS_BETWEEN_TALKS = 0.5
 
 
@@ -212,15 +213,16 @@ def unheard() -> Iterator[None]:
         yield
         return
     # Not by a mask: another thread, of which gloo has some, would take the signal.
-    held = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    held = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     with handled_by(lambda number, frame: None, *held):
         yield
 
 
 @contextlib.contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes that are started within the block never get SIGINT, SIGHUP or SIGUSR2, forked or spawned.
+    """Processes that are started within the block, forked or spawned, get none of the signals of a stop.
 
+    But for SIGTERM: not SIGINT, SIGHUP, SIGUSR1 or SIGUSR2.
     A scheduler and a terminal send these to every process of a run, and a worker that dies of one takes the
     run with it. For data sources that load in the background:
 
@@ -229,7 +231,7 @@ def kept_from_children() -> Iterator[None]:
 
     The workers inherit the mask of signals; this process gets what came meanwhile at the end of the block.
     """
-    held = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+    held = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         # Python starts this process beside the first one that is spawned, and then lets SIGINT pass again.

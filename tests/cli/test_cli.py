@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from spd_hydra import cli_task
-from spd_hydra.api import load_run
+from spd_hydra.api import decompose, load_run
 from spd_hydra.config import RunConfig
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.result import Outcome
@@ -346,6 +346,90 @@ def test_half_of_what_torchrun_says_is_a_leftover_and_told(
     ended = spd_run()
     assert (ended.code, fake_run.calls) == (2, [])
     assert ended.err.startswith(f"The configuration is not valid:\n  WORLD_SIZE: {wrong}to run alone, unset")
+
+
+def test_tasks_of_srun_that_nobody_told_of_each_other_are_refused_unless_each_is_to_be_alone(
+    spd_run: Call, fake_run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    ended = spd_run()
+    assert (ended.code, fake_run.calls) == (2, [])
+    assert "srun: started 2 times, and each would train the whole run for itself; start one" in ended.err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert spd_run().code == 0
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert spd_run().code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["-m", "seed=0,1", "hydra.sweep.subdir=x"],
+            "hydra.sweep.subdir: got x, but the jobs of a sweep lie in folders with their numbers, where its "
+            "table and resume= look for them; leave it out",
+        ),
+        (
+            ["-m", "seed=0,1", "run_dir=here"],
+            "run_dir: got here in a sweep, whose jobs have folders of their own; choose where with "
+            "hydra.sweep.dir=",
+        ),
+        (
+            ["run_dir=here", "launcher=local_parallel"],
+            "run_dir: got here with launcher=local_parallel, whose jobs have folders of their own in which "
+            "they go on; choose where with hydra.sweep.dir=",
+        ),
+        (
+            ["run_dir=here", "task=check"],
+            "run_dir: got here with task=check, which begins no run: leave it out",
+        ),
+    ],
+)
+def test_where_jobs_and_runs_lie_is_not_chosen_where_it_would_go_unheard(
+    spd_run: Call, fake_run: FakeRun, words: list[str], message: str
+) -> None:
+    ended = spd_run("debug=smoke", *words)
+    assert (ended.code, ended.err) == (2, f"The configuration is not valid:\n  {message}\n{END}")
+    assert fake_run.calls == []
+    assert not Path("outputs").exists()
+
+
+def test_a_run_with_a_directory_of_its_own_begins_there_and_called_again_goes_on(spd_run: Call) -> None:
+    words = ["debug=smoke", "threads=1", "run_dir=runs/mine", "train.checkpoint_every=10"]
+    assert spd_run(*words).code == 0
+    assert load_run("runs/mine").summary["steps"] == 20
+    assert not Path("outputs").exists()
+    again = spd_run(*words)
+    assert (again.code, again.err) == (0, "")
+    assert "has finished its 20 steps: nothing to do" in again.out
+    further = spd_run(*words, "train.steps=30")
+    assert "going on from step 20" in further.out
+    assert load_run("runs/mine").summary["steps"] == 30
+    other = spd_run(*words, "train.steps=30", "train.lr=0.5")
+    assert other.code == 2
+    assert "these changes would make it another run:" in other.err
+    assert "train.lr: 0.002 → 0.5" in other.err
+
+
+def test_from_python_too_a_run_has_its_directory_and_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["debug=smoke", "threads=1", "eval.figures=false", "cache_dir=cache", "run_dir=mine"]
+    first = decompose(words)
+    assert first.path == tmp_path / "mine"
+    assert decompose([*words, "train.steps=22"]).summary["steps"] == 22
+
+
+def test_a_folder_with_too_long_a_name_is_told_in_a_line(spd_run: Call) -> None:
+    ended = spd_run("debug=smoke", "threads=1", f"out_dir={'x' * 300}")
+    assert ended.code == 1
+    assert ended.err.startswith("The run failed: cannot make the run directory ")
+    assert "File name too long" in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

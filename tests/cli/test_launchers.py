@@ -258,3 +258,12 @@ def test_nothing_is_left_of_a_refused_submission(spd_run: Call, tmp_path: Path, 
     assert spd_run("launcher=slurm").code == 2
     assert with_slurm.exists()
     assert list((tmp_path / "outputs" / "sweeps").iterdir()) == []
+
+
+def test_a_percent_sign_in_the_place_of_jobs_is_refused_before_anything_is_submitted(
+    spd_run: Call, with_slurm: Path
+) -> None:
+    ended = spd_run("debug=smoke", "launcher=slurm", "out_dir=p%j", "hydra.sweep.dir=p%j/a")
+    assert ended.code == 2
+    assert "must be without %, which SLURM replaces in the names of log files" in ended.err
+    assert not with_slurm.exists()

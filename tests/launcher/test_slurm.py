@@ -151,6 +151,46 @@ def test_what_the_queue_has_forgotten_is_looked_up_in_the_accounts(
 
 
 @pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("PartitionTimeLimit", "PartitionTimeLimit"),
+        ("ReqNodeNotAvail, Reserved for maintenance", "ReqNodeNotAvail, Reserved for maintenance"),
+        ("Priority", ""),
+        ("Resources", ""),
+        ("None", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_job_waits_for_is_told_unless_it_is_its_turn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, reason: str
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    command(tmp_path, "squeue", f"echo '5   PENDING  0    {said}   '")
+    assert slurm.states(["5"]) == {"5": SchedulerState(name="PENDING", exit_code="0:0", reason=reason)}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "sbatch: error: invalid partition specified: nosuch\n"
+            "sbatch: error: Batch job submission failed: Invalid partition name specified",
+            "invalid partition specified: nosuch; "
+            "Batch job submission failed: Invalid partition name specified",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Invalid job array specification",
+            "Batch job submission failed: Invalid job array specification; an array may be too long for this "
+            "cluster, see MaxArraySize in `scontrol show config`: sweep over fewer jobs at once",
+        ),
+        ("", "no reason given"),
+    ],
+)
+def test_all_that_sbatch_says_of_a_refusal_is_told(said: str, told: str) -> None:
+    assert slurm._of_sbatch(said) == told
+
+
+@pytest.mark.parametrize(
     ("said", "exit_code"), [("256", "1:0"), ("35072", "137:0"), ("9", "0:9"), ("137:0", "137:0"), ("", "")]
 )
 def test_how_a_job_ended_is_written_as_the_accounts_write_it(

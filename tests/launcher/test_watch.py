@@ -246,6 +246,24 @@ def row(job: int, state: str = "running", **values: Any) -> SweepRow:
     return SweepRow(job=job, state=state, **values)
 
 
+def test_a_job_that_waits_in_vain_is_shown_with_the_reason_and_what_to_do(tmp_path: Path) -> None:
+    states = {
+        0: SchedulerState(name="PENDING", reason="PartitionTimeLimit"),
+        1: SchedulerState(name="PENDING"),
+    }
+    rows = watch.look(tmp_path, record("7_0", "7_1"), states)
+    assert [(row.state, row.waits_for) for row in rows] == [
+        ("pending", "PartitionTimeLimit"),
+        ("pending", None),
+    ]
+    assert "pending (PartitionTimeLimit)" in watch.live_table(rows)[2]
+    assert watch.counts(rows) == "1 pending (PartitionTimeLimit), 1 pending"
+    assert watch.hints(rows) == [
+        "PartitionTimeLimit: that is less than asked for; cancel, and ask for less with launcher.time="
+    ]
+    assert watch.hints(rows[1:]) == []
+
+
 def test_the_live_table_shows_id_state_step_loss_and_verdict() -> None:
     rows = [
         row(0, "done", id="5_0", step=20_000, steps=20_000, loss=0.25, solved=True),

@@ -161,7 +161,10 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
         began = load_config(Path(run_dir, "config.yaml"))
-        return run(dataclasses.replace(from_sources(config, sources(began)), resume=run_dir))
+        # What was given as the newest checkpoint of a run is written down there as the one that it was.
+        start_from = began.start_from if config.start_from is not None else None
+        again = dataclasses.replace(from_sources(config, sources(began)), start_from=start_from, run_dir=None)
+        return run(dataclasses.replace(again, resume=run_dir))
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 

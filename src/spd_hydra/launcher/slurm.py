@@ -17,15 +17,17 @@ from spd_hydra.section import ConfigError
 REFUSED = "REFUSED"
 _SECONDS = 30.0  # that a command of SLURM may take
 _GONE = "Invalid job id"
-_FIELDS = "JobArrayID:40,State:20,exit_code:20"
+_FIELDS = "JobArrayID:40,State:20,exit_code:20,Reason:80"
+_NO_REASONS = {"", "None", "Priority", "Resources"}  # of a job that only has to wait its turn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerState:
-    """What the scheduler says of a job: a state such as `RUNNING`, and how the job ended."""
+    """What the scheduler says of a job: a state such as `RUNNING`, how it ended, why it has to wait."""
 
     name: str
     exit_code: str = ""
+    reason: str = ""
 
 
 def sbatch_parameters(launcher: Slurm, name: str) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def submit(jobs: Sequence[RunJob], launcher: Slurm, name: str, folder: Path) -> 
         submitted = executor.submit_array(jobs)
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(
-            f"launcher: the cluster refuses the job: {_last_line(str(error))}; "
+            f"launcher: the cluster refuses the job: {_of_sbatch(str(error))}; "
             "launcher.dry_run=true shows what is asked for"
         ) from None
     except OSError as error:
@@ -151,11 +153,13 @@ def _from_squeue(ids: Sequence[str]) -> dict[str, SchedulerState] | None:
         return None
     if done.returncode:
         return {} if _GONE in done.stderr else None
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    return {
-        row[0]: SchedulerState(name=row[1], exit_code=_exit_code(row[2]) if len(row) > 2 else "")
-        for row in rows
-    }
+    found = {}
+    for line in done.stdout.splitlines():
+        job, state, code, reason = (*line.split(maxsplit=3), "", "", "", "")[:4]
+        if job:
+            said = "" if reason.strip() in _NO_REASONS else reason.strip()
+            found[job] = SchedulerState(name=state, exit_code=_exit_code(code), reason=said)
+    return found
 
 
 def _exit_code(text: str) -> str:
@@ -183,6 +187,18 @@ def _call(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
+
+
+def _of_sbatch(text: str) -> str:
+    """All that sbatch says, since the first line often has the reason, and what to do about a limit."""
+    lines = [line.strip().removeprefix("sbatch: error: ") for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("sbatch: ")] or [_last_line(text)]
+    if any("array specification" in line for line in said):
+        said.append(
+            "an array may be too long for this cluster, see MaxArraySize in `scontrol show config`: sweep "
+            "over fewer jobs at once"
+        )
+    return "; ".join(dict.fromkeys(said))
 
 
 def cancel_command(ids: Mapping[int, str] | Sequence[str]) -> str:

@@ -37,6 +37,7 @@ from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.run_files import STATUS, cannot
 from spd_hydra.section import ConfigError
+from spd_hydra.stop import kept_from_children
 
 _log = logging.getLogger(__name__)
 
@@ -140,9 +141,18 @@ def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: S
 
 
 def run_in_background(
-    jobs: Mapping[int, Job], sweep_dir: Path, command: Sequence[str]
+    jobs: Mapping[int, Job],
+    sweep_dir: Path,
+    command: Sequence[str],
+    on_submitted: Callable[[], None] = lambda: None,
 ) -> list[SweepRow] | None:
     """Start jobs as their launcher says and, unless told not to, watch them to their end; None: they go on.
+
+    Args:
+        jobs: by number.
+        sweep_dir: the directory of their sweep.
+        command: the command line that was typed, for the record.
+        on_submitted: called when a cluster has them, and their ids are written down.
 
     Raises:
         ConfigError: the jobs cannot be started.
@@ -154,9 +164,12 @@ def run_in_background(
     if isinstance(launcher, LocalParallel):
         return _run_in_pool(jobs, launcher, sweep_dir, command)
     assert isinstance(launcher, Slurm), "jobs of the other launchers run in this process"
-    record = submit(jobs, launcher, sweep_dir, command)
-    own = dataclasses.replace(record, jobs=[job for job in record.jobs if job.number in jobs])
-    say("\n".join(submission_lines(own, sweep_dir)))
+    # Until their ids are written down and told, Ctrl-C would leave jobs that nobody knows of.
+    with kept_from_children():
+        record = submit(jobs, launcher, sweep_dir, command)
+        own = dataclasses.replace(record, jobs=[job for job in record.jobs if job.number in jobs])
+        say("\n".join(submission_lines(own, sweep_dir)))
+    on_submitted()
     if not launcher.wait:
         return None
     try:

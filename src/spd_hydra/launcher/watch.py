@@ -38,6 +38,19 @@ _QUEUED = {
 OPEN = {"pending", "requeued", "running"}
 """States of jobs that have not ended."""
 
+_LESS_TIME = "that is less than asked for; cancel, and ask for less with launcher.time="
+_IN_VAIN = {
+    "PartitionTimeLimit": _LESS_TIME,
+    "QOSMaxWallDurationPerJobLimit": _LESS_TIME,
+    "AssocMaxWallDurationPerJobLimit": _LESS_TIME,
+    "PartitionNodeLimit": "the partition gives fewer nodes; cancel, and ask for fewer with launcher.nodes=",
+    "BadConstraints": "no node has what is asked for: launcher.constraint, launcher.gpus, launcher.memory",
+    "DependencyNeverSatisfied": "what it depends on has failed; cancel it",
+    "JobHeldUser": "held; let it go with scontrol release <id>",
+    "JobHeldAdmin": "held by the cluster's administrators; ask them",
+}
+"""What to do about reasons that no waiting will mend."""
+
 _GIVE_WAY = {"pending": 1, "done": 2}
 _AROUND_ROWS = 5  # lines of a table that are no jobs, and the cursor's
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
@@ -106,7 +119,8 @@ def _row(
         state = SchedulerState(name="unknown to the scheduler")
         return _ended(sweep_dir, record, row, job, state)
     if state.name in _QUEUED:
-        return dataclasses.replace(row, state="pending" if row.state == "missing" else "requeued", error=None)
+        queued = "pending" if row.state == "missing" else "requeued"
+        return dataclasses.replace(row, state=queued, error=None, waits_for=state.reason or None)
     if state.name in _ACTIVE:
         return row if row.state == "failed" else dataclasses.replace(row, state="running", error=None)
     return _ended(sweep_dir, record, row, job, state)
@@ -203,13 +217,23 @@ def live_table(rows: Sequence[SweepRow]) -> list[str]:
     for row in rows:
         step = NOTHING if row.step is None else f"{row.step:,}/{row.steps or 0:,}"
         verdict = NOTHING if row.solved is None else "solved" if row.solved else "not solved"
-        cells.append([str(row.job), row.id or NOTHING, row.state, step, number(row.loss), verdict])
+        cells.append([str(row.job), row.id or NOTHING, _state(row), step, number(row.loss), verdict])
     return text_table(["job", "id", "state", "step", "loss", "verdict"], cells, left=3)
+
+
+def hints(rows: Sequence[SweepRow]) -> list[str]:
+    """A line for each reason for which jobs would wait in vain."""
+    found = dict.fromkeys(row.waits_for for row in rows if row.waits_for is not None)
+    return [f"{reason}: {_IN_VAIN[reason]}" for reason in found if reason in _IN_VAIN]
+
+
+def _state(row: SweepRow) -> str:
+    return row.state if row.waits_for is None else f"{row.state} ({row.waits_for})"
 
 
 def counts(rows: Sequence[SweepRow]) -> str:
     """How many jobs are in which state: `3 running, 1 failed`."""
-    states = [row.state for row in rows]
+    states = [_state(row) for row in rows]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
@@ -238,14 +262,14 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
 
     def show(self, rows: Sequence[SweepRow]) -> None:
         if is_terminal(self._stream):
-            lines = _fitting(rows, shutil.get_terminal_size())
+            lines = [*_fitting(rows, shutil.get_terminal_size()), *hints(rows)]
             back = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
             show(back + "\n".join(lines), self._stream)
             self._drawn = len(lines)
         elif counts(rows) != self._said or time.monotonic() - self._said_at > _LINE_SECONDS:
             self._said, self._said_at = counts(rows), time.monotonic()
             steps = [f"job {row.job} {row.step or 0}/{row.steps}" for row in rows if row.state == "running"]
-            show("; ".join([f"jobs: {self._said}", *steps[:8]]), self._stream)
+            show("; ".join([f"jobs: {self._said}", *steps[:8], *hints(rows)]), self._stream)
 
     def __exit__(self, *exception: object) -> None:
         if self._drawn:  # the final table takes its place

@@ -33,7 +33,11 @@ def save_target(
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
     metadata = metadata or {}
-    header: dict[str, Any] = {"sha256": _digest(tensors, metadata), "metadata": metadata}
+    header: dict[str, Any] = {
+        "sha256": _digest(tensors, metadata),
+        "weights": _digest(tensors, {}),
+        "metadata": metadata,
+    }
     if only_digest:
         header, tensors = header | {"only_digest": True}, {}
     text = json.dumps(header, sort_keys=True)
@@ -55,6 +59,18 @@ def holds_weights(path: Path) -> bool:
     """Whether a file that `save_target` wrote holds the weights, or only their digest."""
     header, _ = _read(path)
     return "only_digest" not in header
+
+
+def weights_digest(path: Path) -> str | None:
+    """What tells the weights of a file from others, whatever else is remembered with them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: the file is damaged.
+    """
+    header, _ = _read(path)
+    digest: str | None = header.get("weights")
+    return digest
 
 
 def require_same_weights(module: nn.Module, path: Path) -> None:

@@ -29,6 +29,7 @@ class SweepRow:
         id: the scheduler's id of the job.
         step, steps, loss: how far it is, of how many steps, and the loss of the newest row of its metrics.
         exit: how it ended according to the scheduler, where that is not well.
+        waits_for: what the scheduler says that it waits for, where that is not its turn.
         traceback: of an error that nobody foresaw.
         finding: the likeliest reason why it is not solved, and what to change.
         replica: of a job that trains several, which one this is.
@@ -50,6 +51,7 @@ class SweepRow:
     steps: int | None = None
     loss: float | None = None
     exit: str | None = None
+    waits_for: str | None = None
     traceback: str | None = None
     finding: str | None = None
     replica: int | None = None
