@@ -25,6 +25,8 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
   spd-run -m experiment=tms_5-2,tms_40-10 'seed=range(5)'      a sweep: every combination, a table at the end
   spd-run -m suite=paper 'seed=range(5)'               the paper's seven toys, beside what it reports of them
   spd-run resume=<run dir> train.steps=30000           go on with a run, with its saved configuration
+  spd-run start_from=<run dir or checkpoint> train.lr=1e-4        a new run from where another one was
+  spd-run run_dir=<directory>                          begin a run there, or go on with the one that is there
   spd-run debug=smoke                                  the whole path in seconds, to see that it works
 
   spd-run -m launcher=slurm launcher.partition=gpu launcher.time=12:00:00 seed=0,1    the same on a cluster
@@ -43,7 +45,7 @@ spd-run: decompose the weights of a neural network into rank-one subcomponents (
 Later beats earlier: defaults, experiment, conf/local/default.yaml if you wrote one, debug, command line.
 Choose a group with loss=delta, set a key with loss.stochastic_recon.coeff=0.5. Lists are written [64,32].
 Exit codes: 0 all well, 1 the run failed, 2 bad configuration, 3 jobs of a sweep failed, 130 interrupted,
-143 stopped by SIGTERM, SIGHUP or SIGUSR2."""
+143 stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2."""
 
 
 def help_text(composer: Composer) -> str:
