@@ -514,7 +514,7 @@ def test_threads_may_change_in_a_resume_and_that_is_said(
 
 def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finished: Path) -> None:
     keys = [key for _, _, key in leaves(load_config(finished / "config.yaml"))]
-    never_saved = ("launcher.", "suite.", "check.", "trust_remote_code")
+    never_saved = ("launcher.", "suite.", "check.", "trust_remote_code", "run_dir")
     keys = [key for key in keys if not key.startswith(never_saved)]
     may_change = set()
     with RunDirectory.open(finished):  # so that a change that is allowed gets no further than the lock
@@ -536,7 +536,8 @@ def test_of_all_keys_only_steps_logging_evaluation_and_places_may_change(finishe
         assert digests(finished) == before
     assert may_change == {
         "train.steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.compile",
-        "train.compile_blocks", "train.cuda_graphs", "train.shard",
+        "train.accumulate", "train.checkpoint_activations", "train.compile_blocks", "train.cuda_graphs",
+        "train.shard",
         "eval.every", "eval.batches", "eval.batch_size", "eval.ci_threshold", "eval.figures_every",
         "eval.figures",
         "eval.ablations", "eval.rounded", "eval.pgd_steps", "eval.pgd_step_size", "eval.subcomponents",

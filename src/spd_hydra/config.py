@@ -196,15 +196,11 @@ class RunConfig(Section):
             if self.start_anew:
                 yield Problem("start_anew", "got true without start_from=<run directory or checkpoint>")
             return
-        for key, number in (
-            ("replicas", self.train.replicas),
-            ("restarts.number", self.train.restarts.number),
-        ):
-            if number > 1:
-                yield Problem(
-                    f"train.{key}",
-                    f"got {number} with start_from, must be 1: a start has one set of subcomponents",
-                )
+        if self.train.replicas > 1:
+            yield Problem(
+                "train.replicas",
+                f"got {self.train.replicas} with start_from, must be 1: a start has one set of subcomponents",
+            )
         if self.task in {Task.train_target, Task.prefetch}:
             yield Problem(
                 "start_from", f"got {self.start_from} with task={self.task.name}, which decomposes nothing"

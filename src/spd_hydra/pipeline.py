@@ -236,7 +236,8 @@ def _restore(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> No
 
 def _fit(trainer: Trainer, parts: Parts) -> Evaluation:
     try:
-        if trainer.step == 0 and (error := begin_with_best(Alone(trainer), [parts.initial_state])[0]):
+        chooses = trainer.step == 0 and parts.config.start_from is None
+        if chooses and (error := begin_with_best(Alone(trainer), [parts.initial_state])[0]):
             raise error
         competition.remove(trainer.run)  # killed between the checkpoint of the one chosen and this
         return trainer.fit()
