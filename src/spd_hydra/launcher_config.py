@@ -84,6 +84,9 @@ class Slurm(Background):
     )
     memory: str | None = option(None, "memory on each node, e.g. 32G; null: the cluster's default")
     gpus: int = option(1, "GPUs of a job on each node, one process (rank) for each; 0: CPU", ge=0)
+    gpu_type: str | None = option(
+        None, "type of these GPUs, e.g. a100, as the cluster calls it; null: whatever is free"
+    )
     nodes: int = option(1, "nodes of a job", ge=1)
     cpus: int | None = option(None, "CPUs of each rank; null: the cluster's default", ge=1)
     account: str | None = option(None, "account that is charged")
@@ -135,10 +138,18 @@ class Slurm(Background):
                 f"got {self.time}, which leaves nothing before the job saves, launcher.signal_seconds="
                 f"{self.signal_seconds} earlier; ask for more time or set that lower",
             )
+        if self.gpu_type is not None and not self.gpus:
+            yield Problem("gpu_type", f"got {self.gpu_type} with launcher.gpus=0: leave one out")
         if self.memory is not None and not _MEMORY.fullmatch(self.memory):
             yield Problem("memory", f"got {self.memory}, must be a number with K, M, G or T, e.g. 32G")
-        for name in self.additional:
+        for name, value in self.additional.items():
             option_name = str(name).replace("_", "-")
+            if option_name == "gres" and self.gpus and str(value).startswith("gpu"):
+                yield Problem(
+                    f"additional.{name}",
+                    "stands beside launcher.gpus, which asks for GPUs already, of a type with "
+                    "launcher.gpu_type=; with launcher.gpus=0 nothing but this is asked for",
+                )
             if option_name in _OWN_KEYS:
                 yield Problem(f"additional.{name}", f"has a key of its own: {_OWN_KEYS[option_name]}")
             elif option_name in _SET_HERE:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from spd_hydra.overrides import read, with_entries, without_hydra
 from spd_hydra.preflight import preflight
 from spd_hydra.search_objective import degenerate
 from spd_hydra.section import ConfigError
+from spd_hydra.terminal import show
 
 log = logging.getLogger(__name__)
+
+
+_MANY_JOBS = 50  # whose check takes more than a few seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ def make_plan(
     built: set[str] = set()
     settings = composer.jobs(words)
     searched = composer.searched(words) if len(settings) == 1 else []  # of one that chooses there is one
+    if len(settings) > _MANY_JOBS:
+        show(f"checking {len(settings)} jobs before the first one starts", sys.stderr)
     for number, setting in enumerate(settings):
         try:
             job = compose_job(composer, setting, config_dir)
@@ -68,6 +75,7 @@ def make_plan(
             )
         )
     require_one_launcher(jobs)
+    _require_one_place(jobs)
     _warn([degenerate(jobs[0].config.objective, searched), *(misnamed(composer, job) for job in jobs)])
     return Plan(overrides=with_entries(words), jobs=jobs, is_sweep=True)
 
@@ -118,6 +126,15 @@ def require_one_launcher(jobs: Sequence[Job]) -> None:
                 "the same for all its jobs; start a sweep for each"
                 for key, values in varying.items()
             )
+        )
+
+
+def _require_one_place(jobs: Sequence[Job]) -> None:
+    places = list(dict.fromkeys(job.config.out_dir for job in jobs))
+    if len(places) > 1:
+        raise ConfigError(
+            f"out_dir: got {', '.join(places)} in one sweep, whose jobs lie in one folder; start a sweep for "
+            "each, or put a path with a comma in quotes: 'out_dir=\"a,b\"'"
         )
 
 

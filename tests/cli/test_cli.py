@@ -378,6 +378,11 @@ def test_tasks_of_srun_that_nobody_told_of_each_other_are_refused_unless_each_is
             "hydra.sweep.dir=",
         ),
         (
+            ["-m", "seed=0,1", "out_dir=a,b"],
+            "out_dir: got a, b in one sweep, whose jobs lie in one folder; start a sweep for each, or put a "
+            "path with a comma in quotes: 'out_dir=\"a,b\"'",
+        ),
+        (
             ["run_dir=here", "launcher=local_parallel"],
             "run_dir: got here with launcher=local_parallel, whose jobs have folders of their own in which "
             "they go on; choose where with hydra.sweep.dir=",

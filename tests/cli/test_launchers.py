@@ -267,3 +267,15 @@ def test_a_percent_sign_in_the_place_of_jobs_is_refused_before_anything_is_submi
     assert ended.code == 2
     assert "must be without %, which SLURM replaces in the names of log files" in ended.err
     assert not with_slurm.exists()
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_gpus_of_a_type_are_asked_for_by_their_type(spd_run: Call) -> None:
+    words = ["debug=smoke", "launcher=slurm", "launcher.dry_run=true", "launcher.gpus=2"]
+    lines = spd_run(*words, "launcher.gpu_type=a100").out.splitlines()
+    assert "#SBATCH --gpus-per-node=a100:2" in lines
+    assert "#SBATCH --ntasks-per-node=2" in lines
+    twice = spd_run(*words, "++launcher.additional={gres: 'gpu:2'}")
+    assert (twice.code, "launcher.additional.gres: stands beside launcher.gpus" in twice.err) == (2, True)
+    none = spd_run("debug=smoke", "launcher=slurm", "launcher.gpus=0", "launcher.gpu_type=a100")
+    assert (none.code, "launcher.gpu_type: got a100 with launcher.gpus=0" in none.err) == (2, True)

@@ -264,6 +264,16 @@ def test_a_job_that_waits_in_vain_is_shown_with_the_reason_and_what_to_do(tmp_pa
     assert watch.hints(rows[1:]) == []
 
 
+def test_of_several_replicas_the_one_that_has_come_least_far_is_shown(tmp_path: Path) -> None:
+    for replica, steps in ((0, [100, 200]), (1, [100])):
+        folder = tmp_path / "0" / str(replica)
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"step": step, "loss/total": 1 / step}) for step in steps]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (row,) = watch.look(tmp_path, record("7"), {0: SchedulerState(name="RUNNING")})
+    assert (row.state, row.step, row.loss) == ("running", 100, 0.01)
+
+
 def test_the_live_table_shows_id_state_step_loss_and_verdict() -> None:
     rows = [
         row(0, "done", id="5_0", step=20_000, steps=20_000, loss=0.25, solved=True),

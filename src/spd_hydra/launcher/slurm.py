@@ -35,7 +35,7 @@ def sbatch_parameters(launcher: Slurm, name: str) -> dict[str, Any]:
     given = {
         "partition": launcher.partition,
         "mem": launcher.memory,
-        "gpus_per_node": launcher.gpus or None,
+        "gpus_per_node": _gpus(launcher),
         "cpus_per_task": launcher.cpus,
         "account": launcher.account,
         "qos": launcher.qos,
@@ -59,6 +59,12 @@ def sbatch_parameters(launcher: Slurm, name: str) -> dict[str, Any]:
             name: value for name, value in additional.items() if value is not None and value is not False
         },
     }
+
+
+def _gpus(launcher: Slurm) -> str | int | None:
+    if not launcher.gpus:
+        return None
+    return launcher.gpus if launcher.gpu_type is None else f"{launcher.gpu_type}:{launcher.gpus}"
 
 
 def sbatch_script(launcher: Slurm, name: str, folder: Path, number: int) -> str:

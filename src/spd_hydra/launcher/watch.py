@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from spd_hydra import metrics_log, report
 from spd_hydra.going_on import going_on
@@ -20,6 +20,7 @@ from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.run_files import METRICS
 from spd_hydra.terminal import is_terminal, show
 
 States = Mapping[int, SchedulerState] | None
@@ -104,7 +105,7 @@ def _row(
 ) -> SweepRow:
     state = None if states is None else states.get(row.job)
     is_over = states is not None and (state is None or state.name not in _QUEUED | _ACTIVE)
-    last = metrics_log.last_row(sweep_dir / str(row.job) / "metrics.jsonl") or {}
+    last = _last_row(sweep_dir / str(row.job))
     row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
@@ -124,6 +125,13 @@ def _row(
     if state.name in _ACTIVE:
         return row if row.state == "failed" else dataclasses.replace(row, state="running", error=None)
     return _ended(sweep_dir, record, row, job, state)
+
+
+def _last_row(directory: Path) -> dict[str, Any]:
+    """The newest row of a run's metrics; of several replicas that of the one that has come least far."""
+    logs = [directory / METRICS, *sorted(directory.glob(f"[0-9]*/{METRICS}"))]
+    rows = [row for row in map(metrics_log.last_row, logs) if row is not None]
+    return min(rows, key=lambda row: int(row["step"]), default={})
 
 
 def _tells_of_before(directory: Path, since: str | None) -> bool:
