@@ -98,6 +98,44 @@ def test_when_time_runs_out_a_job_saves_at_once_and_goes_on_where_it_was(
     assert_undisturbed(cluster.sweep / "0", undisturbed)
 
 
+def test_a_job_that_is_asked_to_hand_over_while_python_starts_is_not_ended_by_that(
+    cluster: Cluster, wait_for: Callable[..., None], undisturbed: Path
+) -> None:
+    waiting = cluster.start(*LONG)
+    wait_for(lambda: [state for state, _ in cluster.states().values()] == ["RUNNING"])
+    (id,) = cluster.states()
+    cluster.call("scancel", "--signal=USR2", id)
+    said, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, said
+    assert_undisturbed(cluster.sweep / "0", undisturbed)
+
+
+def test_a_script_of_ones_own_goes_on_in_the_directory_of_its_run(
+    cluster: Cluster, wait_for: Callable[..., None], undisturbed: Path
+) -> None:
+    """As the guide shows it: SIGUSR1 saves, and the script puts itself back into the queue."""
+    spd_run = Path(sys.executable).with_name("spd-run")
+    words = " ".join(f"'{word}'" for word in LONG)
+    script = cluster.folder / "own.sh"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"srun --ntasks=1 {spd_run} debug=smoke {words} run_dir=mine && exit 0\n"
+        "scontrol requeue $SLURM_JOB_ID; sleep 30\n"
+    )
+    options = ["--requeue", "--open-mode=append", "--output=own.log", f"--chdir={cluster.folder}"]
+    id = cluster.call("sbatch", "--parsable", *options, str(script)).strip()
+    log, metrics = cluster.folder / "own.log", cluster.folder / "mine" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 15)
+    cluster.call("scancel", "--signal=USR1", id)
+    wait_for(lambda: "stopping after this step to save" in log.read_text())
+    wait_for(lambda: "going on from step" in log.read_text(), 180)
+    summary = cluster.folder / "mine" / "summary.json"
+    wait_for(summary.exists, 120)
+    wait_for(lambda: id not in cluster.states() or cluster.states()[id][0] == "COMPLETED")
+    assert_undisturbed(cluster.folder / "mine", undisturbed)
+    assert not (cluster.folder / "outputs").exists()
+
+
 def test_a_job_that_is_requeued_by_hand_or_preempted_loses_at_most_what_was_not_saved(
     cluster: Cluster, wait_for: Callable[..., None], undisturbed: Path
 ) -> None:

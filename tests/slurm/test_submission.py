@@ -42,6 +42,18 @@ def test_a_dry_run_tells_when_the_cluster_would_refuse(cluster: Cluster) -> None
     assert "# REFUSED: " in cluster.spd_run("launcher.partition=nowhere", "launcher.dry_run=true", code=2)
 
 
+def test_a_job_that_asks_for_more_time_than_its_partition_gives_is_told_to_wait_in_vain(
+    cluster: Cluster, wait_for: Callable[..., None]
+) -> None:
+    cluster.spd_run("launcher.partition=short", "launcher.time=2:00:00", "launcher.wait=false")
+    (id,) = cluster.states()
+    wait_for(lambda: "PartitionTimeLimit" in cluster.call("squeue", f"--jobs={id}", "--format=%r"))
+    told = cluster.spd_run("task=sweep_status", f"sweep={cluster.sweep}")
+    assert "pending (PartitionTimeLimit)" in told
+    assert "PartitionTimeLimit: that is less than asked for; cancel, and ask for less with" in told
+    cluster.call("scancel", id)
+
+
 def test_what_the_cluster_refuses_is_told_and_leaves_nothing_behind(cluster: Cluster) -> None:
     said = cluster.spd_run("launcher.partition=nowhere", code=2)
     assert re.search(r"launcher: the cluster refuses the job: .*[Ii]nvalid partition", said)

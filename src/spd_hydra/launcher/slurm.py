@@ -21,6 +21,10 @@ _FIELDS = "JobArrayID:40,State:20,exit_code:20,Reason:80"
 _NO_REASONS = {"", "None", "Priority", "Resources"}  # of a job that only has to wait its turn
 
 
+# Deaf to SIGUSR2 until submitit listens, which takes imports of seconds: it would end the job for good.
+_PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerState:
     """What the scheduler says of a job: a state such as `RUNNING`, how it ended, why it has to wait."""
@@ -79,7 +83,7 @@ def sbatch_script(launcher: Slurm, name: str, folder: Path, number: int) -> str:
     from submitit.slurm.slurm import _make_sbatch_string  # noqa: PLC0415
 
     # The executor would do, but is not to be had where there is no SLURM.
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     parameters = sbatch_parameters(launcher, name) | ({"map_count": number} if number > 1 else {})
     return _make_sbatch_string(command=command, folder=folder, **parameters)
 
@@ -94,7 +98,7 @@ def submit(jobs: Sequence[RunJob], launcher: Slurm, name: str, folder: Path) -> 
     from submitit.slurm.slurm import SlurmExecutor  # noqa: PLC0415
 
     require_sbatch()
-    executor = SlurmExecutor(folder=folder, max_num_timeout=launcher.max_requeues)
+    executor = SlurmExecutor(folder=folder, max_num_timeout=launcher.max_requeues, python=_PYTHON)
     executor.update_parameters(**sbatch_parameters(launcher, name))
     try:
         submitted = executor.submit_array(jobs)
