@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,8 @@ def draw_all(
 ) -> list[Drawn]:
     """Draw every figure that applies into `<directory>/<name>.png` and tell which were written.
 
+    Those that are not drawn are removed there: they would be of an earlier evaluation.
+
     Needs no display and changes no global setting of matplotlib. A figure that fails is logged as a
     warning and left out: a picture is never a reason to lose a run.
 
@@ -109,7 +111,18 @@ def draw_all(
             log.warning("figure %s could not be written: %s", kind.name, error)
             continue
         drawn.append(Drawn(name=kind.name, caption=kind.caption, path=path))
+    remove_figures(directory, kept={one.name for one in drawn})
     return drawn
+
+
+def remove_figures(directory: Path, kept: Collection[str] = ()) -> None:
+    """Remove the pictures of every registered figure but those named; other files stay."""
+    for kind in figures():
+        if kind.name not in kept:
+            try:
+                (directory / f"{kind.name}.png").unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("the old figure %s could not be removed: %s", kind.name, error)
 
 
 def as_png(picture: "Figure") -> bytes:
