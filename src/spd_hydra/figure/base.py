@@ -25,7 +25,7 @@ class FigureKind:
     """One kind of figure; `draw` returns None for an evaluation that has nothing to show of it."""
 
     name: str
-    caption: str  # one sentence that tells what to look for
+    caption: str  # one sentence that tells what to look for, unless the picture has its own
     draw: Draw
 
 
@@ -46,7 +46,7 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
 
     Args:
         name: file name without suffix, e.g. `losses`.
-        caption: the sentence under the figure, saying what to look for.
+        caption: the sentence under the figure, saying what to look for; `captioned` gives a picture its own.
 
     Raises:
         ValueError: another function already has that name.
@@ -60,6 +60,12 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
         return draw
 
     return add
+
+
+def captioned(picture: "Figure", caption: str) -> "Figure":
+    """Give a picture a caption of its own, where that of its kind would not describe it."""
+    picture.set_label(caption)
+    return picture
 
 
 def figures() -> list[FigureKind]:
@@ -98,6 +104,7 @@ def draw_all(
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
+                caption = kind.caption if picture is None else str(picture.get_label()) or kind.caption
                 png = None if picture is None else as_png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
@@ -110,7 +117,7 @@ def draw_all(
         except OSError as error:
             log.warning("figure %s could not be written: %s", kind.name, error)
             continue
-        drawn.append(Drawn(name=kind.name, caption=kind.caption, path=path))
+        drawn.append(Drawn(name=kind.name, caption=caption, path=path))
     remove_figures(directory, kept={one.name for one in drawn})
     return drawn
 
