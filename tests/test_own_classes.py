@@ -210,6 +210,21 @@ def test_statistics_that_are_none_are_told_with_the_term_and_what_they_must_be(
     assert str(caught.value) == f"loss.extra.mine: Wrong.statistics {told}; {CONTRACT}"
 
 
+def test_a_value_that_is_no_single_number_is_told_too(own: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    gives = {"kept": torch.ones(5)}  # whatever its own value takes
+    monkeypatch.setattr(Wrong, "gives", staticmethod(lambda inputs: gives))
+    config = own()
+    config.loss.extra = {"mine": Wrong(coeff=0.5)}
+    monkeypatch.setattr(Wrong, "value", lambda self, statistics, positions: statistics["kept"].sum())
+    preflight(config)
+    monkeypatch.setattr(Wrong, "value", lambda self, statistics, positions: 2 * statistics["kept"])
+    with pytest.raises(ConfigError) as caught:
+        preflight(config)
+    assert str(caught.value) == (
+        "loss.extra.mine: Wrong.value returned a tensor of shape [5]; it must return a tensor of no axes"
+    )
+
+
 def test_an_error_in_ones_own_loss_term_is_told_with_its_key(
     own: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
