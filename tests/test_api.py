@@ -215,7 +215,7 @@ def test_for_a_folder_of_runs_these_are_named(done: Run, tmp_path: Path) -> None
 
 def test_the_package_lists_what_may_be_called() -> None:
     names = [name for name in dir(spd_hydra) if not name.startswith("_")]
-    assert names == ["JobFailed", "Run", "compose", "decompose", "load_run", "submit"]
+    assert names == ["JobFailed", "Run", "Sweep", "compose", "decompose", "load_run", "load_sweep", "submit"]
 
 
 def test_where_there_is_no_slurm_submit_says_so_and_leaves_nothing(

@@ -88,6 +88,15 @@ def test_analysing_a_run_again_gives_the_same_numbers_and_contexts(config: RunCo
     assert after["ablations"] == json.loads(before["summary.json"])["ablations"]
 
 
+def test_an_analysis_that_does_not_look_at_the_text_removes_what_was_said_of_it(config: RunConfig) -> None:
+    path = run(config).run_dir
+    assert path is not None
+    unseen = dataclasses.replace(config.eval, subcomponents=0)
+    analyse(dataclasses.replace(config, task=Task.analyse, run=str(path), eval=unseen))
+    assert not (path / "subcomponents.json").exists()
+    assert load_run(path).subcomponents == {}
+
+
 def test_only_the_last_evaluation_looks_at_the_text(config: RunConfig) -> None:
     parts = assemble(config, untrained_target(config), torch.device("cpu"))
     assert parts.evaluate(10, certified=True).text is None

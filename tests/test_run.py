@@ -1,5 +1,6 @@
 """One run from configuration to report: what it leaves behind, and how it says what went wrong."""
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -19,10 +20,14 @@ from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.logger.base import Logger
+from spd_hydra.metric import extra
+from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.metric.finding import Settings
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.preflight import preflight
+from spd_hydra.report.numbers import number
 from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_run import read_target
@@ -376,6 +381,53 @@ def test_analysing_with_other_words_for_eval_measures_anew_and_is_saved(toy: Toy
     assert read_json(directory / "summary.json")["losses"] == again.summary["losses"]
 
 
+def eval_row(directory: Path, step: int) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if (row["step"], row["split"]) == (step, "eval")]
+    assert isinstance(row, dict)
+    return row
+
+
+def test_an_analysis_takes_the_place_of_the_last_row_of_the_metrics_and_of_the_reports_table(
+    toy: Toy,
+) -> None:
+    directory = directory_of(run(toy()))
+    before = eval_row(directory, 20)
+    summary = run(compose(["task=analyse", f"run={directory}", "eval.batches=3"])).summary
+    row = eval_row(directory, 20)
+    assert row["n_positions"] == 3 * toy().eval.batch_size != before["n_positions"]
+    assert row["loss/total"] == summary["losses"]["total"] != before["loss/total"]
+    shown = f'<code>loss/total</code></td><td class="text">eval</td><td>{number(row["loss/total"])}</td>'
+    assert shown in (directory / "report.html").read_text()
+
+
+def test_metrics_of_a_plug_in_are_in_the_summary_also_of_a_run_that_was_trained_without_it(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extra, "_measures", {})
+    directory = directory_of(run(toy()))
+    assert read_json(directory / "summary.json")["extra"] == {}
+
+    @extra.metric("sites")
+    def count(model: DecomposedModel, evaluation: Evaluation) -> dict[str, float]:
+        return {"number": len(model.site_names)}
+
+    again = run(compose(["task=analyse", f"run={directory}"]))
+    assert again.summary["extra"] == {"sites/number": 2.0} == read_json(directory / "summary.json")["extra"]
+    assert eval_row(directory, 20)["sites/number"] == 2.0
+    assert "sites/number" in (directory / "report.html").read_text()
+    assert directory_of(run(toy())).joinpath("summary.json").read_text().count("sites/number") == 1
+
+
+def test_pictures_of_an_earlier_measurement_that_are_not_drawn_again_are_removed(toy: Toy) -> None:
+    directory = directory_of(run(toy()))
+    (directory / "figures").mkdir()
+    for name in ("losses.png", "weights.png", "mine.png"):
+        (directory / "figures" / name).write_bytes(b"old")
+    run(compose(["task=analyse", f"run={directory}", "eval.figures=false"]))
+    assert [path.name for path in (directory / "figures").iterdir()] == ["mine.png"]
+
+
 @pytest.mark.slow
 def test_a_sweep_analyses_each_run_as_it_was_trained(toy: Toy, spd_run: Call) -> None:  # noqa: F811
     places = [directory_of(run(toy(f"seed={seed}"))) for seed in (3, 4)]
@@ -383,6 +435,15 @@ def test_a_sweep_analyses_each_run_as_it_was_trained(toy: Toy, spd_run: Call) ->
     assert ended.code == 0
     found = [load_config(place / "config.yaml") for place in places]
     assert [(config.seed, config.eval.batches) for config in found] == [(3, 3), (4, 3)]
+    (page,) = places[0].parent.parent.glob("sweeps/*/sweep.csv")
+    rows = list(csv.DictReader(page.read_text().splitlines()))
+    summaries = [read_json(place / "summary.json") for place in places]
+    assert [(row["state"], row["seed"], row["run"]) for row in rows] == [
+        ("done", "3", str(places[0])),
+        ("done", "4", str(places[1])),
+    ]
+    assert [float(row["loss"]) for row in rows] == [own["losses"]["total"] for own in summaries]
+    assert "missing" not in ended.out
 
 
 def test_a_run_that_may_go_on_keeps_how_it_is_measured(toy: Toy) -> None:

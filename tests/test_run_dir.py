@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from spd_hydra import atomic
+from spd_hydra import atomic, load_run
 from spd_hydra.command_word import command_word
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.section import ConfigError
@@ -345,6 +345,20 @@ def test_a_directory_that_vanishes_is_one_readable_error(run: RunDirectory) -> N
     assert not run.path.exists()
 
 
+def test_a_directory_whose_run_has_yet_to_write_its_configuration_is_told_as_beginning(
+    tmp_path: Path,
+) -> None:
+    said = "its run is just beginning and has written no config.yaml yet; look again in a few seconds"
+    with RunDirectory.create(tmp_path, "toy") as directory:
+        with pytest.raises(ConfigError) as opened:
+            load_run(directory.path)
+        with pytest.raises(RunDirectoryError) as viewed:
+            RunDirectory.view(directory.path)
+        assert str(opened.value) == str(viewed.value) == f"{directory.path}: {said}"
+    with pytest.raises(ConfigError, match=r"is no run directory: it holds no config\.yaml"):  # it was killed
+        load_run(directory.path)
+
+
 # ---- metrics -------------------------------------------------------------------------------------------
 
 
@@ -380,6 +394,27 @@ def test_truncation_drops_later_rows_and_keeps_the_bytes_of_the_others(run: RunD
     assert [row["step"] for row in run.read_metrics()] == [0, 0, 10, 10, 20]
     assert run.truncate_metrics(-1) == 5
     assert run.read_metrics() == []
+
+
+def test_a_row_takes_the_place_of_that_of_its_step_and_split_or_stands_among_those_of_its_step(
+    run: RunDirectory,
+) -> None:
+    for step in (0, 10, 20):
+        run.append_metrics(step, "train", {"loss/total": 1 / (step + 3)})
+    run.append_metrics(20, "eval", {"l0/embed": 1.0, "old/one": 2.0})
+    run.append_metrics(30, "train", {})
+    path = run.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    run.replace_metrics(20, "eval", {"l0/embed": 3.0})
+    run.replace_metrics(10, "eval", {"l0/embed": math.inf})
+    made = [
+        b'{"step": 10, "split": "eval", "l0/embed": null}\n',
+        b'{"step": 20, "split": "eval", "l0/embed": 3.0}\n',
+    ]
+    assert path.read_bytes().splitlines(keepends=True) == [*lines[:2], made[0], lines[2], made[1], lines[4]]
+    path.unlink()
+    run.replace_metrics(5, "eval", {})
+    assert run.read_metrics() == [{"step": 5, "split": "eval"}]
 
 
 def test_a_line_torn_at_any_byte_costs_only_itself(run: RunDirectory) -> None:

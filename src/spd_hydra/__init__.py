@@ -1,6 +1,6 @@
 """Stochastic Parameter Decomposition: networks taken apart into rank-one subcomponents.
 
->>> from spd_hydra import compose, decompose, load_run, submit
+>>> from spd_hydra import compose, decompose, load_run, load_sweep, submit
 """
 
 import os
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spd_hydra.api import JobFailed as JobFailed
     from spd_hydra.api import Run as Run
+    from spd_hydra.api import Sweep as Sweep
     from spd_hydra.api import compose as compose
     from spd_hydra.api import decompose as decompose
     from spd_hydra.api import load_run as load_run
+    from spd_hydra.api import load_sweep as load_sweep
     from spd_hydra.api import submit as submit
 
 # OpenMP's threads spin while they wait for each other, by default for milliseconds. Two runs of two threads
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__all__ = ["JobFailed", "Run", "compose", "decompose", "load_run", "submit"]
+__all__ = ["JobFailed", "Run", "Sweep", "compose", "decompose", "load_run", "load_sweep", "submit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,8 @@ _MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
 def analyse(config: RunConfig) -> Outcome:
     """Measure the newest checkpoint of a run: metrics, figures, report and summary, into its directory.
 
+    They take the place of what was measured of that step before.
+
     Args:
         config: the run's saved configuration, with `task` and `run`; `eval`, the device and the number of
             threads may be others.
@@ -64,6 +66,7 @@ def analyse(config: RunConfig) -> Outcome:
         if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
             # The summary is then of these measurements; a run that may go on keeps its own.
             directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))
+        directory.replace_metrics(checkpoint.step, "eval", measured.row())
         summary, _ = conclude(
             directory,
             parts,

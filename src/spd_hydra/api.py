@@ -15,9 +15,11 @@ from spd_hydra.launcher import start
 from spd_hydra.launcher.handle import JobFailed as JobFailed
 from spd_hydra.launcher.handle import JobHandle
 from spd_hydra.launcher.job import begin_or_go_on
+from spd_hydra.launcher.record import FILE as SWEEP
 from spd_hydra.launcher.record import new_sweep_directory
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.opened_run import Run as Run
+from spd_hydra.opened_sweep import Sweep as Sweep
 from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import own_directory, run
@@ -40,13 +42,32 @@ def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
             `model.trust_remote_code`.
 
     Raises:
-        ConfigError: it is no run directory, of a version that this one cannot read, or of several replicas.
+        ConfigError: it is no run directory, of a version that this one cannot read, of a sweep, or of several
+            replicas.
     """
     load_plugins()  # whose sections the configuration may name
     path = Path(path).expanduser()
-    config = load_config(path / "config.yaml")
+    if (path / SWEEP).is_file():
+        raise ConfigError(f"{path} is a sweep: open it with load_sweep, or one of its runs, {path / '0'}")
+    config = load_config(path / "config.yaml", keeps_unknown_terms=True)
     require_single(path, config)
     return Run(path, config, trust_remote_code)
+
+
+def load_sweep(path: str | Path, *, trust_remote_code: bool = False) -> Sweep:
+    """Open the directory of a sweep: `rows` is its table, `runs` are its runs; warns of those not done.
+
+    Args:
+        path: the directory, which holds `sweep.json`.
+        trust_remote_code: as for `load_run`, for every run.
+
+    Raises:
+        ConfigError: it is no directory of a sweep.
+    """
+    load_plugins()
+    sweep = Sweep(Path(path).expanduser(), trust_remote_code)
+    sweep.say_what_is_not_done()
+    return sweep
 
 
 def decompose(config: RunConfig | Sequence[str] = ()) -> Run:

@@ -232,6 +232,7 @@ def assemble(
     with passes or nullcontext(), torch.no_grad():
         require_values_that_stay(model, example)
         clean = model.clean_pass(example)
+        _require_one_tensor(clean.output)
         if has_values:
             model.roots = find_roots(model, example, clean)
         activations = model.activations(clean)
@@ -257,6 +258,20 @@ def assemble(
         position_shape=positions,
         reads_tokens=example.dim() == 2 and not example.is_floating_point(),
     )
+
+
+def _require_one_tensor(output: Any) -> None:
+    """Refuse a target whose output no divergence could compare.
+
+    Raises:
+        ConfigError: it returns something else than a tensor.
+    """
+    if not isinstance(output, torch.Tensor):
+        parts = f" of {', '.join(type(one).__name__ for one in output)}" if isinstance(output, tuple) else ""
+        raise ConfigError(
+            f"model: the target must return one tensor; got {type(output).__name__}{parts}; wrap it in a "
+            "module whose forward returns the one that is to be kept"
+        )
 
 
 def _positions(

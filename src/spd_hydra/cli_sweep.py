@@ -14,7 +14,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.counted import counted
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.launcher import start, unfinished, watch
-from spd_hydra.launcher.record import FILE, SweepRecord, held, is_held
+from spd_hydra.launcher.record import FILE, SweepRecord, held
 from spd_hydra.launcher_config import Background, Launcher, Slurm
 from spd_hydra.overrides import typed_path
 from spd_hydra.report.sweep import SweepRow
@@ -33,11 +33,7 @@ def sweep_status(config: RunConfig) -> int:
             "sweep: task=sweep_status needs the directory of a sweep, e.g. sweep=outputs/sweeps/<time>_<id>"
         )
     directory = Path(config.sweep).expanduser().absolute()
-    record = SweepRecord.read(directory)
-    rows = watch.look(directory, record, watch.scheduler_states(record))
-    is_running = is_held(directory)
-    if is_running:  # by a process that will begin them
-        rows = [dataclasses.replace(row, state="pending") if row.state == "missing" else row for row in rows]
+    rows, is_running = watch.stand(directory)
     if any(row.state in watch.OPEN for row in rows):
         show("\n".join(["", *watch.live_table(rows), *watch.hints(rows)]))
     return show_sweep(directory, rows, is_running=is_running)

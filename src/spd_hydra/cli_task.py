@@ -18,7 +18,7 @@ from spd_hydra.config import to_dict
 from spd_hydra.config_errors import invalid
 from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
-from spd_hydra.launcher.job import RunJob, begin_or_go_on
+from spd_hydra.launcher.job import RunJob, begin_or_go_on, link
 from spd_hydra.launcher.record import hide_secrets
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.plan import Plan
@@ -148,7 +148,10 @@ class Task:
         with command_line(self.command):  # what the person typed goes into the record of the run
             if directory is not None and _is_begun(job, directory):
                 return begin_or_go_on(job.config, str(directory), job.saved)
-            return run(job.config, run_dir=directory, saved=job.saved)
+            outcome = run(job.config, run_dir=directory, saved=job.saved)
+        if directory is not None and job.config.run is not None and outcome.run_dir is not None:
+            link(directory, outcome.run_dir)  # of a run that is elsewhere, measured again
+        return outcome
 
     def _as_job(self, job: Job, directory: Path | None) -> RunJob:
         return RunJob(

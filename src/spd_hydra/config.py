@@ -1,8 +1,9 @@
 """RunConfig: everything that a run depends on, typed, checked, and saved with it."""
 
 import dataclasses
+import logging
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,10 @@ from spd_hydra.logger.base import LoggerSpec
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.loss.loss_set import LossSet
 from spd_hydra.loss.persistent_recon import PersistentPGDRecon
+from spd_hydra.loss.unknown import unknown_term
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.training import TrainableTarget
+from spd_hydra.run_files import BEGINNING, is_beginning
 from spd_hydra.section import (
     ConfigError,
     Problem,
@@ -35,8 +38,12 @@ from spd_hydra.section import (
 )
 from spd_hydra.trainer_config import Evaluation, Training
 
+log = logging.getLogger(__name__)
+
 KIND = "_kind_"
 """Key that names the class of a pluggable section in plain data; no field begins with an underscore."""
+
+_TERMS, _EXTRA = "loss_term", "loss.extra."  # the group of plug-ins' loss terms, and where they stand
 
 
 class Task(Enum):
@@ -265,8 +272,13 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def from_dict(data: Mapping[str, Any]) -> RunConfig:
+def from_dict(data: Mapping[str, Any], *, keeps_unknown_terms: bool = False) -> RunConfig:
     """The configuration that `to_dict` gave; what is not saved has its default.
+
+    Args:
+        data: the plain data.
+        keeps_unknown_terms: loss terms of plug-ins that are not here stay as they were saved, with a
+            warning; they cannot be computed.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, an unknown kind, an interpolation.
@@ -286,12 +298,11 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
         for path, kind in _kinds(data):
             group, _, name = kind.partition("/")
             classes = registered(group)
+            if name not in classes and keeps_unknown_terms and group == _TERMS and path.startswith(_EXTRA):
+                log.warning("%s is of kind %s, which no plug-in here has: it is kept as saved", path, kind)
+                classes[name] = unknown_term(kind, _at(data, path))
             if name not in classes:
-                raise ConfigError(
-                    f"{path}: unknown kind {kind!r}; known are {', '.join(sorted(classes))}. Is it of a "
-                    "class of your own? Import the module that registers it first, or make it a plug-in, "
-                    "which is imported by itself (CONTRIBUTING.md)"
-                )
+                raise ConfigError(_unknown_kind(path, kind, classes))
             if not any(isinstance(a, type) and issubclass(classes[name], a) for a in _declared(schema, path)):
                 raise ConfigError(f"{path}: cannot be of kind {kind!r}")
             OmegaConf.update(schema, path, OmegaConf.structured(classes[name]), force_add=True)
@@ -307,8 +318,23 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def load_config(path: Path) -> RunConfig:
-    """The configuration saved in a run directory.
+def _at(data: Mapping[str, Any], path: str) -> dict[str, Any]:
+    found: Any = data
+    for name in path.split("."):
+        found = found[name]
+    return {name: value for name, value in found.items() if name != KIND}
+
+
+def _unknown_kind(path: str, kind: str, known: Collection[str]) -> str:
+    listed = f"known are {', '.join(sorted(known))}" if known else "none is known"
+    return (
+        f"{path}: unknown kind {kind!r}; {listed}. Is it of a class of your own? Import the module that "
+        "registers it first, or make it a plug-in, which is imported by itself (CONTRIBUTING.md)"
+    )
+
+
+def load_config(path: Path, *, keeps_unknown_terms: bool = False) -> RunConfig:
+    """The configuration saved in a run directory; `keeps_unknown_terms` as for `from_dict`.
 
     Raises:
         ConfigError: there is none, or it does not fit this version.
@@ -316,6 +342,8 @@ def load_config(path: Path) -> RunConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if is_beginning(path.parent):
+            raise ConfigError(f"{path.parent}: {BEGINNING}") from None
         raise ConfigError(f"{path.parent} is no run directory: {_why_no_run(path)}") from None
     except NotADirectoryError:
         folder = path.parent.parent
@@ -327,7 +355,7 @@ def load_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is damaged: it holds no mapping")
-    return from_dict(data)
+    return from_dict(data, keeps_unknown_terms=keeps_unknown_terms)
 
 
 def _why_no_run(path: Path) -> str:

@@ -76,6 +76,24 @@ def truncate(path: Path, step: int) -> int:
     return len(rows) - len(kept)
 
 
+def replace_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Put a row in place of that of the same step and split, else behind the last row of no later step.
+
+    The other rows keep their bytes; torn lines are dropped.
+    """
+    rows = read_rows(path)
+    line = to_json(row).encode()
+    same = [n for n, (_, old) in enumerate(rows) if _place(old) == _place(row)]
+    before = same[-1] if same else sum(old["step"] <= row["step"] for _, old in rows)
+    kept = [(n, old) for n, (old, _) in enumerate(rows) if n not in same]
+    lines = [old for n, old in kept if n < before] + [line] + [old for n, old in kept if n >= before]
+    atomic.replace(path, b"".join(each + b"\n" for each in lines))
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row["step"], row.get("split")
+
+
 def sync(path: Path) -> None:
     """Return when the rows are on the disk."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:

@@ -15,6 +15,7 @@ from spd_hydra.build import Parts, assemble, bound, device_of, untrained_target
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.launcher_config import Slurm
+from spd_hydra.loss.base import statistics_problem
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.metric.ablations import TARGET, ZERO
 from spd_hydra.model.hf_config import first_line
@@ -41,6 +42,7 @@ def preflight(config: RunConfig) -> Parts:
     parts, passes = _parts(config)
     if parts.model.device.type == "meta" and (is_users(config.model) or is_users(config.data)):
         _require_same_numbers(config)
+    _require_statistics(config)
     if config.loss.divergence is Divergence.kl:
         with passes:
             _require_classes(parts)
@@ -167,6 +169,33 @@ def _require_runs(config: RunConfig, target: nn.Module) -> None:
 
 
 @torch.no_grad()
+def _require_statistics(config: RunConfig) -> None:
+    """Try the loss terms of a user's own on a few rows, with an untrained target if that is small.
+
+    Raises:
+        ConfigError: names the term, what it gave and what it must give, or where it failed.
+    """
+    own = {name: term for name, term in config.loss.extra.items() if is_users(term)}
+    size = _weights_size(config) if own else None
+    if size is None or size > _SMALL:
+        return
+    parts = assemble(_of_few_rows(config), untrained_target(config), torch.device("cpu"))
+    objective, measured = parts.objective, config.loss.measured_terms(config.eval.also)
+    batch, draws = parts.eval_sampler()(0)
+    inputs, own_draws = objective.inputs(batch), objective.draws_of(measured, draws)
+    for name, term in own.items():
+        if name not in measured:
+            continue
+        key, schedule = f"loss.extra.{name}", objective.scheduled(0.0, {name: term})
+        with told_of(key, term, "statistics"):
+            found = objective.statistics(inputs, {name: term}, own_draws[name], schedule)[name]
+        with told_of(key, term, "value"):
+            problem = statistics_problem(term, found)
+        if problem is not None:
+            raise ConfigError(f"{key}: {problem}")
+
+
+@torch.no_grad()
 def _require_classes(parts: Parts) -> None:
     """Fail where KL would compare the chances of a single class.
 
@@ -182,6 +211,11 @@ def _require_classes(parts: Parts) -> None:
         )
 
 
+def _of_few_rows(config: RunConfig) -> RunConfig:
+    few = dataclasses.replace(config.eval, batches=1, batch_size=min(config.eval.batch_size, _FEW_ROWS))
+    return dataclasses.replace(config, eval=few)
+
+
 def _few_rows(batches: Batches, seed: int, device: torch.device) -> torch.Tensor:
     rows = torch.arange(_FEW_ROWS, dtype=torch.int32, device=device)
     return batches(rng.key(seed, "example").to(device), rows)
@@ -193,8 +227,7 @@ def _require_metric(config: RunConfig) -> None:
     Raises:
         ConfigError: names the metrics that there are.
     """
-    few = dataclasses.replace(config.eval, batches=1, batch_size=min(config.eval.batch_size, _FEW_ROWS))
-    parts = assemble(dataclasses.replace(config, eval=few), untrained_target(config), torch.device("cpu"))
+    parts = assemble(_of_few_rows(config), untrained_target(config), torch.device("cpu"))
     names = set(parts.evaluate(0, certified=False).metrics)
     # Where all off is no worse than an untrained target, no share is recovered; of the trained one it may be.
     masked = [name.removeprefix("ce/") for name in names if name.startswith("ce/")]

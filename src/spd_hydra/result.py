@@ -10,7 +10,7 @@ from spd_hydra import report
 from spd_hydra.build import Parts
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.distributed import say
-from spd_hydra.figure.base import History, draw_all
+from spd_hydra.figure.base import Drawn, History, draw_all, remove_figures
 from spd_hydra.metric.diagnosis import diagnose
 from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.metric.finding import Finding, Settings
@@ -77,14 +77,14 @@ def conclude(
         replicas=replicas,
         notes=parts.eval_batches.notes(),
     )
-    drawn = (
-        draw_all(evaluation, history, directory.figures, directory.require_ownership)
-        if parts.config.eval.figures
-        else []
-    )
+    drawn: list[Drawn] = []
+    if parts.config.eval.figures:
+        drawn = draw_all(evaluation, history, directory.figures, directory.require_ownership)
+    else:
+        directory.require_ownership()
+        remove_figures(directory.figures)  # of an earlier evaluation
     directory.write_summary(summary)
-    if evaluation.text is not None:
-        directory.write_subcomponents(dataclasses.asdict(evaluation.text))
+    directory.write_subcomponents(None if evaluation.text is None else dataclasses.asdict(evaluation.text))
     with directory.writing("report.html") as path:
         report.write_report(
             path,

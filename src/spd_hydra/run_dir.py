@@ -10,7 +10,7 @@ import re
 import secrets
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -217,9 +217,13 @@ class RunDirectory(RunFiles):
         """Save the result of the run."""
         self._replace(SUMMARY, to_json(summary, indent=2))
 
-    def write_subcomponents(self, text: Mapping[str, Any]) -> None:
-        """Save what the subcomponents of a model of text respond to."""
-        self._replace(SUBCOMPONENTS, to_json(text))
+    def write_subcomponents(self, text: Mapping[str, Any] | None) -> None:
+        """Save what the subcomponents of a model of text respond to; None: remove what was said before."""
+        if text is not None:
+            self._replace(SUBCOMPONENTS, to_json(text))
+        elif not self.follows:
+            with self.writing(SUBCOMPONENTS) as path:
+                path.unlink(missing_ok=True)
 
     def write_status(
         self, status: Status, step: int, error: str | None = None, traceback: str | None = None
@@ -263,13 +267,26 @@ class RunDirectory(RunFiles):
 
     def append_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Add a row to the metrics, given to the operating system at once; NaN and infinity become null."""
+        self._write_metrics(metrics_log.append_row, step, split, values)
+
+    def replace_metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Put a row in place of that of the same step and split, or among those of its step."""
+        self._write_metrics(metrics_log.replace_row, step, split, values)
+
+    def _write_metrics(
+        self,
+        write: Callable[[Path, Mapping[str, Any]], None],
+        step: int,
+        split: str,
+        values: Mapping[str, float],
+    ) -> None:
         if self.follows:
             return
         self.require_ownership()
         assert not {"step", "split"} & values.keys(), "a metric may not be called step or split"
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         with self.errors("write", METRICS) as path:
-            metrics_log.append_row(path, {"step": step, "split": split, **numbers})
+            write(path, {"step": step, "split": split, **numbers})
 
     def sync_metrics(self) -> None:
         """Return when the metrics are on the disk: before a checkpoint, which must not be ahead of them."""

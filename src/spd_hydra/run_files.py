@@ -101,8 +101,18 @@ def require_run(path: Path) -> None:
         RunDirectoryError: says why.
     """
     if not (path / CONFIG).is_file():
+        if is_beginning(path):
+            raise RunDirectoryError(f"{path}: {BEGINNING}")
         reason = f"it has no {CONFIG}" if path.is_dir() else "there is no such directory"
         raise RunDirectoryError(f"{path} is not the directory of a run: {reason}")
+
+
+def is_beginning(path: Path) -> bool:
+    """Whether a process has just made this directory for a run, and has yet to write its configuration."""
+    return (path / LOCK).exists() and not (path / CONFIG).exists() and FileLock.is_held(path / LOCK) is True
+
+
+BEGINNING = f"its run is just beginning and has written no {CONFIG} yet; look again in a few seconds"
 
 
 def cannot(what: str, path: Path, error: OSError) -> RunDirectoryError:

@@ -167,6 +167,11 @@ def register(group: str, kind: str) -> Callable[[type[SectionType]], type[Sectio
     return add
 
 
+def stands_for(cls: type[Section], kind: str) -> None:
+    """Let a class be saved as `<group>/<kind>` that is not here; it cannot be chosen."""
+    _kind_of[cls] = kind
+
+
 def kind_of(cls: type[Section]) -> str | None:
     """`<group>/<kind>` of a registered class, or None for a class that is fixed in its place."""
     return _kind_of.get(cls)

@@ -25,6 +25,8 @@ def summarise(
 ) -> dict[str, Any]:
     """The summary of a run: verdict with its checks, diagnosis, sparsity, losses, target, notes, times.
 
+    `extra` holds the metrics of plug-ins by their names in the metrics log.
+
     `diagnosis` is empty where the known answer was found. `replicas` is the number of runs that shared their
     steps: the times are those of all together. `notes` are added to those about the data.
     """
@@ -72,6 +74,7 @@ def summarise(
         "l0": by_site("l0"),
         "l0_ideal": by_site("l0_ideal"),
         "losses": by_site("loss"),
+        "extra": dict(evaluation.extra),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),
         "notes": [*config.data.notes(), *notes],

@@ -1,5 +1,6 @@
 """What a model may be given, and what is said of what it may not."""
 
+import re
 from collections import UserDict
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def test_inputs_of_another_width_are_told_with_their_shape() -> None:
         ValueError, match=r"batch: got shape \[3, 7\], float32, which the target does not take: "
     ):
         model.causal_importances(torch.zeros(3, 7))
+
+
+def test_one_input_without_an_axis_of_rows_is_told_how_to_give_it() -> None:
+    model = decomposed(TMSModel(torch.randn(2, 5), torch.zeros(5), 0), "embed")
+    told = "got shape [5], which has no axis of rows, must be [batch, …]; for a single input x give x[None]"
+    with pytest.raises(ValueError, match=re.escape(f"batch: {told}")):
+        model.causal_importances(torch.zeros(5))
+    assert model.causal_importances(torch.zeros(5)[None])["embed"].lower.shape[0] == 1
 
 
 def test_a_mask_of_another_number_of_subcomponents_is_told_with_c(tmp_path: Path) -> None:

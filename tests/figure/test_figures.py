@@ -17,19 +17,20 @@ from spd_hydra.figure.activation_density import draw as draw_density
 from spd_hydra.figure.base import FigureKind
 from spd_hydra.figure.causal_importance import draw as draw_causal_importance
 from spd_hydra.figure.ci_histogram import draw as draw_histogram
-from spd_hydra.figure.columns import columns_of, wrong_entries
+from spd_hydra.figure.columns import Columns, columns_of, label_columns, wrong_entries
 from spd_hydra.figure.curves import series, thinned
 from spd_hydra.figure.losses import draw as draw_losses
 from spd_hydra.figure.mean_ci import draw as draw_mean_ci
 from spd_hydra.figure.neuron_contributions import draw as draw_contributions
 from spd_hydra.figure.sites import draw as draw_sites
 from spd_hydra.figure.sparsity import draw as draw_sparsity
+from spd_hydra.figure.style import new_figure
 from spd_hydra.figure.tms_polygon import draw as draw_polygon
 from spd_hydra.figure.tms_polygon import plane_vectors
 from spd_hydra.figure.trade_off import draw as draw_trade_off
 from spd_hydra.figure.weights import balanced
 from spd_hydra.figure.weights import draw as draw_weights
-from spd_hydra.metric.evaluation import SiteCheck, SiteEvaluation
+from spd_hydra.metric.evaluation import Evaluation, SiteCheck, SiteEvaluation
 
 TMS_FIGURES = [
     "tms_polygon",
@@ -91,6 +92,121 @@ def test_captions_are_single_sentences() -> None:
         assert kind.caption.endswith("."), kind.name
         assert ". " not in kind.caption, kind.name
         assert kind.caption[0].isupper(), kind.name
+
+
+def _caption(picture: Any) -> str:
+    """The caption that a picture has of its own: one sentence."""
+    caption = str(picture.get_label())
+    assert caption.endswith(".")
+    assert ". " not in caption
+    return caption
+
+
+def _many(synthetic: Any, C: int = 40) -> Evaluation:
+    """Twenty sites without a known answer, the i-th with C + i subcomponents."""
+    site = next(iter(synthetic.tms(C=C).sites.values()))
+    grown = {}
+    for i in range(20):
+        pad = [(0, i)]
+        grown[f"layers.{i}"] = dataclasses.replace(
+            site,
+            V=np.pad(site.V, [(0, 0), *pad]),
+            U=np.pad(site.U, [*pad, (0, 0)]),
+            mean_ci=np.pad(site.mean_ci, pad),
+            density=np.pad(site.density, pad),
+            order=np.arange(C + i),
+            probe_lower=None,
+            probe_upper=None,
+            directions=None,
+        )
+    found: Evaluation = dataclasses.replace(synthetic.tms(C=C), sites=grown, checks=[])
+    return found
+
+
+def _few(evaluation: Evaluation) -> Evaluation:
+    return dataclasses.replace(evaluation, sites=dict(list(evaluation.sites.items())[:3]))
+
+
+def test_a_caption_speaks_of_what_its_picture_shows(synthetic: Any) -> None:
+    known, many = synthetic.tms(), _many(synthetic)
+    unknown = _few(many)
+    lines = {"dotted line": (True, True, False), "expected number": (True, False, False)}
+    for words, holds in lines.items():
+        assert tuple(words in _caption(draw_mean_ci(e, [])) for e in (known, unknown, many)) == holds, words
+    no_threshold = dataclasses.replace(known, ci_threshold=0.0)
+    assert "dotted" not in _caption(draw_mean_ci(no_threshold, []))
+    densities = {
+        "grey bar": (True, True, False),
+        "both axes": (True, True, False),
+        "frequency of the features": (True, False, False),
+    }
+    for words, holds in densities.items():
+        assert tuple(words in _caption(draw_density(e, [])) for e in (known, unknown, many)) == holds, words
+    all_alive = {name: dataclasses.replace(s, density=s.density + 0.01) for name, s in known.sites.items()}
+    assert "grey bar" not in _caption(draw_density(dataclasses.replace(known, sites=all_alive), []))
+    assert "row per site" in _caption(draw_histogram(many, []))
+
+
+def test_the_caption_of_weights_names_features_and_heatmaps_only_where_they_are(synthetic: Any) -> None:
+    known, unknown = _caption(draw_weights(synthetic.tms(), [])), _few(_many(synthetic))
+    assert "one feature" in known
+    assert "heatmaps above" in known
+    caption = _caption(draw_weights(unknown, []))
+    assert "feature" not in caption
+    assert "heatmaps" not in caption
+
+
+def test_the_caption_of_sparsity_names_dashed_lines_only_where_they_are(synthetic: Any) -> None:
+    history = synthetic.history()
+    assert "dashed" in _caption(draw_sparsity(synthetic.tms(), history))
+    for evaluation in (_few(_many(synthetic)), _many(synthetic)):
+        picture = draw_sparsity(dataclasses.replace(evaluation, metrics={}), history)
+        assert picture is not None
+        assert picture.get_label() == ""
+    assert "dashed" not in base._figures["sparsity"].caption
+
+
+def test_a_picture_with_a_caption_of_its_own_has_it_in_the_report(synthetic: Any, tmp_path: Path) -> None:
+    drawn = {one.name: one.caption for one in draw_all(_many(synthetic), [], tmp_path)}
+    assert drawn["mean_ci"] == _caption(draw_mean_ci(_many(synthetic), []))
+    assert drawn["sites"] == base._figures["sites"].caption
+
+
+def test_what_a_site_does_not_have_is_grey_and_no_dead_subcomponent(synthetic: Any) -> None:
+    picture = draw_mean_ci(_many(synthetic), [])
+    assert picture is not None
+    means, beyond = [np.ma.getmaskarray(np.ma.asarray(i.get_array())) for i in picture.axes[0].images]
+    assert means.shape == beyond.shape == (20, 59)
+    assert (~beyond).sum(axis=1).tolist() == list(range(19, -1, -1))
+    equal = {name: _many(synthetic).sites["layers.0"] for name in map(str, range(20))}
+    alike = draw_mean_ci(dataclasses.replace(_many(synthetic), sites=equal), [])
+    assert "grey" not in _texts(alike)
+
+
+def test_dead_subcomponents_are_pale_in_the_weights(synthetic: Any) -> None:
+    evaluation = synthetic.tms()
+    picture = draw_weights(evaluation, [])
+    assert picture is not None
+    image = picture.subfigs[0].axes[0].images[0]
+    site = next(iter(evaluation.sites.values()))
+    assert np.array_equal(np.asarray(image.get_alpha())[0], np.where(site.density[site.order] > 0, 1.0, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("shown", "named", "label"),
+    [
+        (range(24), 24, "subcomponent"),
+        (range(60), 20, "subcomponent (1 in 3 named)"),
+        (range(500, 540), 10, "subcomponent (1 in 4 named)"),
+    ],
+)
+def test_columns_name_subcomponents_as_many_as_fit(shown: range, named: int, label: str) -> None:
+    axes = new_figure(height=2.0).subplots()
+    label_columns(axes, Columns(shown=np.asarray(shown)[::-1], note=""))
+    ticks = [int(tick) for tick in axes.get_xticks()]
+    assert len(ticks) == named
+    assert [text.get_text() for text in axes.get_xticklabels()] == [str(shown[::-1][tick]) for tick in ticks]
+    assert axes.get_xlabel() == label
 
 
 def test_a_figure_that_fails_is_left_out_with_a_warning(

@@ -41,6 +41,12 @@ def test_importances_no_better_than_random_ask_for_more_steps() -> None:
         "masks by causal importance lose as much as random ones: KL 1.7 and 1.7; "
         "try train.steps=24000 (now 6000)"
     ]
+    assert said(evaluation(kl__ci=0.942, kl__random=0.0926))[0].startswith(
+        "masks by causal importance lose 10 times as much as random ones: KL 0.942 and 0.0926; "
+    )
+    assert said(evaluation(kl__ci=1.0, kl__random=0.0))[0].startswith(
+        "masks by causal importance lose more than random ones: KL 1 and 0; "
+    )
     assert said(evaluation(kl__ci=0.4, kl__random=0.3)) == []  # next to nothing is lost by either
 
 

@@ -29,6 +29,7 @@ def test_metrics_of_plug_ins_are_among_those_of_an_evaluation(language: ModuleTy
     before = tms()
     found = with_extra(before, language.hand_made()).metrics
     assert found == before.metrics | {"count/sites": float(len(before.sites)), "count/of_model": 2.0}
+    assert with_extra(before, language.hand_made()).extra == {"count/sites": 2.0, "count/of_model": 2.0}
 
 
 def test_one_that_fails_or_has_a_taken_name_is_left_out_with_a_warning(

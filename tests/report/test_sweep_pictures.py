@@ -1,5 +1,6 @@
 """Pictures of sweeps made by hand: when there is one, what is in it, and that it never costs the sweep."""
 
+import dataclasses
 import json
 import logging
 import struct
@@ -102,7 +103,18 @@ def test_where_nothing_has_a_verdict_what_masked_models_keep_is_drawn() -> None:
     figure = draw_range({"lm": {1e-4: rows[:1], 1e-2: rows[1:]}}, "x")
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["CE recovered with masks g, %", "L0", "KL with masks g"]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["% of the cross-entropy", "subcomponents per position", "KL"]
     assert [drawn(axes) for axes in figure.axes] == [{95.0, 50.0, 100.0}, {40.0}, {0.25, 0.5}]
+
+
+@pytest.mark.parametrize("mmcs", [(0.9, 0.9), (0.979, 0.957), (0.9999, 0.99), (1.0, 1.0)])
+def test_distances_from_1_have_two_labels_and_show_every_point(mmcs: tuple[float, float]) -> None:
+    rows = [dataclasses.replace(row(i), numbers={"mmcs": value, "l0": 1.0}) for i, value in enumerate(mmcs)]
+    axes = draw_range({"tms": {1.0: rows[:1], 2.0: rows[1:]}}, "x").axes[-1]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
+    assert all(low < max(1 - value, 1e-4) < high for value in mmcs)
 
 
 def test_without_a_share_the_divergence_is_drawn_beside_l0() -> None:

@@ -106,5 +106,14 @@ def _require_known(tokens: Tensor, vocabulary: int) -> None:
 
 
 def real_positions(batch: Tensor, positions: torch.Size) -> Bool[Tensor, "*positions"] | None:
-    """Which positions of token ids are no padding, where negative ids mark it; None: all are real."""
+    """Which positions of token ids are no padding, where negative ids mark it; None: all are real.
+
+    Raises:
+        ValueError: there is no axis of positions, so the batch is one row without its axis.
+    """
+    if not positions:
+        raise ValueError(
+            f"batch: got shape {list(batch.shape)}, which has no axis of rows, must be [batch, …]; for a "
+            "single input x give x[None]"
+        )
     return batch >= 0 if batch.shape == positions and not batch.is_floating_point() else None

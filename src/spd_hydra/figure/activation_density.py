@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spd_hydra.counted import counted
-from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.base import History, captioned, figure
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import (
@@ -30,9 +30,8 @@ BINS_PER_DECADE = 8
 
 @figure(
     "activation_density",
-    "Share of positions at which each subcomponent is active, both axes logarithmic: the grey bar counts the "
-    "dead ones, the others should sit at the frequency of the features, and those near 1 are active on "
-    "almost every input.",
+    "Share of positions at which each subcomponent is active, both axes logarithmic: those near 1 are active "
+    "on almost every input.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Number of subcomponents per density, from one position to all of them; dead ones apart at the left."""
@@ -59,7 +58,21 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
             panel.set_ylabel("subcomponents")
         if place + across >= len(sites):
             panel.set_xlabel("share of positions")
-    return picture
+    return captioned(picture, _caption(evaluation))
+
+
+def _caption(evaluation: Evaluation) -> str:
+    has_dead = any((site.density <= 0).any() for site in evaluation.sites.values())
+    dead = "the grey bar counts the dead ones, " if has_dead else ""
+    if evaluation.checks:
+        others = "the others should sit at the frequency of the features"
+    else:
+        others = "the further left the others, the rarer the inputs that need them"
+    return (
+        "Share of positions at which each subcomponent is active, both axes logarithmic: "
+        f"{dead}{others if has_dead else others.replace('the others', 'they')}, and those near 1 are active "
+        "on almost every input."
+    )
 
 
 def _draw_strips(evaluation: Evaluation) -> "Figure":
@@ -76,7 +89,12 @@ def _draw_strips(evaluation: Evaluation) -> "Figure":
     decades = range(0, len(edges), BINS_PER_DECADE)
     axes.set_xticks([0, *[2.5 + place for place in decades]], ["dead", *[f"{edges[p]:.3g}" for p in decades]])
     axes.set_xlabel("share of positions")
-    return picture
+    return captioned(
+        picture,
+        "Share of positions at which each subcomponent is active, on a logarithmic axis, a row per site with "
+        "the number of subcomponents as its colour: the dead ones are counted at the left, the further left "
+        "the others, the rarer the inputs that need them, and those near 1 are active on almost every input.",
+    )
 
 
 def binned(

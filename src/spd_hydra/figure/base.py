@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ class FigureKind:
     """One kind of figure; `draw` returns None for an evaluation that has nothing to show of it."""
 
     name: str
-    caption: str  # one sentence that tells what to look for
+    caption: str  # one sentence that tells what to look for, unless the picture has its own
     draw: Draw
 
 
@@ -46,7 +46,7 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
 
     Args:
         name: file name without suffix, e.g. `losses`.
-        caption: the sentence under the figure, saying what to look for.
+        caption: the sentence under the figure, saying what to look for; `captioned` gives a picture its own.
 
     Raises:
         ValueError: another function already has that name.
@@ -62,6 +62,12 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
     return add
 
 
+def captioned(picture: "Figure", caption: str) -> "Figure":
+    """Give a picture a caption of its own, where that of its kind would not describe it."""
+    picture.set_label(caption)
+    return picture
+
+
 def figures() -> list[FigureKind]:
     """Every registered figure in the order of the report."""
     return list(_figures.values())
@@ -74,6 +80,8 @@ def draw_all(
     require_ownership: Callable[[], None] = lambda: None,
 ) -> list[Drawn]:
     """Draw every figure that applies into `<directory>/<name>.png` and tell which were written.
+
+    Those that are not drawn are removed there: they would be of an earlier evaluation.
 
     Needs no display and changes no global setting of matplotlib. A figure that fails is logged as a
     warning and left out: a picture is never a reason to lose a run.
@@ -96,6 +104,7 @@ def draw_all(
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
+                caption = kind.caption if picture is None else str(picture.get_label()) or kind.caption
                 png = None if picture is None else as_png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
@@ -108,8 +117,19 @@ def draw_all(
         except OSError as error:
             log.warning("figure %s could not be written: %s", kind.name, error)
             continue
-        drawn.append(Drawn(name=kind.name, caption=kind.caption, path=path))
+        drawn.append(Drawn(name=kind.name, caption=caption, path=path))
+    remove_figures(directory, kept={one.name for one in drawn})
     return drawn
+
+
+def remove_figures(directory: Path, kept: Collection[str] = ()) -> None:
+    """Remove the pictures of every registered figure but those named; other files stay."""
+    for kind in figures():
+        if kind.name not in kept:
+            try:
+                (directory / f"{kind.name}.png").unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("the old figure %s could not be removed: %s", kind.name, error)
 
 
 def as_png(picture: "Figure") -> bytes:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spd_hydra.counted import counted
-from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.base import History, captioned, figure
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
 from spd_hydra.figure.style import INK, MUTED, colour_of, new_figure, panels, plain
@@ -65,4 +65,9 @@ def _draw_strips(evaluation: Evaluation, sites: dict[str, SiteEvaluation]) -> "F
     if evaluation.ci_threshold > 0:
         axes.axvline(evaluation.ci_threshold * bins - 0.5, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.set_xlabel("causal importance g")
-    return picture
+    return captioned(
+        picture,
+        "All causal importances of the evaluation data, a row per site with the counts as its colour, which "
+        "is logarithmic: a healthy run has its mass at 0 and at 1 and little between, while a broad middle "
+        "means that it is still undecided what matters.",
+    )

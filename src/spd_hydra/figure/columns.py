@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ALL_UP_TO = 60  # sites with at most so many subcomponents are shown whole
 NAMED_UP_TO = 24
+LONGER_NAMED_UP_TO = 12  # of indices with more than two digits
 LIMIT = 400  # columns that can still be told apart at the width of a panel
 
 
@@ -59,17 +60,16 @@ def columns_of(site: SiteEvaluation, expected: int | None) -> Columns:
 
 
 def label_columns(axes: "Axes", columns: Columns) -> None:
-    """Frame an image of these columns, ticks naming the subcomponents while they fit, else ranks."""
+    """Frame an image of these columns, ticks naming the subcomponents, or every n-th where not all fit."""
     from matplotlib.ticker import MaxNLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if len(columns.shown) <= NAMED_UP_TO:
-        axes.set_xticks(range(len(columns.shown)), [str(index) for index in columns.shown])
-        axes.tick_params(axis="x", labelsize=7.5)
-        axes.set_xlabel("subcomponent")
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axes.set_xlabel("subcomponents, matched or heaviest first")
+    digits = len(str(columns.shown.max(initial=0)))
+    every = -(-len(columns.shown) // (NAMED_UP_TO if digits <= 2 else LONGER_NAMED_UP_TO))
+    places = range(0, len(columns.shown), max(every, 1))
+    axes.set_xticks(places, [str(columns.shown[place]) for place in places])
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.set_xlabel("subcomponent" if every <= 1 else f"subcomponent (1 in {every} named)")
     for spine in axes.spines.values():
         spine.set_visible(True)
 

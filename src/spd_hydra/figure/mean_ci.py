@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spd_hydra.counted import counted
-from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.base import History, captioned, figure
 from spd_hydra.figure.columns import expected_of
 from spd_hydra.figure.site_names import site_labels
 from spd_hydra.figure.strips import MOST_PANELS, strips
@@ -22,10 +22,8 @@ WIDE_UP_TO = 3  # sites; beyond, two sites share a row
 
 @figure(
     "mean_ci",
-    "Mean causal importance of every subcomponent, sorted: a cliff after the expected number means that the "
-    "rest is dead, a long slope means that several subcomponents still share the work of one, and below the "
-    "dotted line, the threshold of g over the number of positions, a mean is too small for even one position "
-    "to be active.",
+    "Mean causal importance of every subcomponent, sorted: behind a cliff the rest is dead, and a long slope "
+    "means that several subcomponents still share the work of one.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Per site the sorted means, filled where alive (g above the threshold anywhere), and the alive count."""
@@ -57,24 +55,45 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
         linear.set_title(f"{plain(labels[name])}{between}{_count(site, expected)}")
         linear.set_ylabel("mean g")
         _make_logarithmic(logarithmic, site, evaluation)
-    return picture
+    return captioned(picture, _caption(is_known=bool(evaluation.checks), has_line=sure))
+
+
+def _caption(*, is_known: bool, has_line: bool) -> str:
+    cliff = "a cliff after the expected number" if is_known else "a cliff"
+    slope = "a long slope means that several subcomponents still share the work of one"
+    line = (
+        f"{slope}, and below the dotted line, the threshold of g over the number of positions, a mean is too "
+        "small for even one position to be active"
+    )
+    return (
+        f"Mean causal importance of every subcomponent, sorted: {cliff} means that the rest is dead, "
+        f"{line if has_line else f'and {slope}'}."
+    )
 
 
 def _draw_strips(evaluation: Evaluation) -> "Figure":
     sites = evaluation.sites
     most = max(len(site.mean_ci) for site in sites.values())
-    means = np.zeros((len(sites), most))
+    means = np.full((len(sites), most), np.nan)
     for row, site in enumerate(sites.values()):
         means[row, : len(site.mean_ci)] = np.sort(site.mean_ci)[::-1]
     surely_dead = max(evaluation.ci_threshold, 1e-3) / max(evaluation.n_positions, 1)
-    picture, axes = strips(list(sites), np.where(means > surely_dead, means, 0.0), "mean g")
+    beyond = np.isnan(means)
+    shown = np.where(beyond | (means > surely_dead), means, 0.0)
+    picture, axes = strips(list(sites), shown, "mean g")
+    grey = ", grey: beyond the site's C" if beyond.any() else ""
     picture.suptitle(
-        f"mean g over {counted(evaluation.n_positions, 'position')}, white below {surely_dead:.1g}",
+        f"mean g over {counted(evaluation.n_positions, 'position')}, white below {surely_dead:.1g}{grey}",
         fontsize=10,
         color=MUTED,
     )
     axes.set_xlabel("rank")
-    return picture
+    return captioned(
+        picture,
+        "Mean causal importance of every subcomponent, sorted, a row per site and its colour logarithmic: a "
+        "row that turns white early needs few of its subcomponents, one that fades slowly still shares the "
+        "work of one among several, and white means are too small for even one position to be active.",
+    )
 
 
 def _count(site: SiteEvaluation, expected: int | None) -> str:

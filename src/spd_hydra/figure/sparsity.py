@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.base import History, captioned, figure
 from spd_hydra.figure.columns import expected_of
 from spd_hydra.figure.curves import Series, label_steps, series, thinned
 from spd_hydra.figure.site_names import site_labels
@@ -27,11 +27,18 @@ KNOWN = (0, (4, 3))
 MOST_SITES = 8  # beyond, single sites are grey and only the total has a colour
 
 
+_WITH_KNOWN = (
+    "Subcomponents active per position (L0) and alive at all over training, dashed where the known answer "
+    "is: the number alive should come down to its dashed line and stay there, L0 end near its own, often "
+    "somewhat below since inputs near 0 need no subcomponent, and one that still falls at the end asks for "
+    "more steps."
+)
+
+
 @figure(
     "sparsity",
-    "Subcomponents active per position (L0) and alive at all over training, dashed where the known answer "
-    "is: both should come down to the dashed lines and stay there, and one that still falls at the end asks "
-    "for more steps.",
+    "Subcomponents active per position (L0) and alive at all over training: both should come down and stay "
+    "there, and one that still falls at the end asks for more steps.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Curves per site; ideal L0 from the metrics `l0_ideal/<site>`, expected alive counts from the checks."""
@@ -62,12 +69,13 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     entries: dict[str, Any] = {}
     for panel in (left, right):
         entries |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    if ideal or expected:
+    is_dashed = bool(ideal or expected) and len(names) - ("total" in names) <= MOST_SITES
+    if is_dashed:
         entries["known answer"] = Line2D([], [], color=MUTED, linewidth=1.1, linestyle=KNOWN)
     picture.legend(
         list(entries.values()), list(entries), loc="outside lower center", ncols=min(len(entries), 5)
     )
-    return picture
+    return captioned(picture, _WITH_KNOWN) if is_dashed else picture
 
 
 def _merged(history: History, group: str) -> dict[str, Series]:

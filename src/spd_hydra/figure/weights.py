@@ -1,11 +1,12 @@
 """The V and U matrices of every site as images, columns in the order of the causal-importance heatmaps."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from spd_hydra.figure.base import History, figure
+from spd_hydra.figure.base import History, captioned, figure
 from spd_hydra.figure.columns import Columns, columns_of, expected_of, label_columns
 from spd_hydra.figure.style import BAR_WIDTH, DIVERGING, MUTED, WIDTH, new_figure, panels, plain
 from spd_hydra.metric.evaluation import Evaluation, SiteEvaluation
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 MOST_SITES = 12
 MOST_UNKNOWN = 4  # without a known answer: the matrices of a large model are noise to the eye
 MOST_ROWS = 1024
+PALE = 0.25  # how much of its colour a dead subcomponent has
 PANEL_WIDTH = (WIDTH - 2.0) / 2
 
 
 @figure(
     "weights",
-    "Read-in directions V and write-out directions U, one column per subcomponent in the order of the "
-    "heatmaps above, the two vectors of a pair scaled to equal length: in a solved identity site each column "
-    "of V answers to one feature, and dead subcomponents are blank.",
+    "Read-in directions V and write-out directions U, one column per subcomponent, the two vectors of a pair "
+    "scaled to equal length and dead subcomponents pale.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """V (in the basis of the features where it is known) and U, red positive, blue negative."""
@@ -40,7 +41,20 @@ def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     left_out = len(evaluation.sites) - len(names)
     if left_out:
         picture.suptitle(f"the first {len(names)} of {len(evaluation.sites)} sites", color=MUTED, fontsize=10)
-    return picture
+    return captioned(picture, _caption(evaluation, names))
+
+
+def _caption(evaluation: Evaluation, names: Sequence[str]) -> str:
+    shown = [evaluation.sites[name] for name in names]
+    has_heatmaps = any(site.probe_lower is not None for site in shown)
+    place = "in the order of the heatmaps above" if has_heatmaps else "the heaviest first"
+    is_identity = any(check.name == "identity" and check.site in names for check in evaluation.checks)
+    features = is_identity and any(site.directions is not None for site in shown)
+    answers = "in a solved identity site each column of V or U is one feature, and " if features else ""
+    return (
+        f"Read-in directions V and write-out directions U, one column per subcomponent, {place}, the two "
+        f"vectors of a pair scaled to equal length: {answers}dead subcomponents are pale."
+    )
 
 
 def balanced(
@@ -80,19 +94,27 @@ def _draw_site(
     left, right = panels(part, 1, 2)
     rows = "input dimension" if site.directions is None else "feature"
     title = "V, read in" if site.directions is None else "V, read in, in the basis of the features"
-    _draw_matrix(part, left, read, columns, title, rows)
-    _draw_matrix(part, right, write, columns, "U, write out (transposed)", "output dimension")
+    dead = site.density[columns.shown] <= 0
+    _draw_matrix(part, left, read, columns, dead, title, rows)
+    _draw_matrix(part, right, write, columns, dead, "U, write out (transposed)", "output dimension")
 
 
 def _draw_matrix(
-    part: Any, axes: "Axes", matrix: np.ndarray, columns: Columns, title: str, rows: str
+    part: Any,
+    axes: "Axes",
+    matrix: np.ndarray,
+    columns: Columns,
+    dead: Bool[np.ndarray, " shown"],
+    title: str,
+    rows: str,
 ) -> None:
     shape = matrix.shape
     if len(matrix) > MOST_ROWS:
         heaviest = np.sort(np.argsort(-np.linalg.norm(matrix, axis=1), kind="stable")[:MOST_ROWS])
         rows, matrix = f"{rows} ({MOST_ROWS:,} heaviest of {len(matrix):,})", matrix[heaviest]
     limit = float(np.abs(matrix).max()) or 1.0
-    image = axes.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto")
+    alpha = np.broadcast_to(np.where(dead, PALE, 1.0), matrix.shape)
+    image = axes.imshow(matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", alpha=alpha)
     axes.set(title=title, ylabel=rows)
     label_columns(axes, columns)
     aspect = _height(shape) / BAR_WIDTH

@@ -157,7 +157,7 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
     """
     if run_dir is not None and config.resume is not None:
         if distributed.leads():
-            _link(Path(run_dir), Path(config.resume))
+            link(Path(run_dir), Path(config.resume))
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
         began = load_config(Path(run_dir, "config.yaml"))
@@ -168,7 +168,8 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
 
 
-def _link(place: Path, run_dir: Path) -> None:
+def link(place: Path, run_dir: Path) -> None:
+    """Make the directory of a run elsewhere found where a sweep looks for that of its job."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.is_symlink():
         with contextlib.suppress(OSError):  # of Hydra, and empty, if it is there

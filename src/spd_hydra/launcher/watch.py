@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from spd_hydra import metrics_log, report
 from spd_hydra.going_on import going_on
 from spd_hydra.launcher import slurm
-from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, launcher_in, log_paths
+from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, is_held, launcher_in, log_paths
 from spd_hydra.launcher.slurm import SchedulerState
 from spd_hydra.report.numbers import NOTHING, number, text_table
 from spd_hydra.report.sweep import SweepRow
@@ -84,6 +84,27 @@ def look(sweep_dir: Path, record: SweepRecord, states: States) -> list[SweepRow]
     return found
 
 
+class Standing(NamedTuple):
+    """How a sweep stands: a row for every job, and whether a process on this machine runs its jobs."""
+
+    rows: list[SweepRow]
+    is_running: bool
+
+
+def stand(sweep_dir: Path) -> Standing:
+    """How the jobs of a sweep stand now, whoever started them.
+
+    Raises:
+        ConfigError: there is no sweep, or its record cannot be read.
+    """
+    record = SweepRecord.read(sweep_dir)
+    rows = look(sweep_dir, record, scheduler_states(record))
+    is_running = is_held(sweep_dir)
+    if is_running:  # by a process that will begin them
+        rows = [dataclasses.replace(row, state="pending") if row.state == "missing" else row for row in rows]
+    return Standing(rows, is_running)
+
+
 def scheduler_states(record: SweepRecord) -> States:
     """What the scheduler says of the jobs of a sweep now."""
     submitted = [job for job in record.jobs if job.id is not None and record.launcher_of(job) == "slurm"]
@@ -110,7 +131,9 @@ def _row(
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
     since = job.since if job is not None and (by_scheduler or states is not None) else None
-    if _tells_of_before(sweep_dir / str(row.job), since) and not (is_over and row.state == "done"):
+    is_analysis = "run" in row.overrides  # whose run was done before, and is linked once it is measured
+    is_old = not is_analysis and _tells_of_before(sweep_dir / str(row.job), since)
+    if is_old and not (is_over and row.state == "done"):
         row = dataclasses.replace(row, state="missing", error=None, traceback=None)
     if row.state == "done":
         return row

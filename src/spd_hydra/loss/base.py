@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -112,6 +112,40 @@ class Loss(Section):
     def scheduled(self, progress: float) -> dict[str, float]:
         """Parameters that change during training, at `progress` in [0, 1]."""
         return {}
+
+
+def statistics_problem(term: Loss, found: Any) -> str | None:
+    """What is wrong with what `statistics` of a term gave; None: nothing.
+
+    Args:
+        term: the term.
+        found: what it gave, of a batch with positions.
+    """
+    method = f"{type(term).__name__}.statistics"
+    contract = "it must return a dictionary of tensors, sums over the positions of the batch"
+    own_value = type(term).value is not Loss.value
+    if not own_value:
+        contract += ": sum and count, each a single number, whose ratio is the term"
+    if not isinstance(found, Mapping):
+        return f"{method} returned {_told(found)}; {contract}"
+    if wrong := [key for key, value in found.items() if not isinstance(value, Tensor)]:
+        return f"{method} returned {_told(found[wrong[0]])} as {wrong[0]}; {contract}"
+    if own_value:
+        value: Any = term.value(dict(found), 1.0)
+        is_number = isinstance(value, Tensor) and value.dim() == 0
+        told = f"{type(term).__name__}.value returned {_told(value)}; it must return a tensor of no axes"
+        return None if is_number else told
+    if missing := [key for key in ("sum", "count") if key not in found]:
+        return f"{method} returned no {' and no '.join(missing)}; {contract}"
+    if vectors := [key for key in ("sum", "count") if found[key].dim()]:
+        return f"{method} returned {_told(found[vectors[0]])} as {vectors[0]}; {contract}"
+    return None
+
+
+def _told(found: Any) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {list(found.shape)}"
+    return type(found).__name__
 
 
 def mean(total: Tensor, count: Float[Tensor, ""]) -> Tensor:

@@ -14,7 +14,7 @@ def ablation_findings(evaluation: Evaluation, settings: Settings) -> list[Findin
     """The first thing that is wrong with the masked passes; nothing where none were measured.
 
     Nothing is important anywhere; or all subcomponents together are not the target, so that nothing can be
-    said of parts of them; or masks by causal importance lose as much as random ones.
+    said of parts of them; or masks by causal importance lose as much as random ones, or more.
     """
     metrics = evaluation.metrics
     kind = next((kind for kind in _DIVERGENCES if metrics.get(f"{kind}/zero", 0.0) > 0), None)
@@ -51,7 +51,14 @@ def _random(metrics: Mapping[str, float], kind: str, settings: Settings) -> Find
     if not (own >= random and own > MUCH * zero):
         return None
     return Finding(
-        symptom=f"masks by causal importance lose as much as random ones: {_DIVERGENCES[kind]} {own:.3g} "
-        f"and {random:.3g}",
+        symptom=f"masks by causal importance lose {_more(own, random)} random ones: {_DIVERGENCES[kind]} "
+        f"{own:.3g} and {random:.3g}",
         advice=more_steps(settings, 4),
     )
+
+
+def _more(own: float, random: float) -> str:
+    """How much more, where it is more: from 10 % on."""
+    if own < 1.1 * random:
+        return "as much as"
+    return f"{own / random:.2g} times as much as" if random > 0 else "more than"

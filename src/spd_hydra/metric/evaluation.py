@@ -111,8 +111,8 @@ class Evaluation:
     """Everything that one evaluation measured.
 
     `metrics` are the numbers of the metrics log (`loss/<term>`, `l0/<site>`, `alive/<site>`,
-    `recovery/mmcs`, …). `mmcs`, `ml2r` and `solved` are None where there is no known answer,
-    `text` where the model reads no tokens, or where nobody looked.
+    `recovery/mmcs`, …); `extra` are those among them that plug-ins measured. `mmcs`, `ml2r` and `solved`
+    are None where there is no known answer, `text` where the model reads no tokens, or where nobody looked.
     """
 
     step: int
@@ -128,6 +128,7 @@ class Evaluation:
     solved: bool | None = None
     strict: bool | None = None
     text: Text | None = None
+    extra: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
         """What the metrics log holds of it: the numbers, and what has to be alike in two to be compared."""

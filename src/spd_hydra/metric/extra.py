@@ -18,8 +18,9 @@ _measures: dict[str, Measure] = {}
 def metric(group: str) -> Callable[[Measure], Measure]:
     """Decorator: take `<group>/<name>` into the metrics of every evaluation.
 
-    They are then in `metrics.jsonl`, for loggers, figures and as `objective`. What needs a pass of its own
-    over every batch is a loss term: it is measured without being trained on by `eval.also`.
+    They are then in `metrics.jsonl` and in `extra` of `summary.json`, for loggers, figures and as
+    `objective`. What needs a pass of its own over every batch is a loss term: it is measured without being
+    trained on by `eval.also`.
 
     Args:
         group: of the metrics' names, which no other metric begins with.
@@ -49,4 +50,4 @@ def with_extra(evaluation: Evaluation, model: DecomposedModel) -> Evaluation:
             found |= {f"{group}/{name}": float(value) for name, value in measure(model, evaluation).items()}
         except Exception:
             log.warning("metric %s could not be measured; the run goes on without it", group, exc_info=True)
-    return dataclasses.replace(evaluation, metrics=evaluation.metrics | found)
+    return dataclasses.replace(evaluation, metrics=evaluation.metrics | found, extra=found)

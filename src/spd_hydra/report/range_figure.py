@@ -1,5 +1,6 @@
 """What a number of the configuration does: to the verdict, or what masked models keep, and to L0."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,14 +19,16 @@ Line = Mapping[float, Sequence[SweepRow]]  # by the value of the key, the jobs t
 BESIDE = 0.8  # inches of a panel that its axis does not have
 KNOWN = (0, (4, 3))
 ABOVE = 1.08  # the top of an axis over its highest point
+TWO_LABELS = 6.5  # an axis of this top over its bottom has two of 1, 2, 5, 10, …
 NEAREST = 1e-4  # distances from 1 below this are drawn as this
 ASIDE = 0.015  # of the axis between lines, so that their intervals do not hide each other
 
 
 class Panel(NamedTuple):
-    """One panel: its title, its words in a caption, how a line is drawn, and its axis after the lines."""
+    """One panel: its title, its y axis, its words in a caption, how a line is drawn, its axis after them."""
 
     title: str
+    label: str
     words: str
     draw: Callable[["Axes", Line, Mapping[float, float], str], None]
     finish: Callable[["Axes"], None]
@@ -41,19 +44,22 @@ def range_panels(rows: Sequence[SweepRow]) -> list[Panel]:
     """
     measured = {name for row in rows for name in row.numbers}
     title = "L0, dashed: ideal" if any(ideal_l0(row) is not None for row in rows) else "L0"
-    found = [Panel(title, "how many subcomponents are active per position", _draw_l0, _from_0)]
+    label = "subcomponents per position"
+    found = [Panel(title, label, "how many subcomponents are active per position", _draw_l0, _from_0)]
     if any(row.solved is not None for row in rows):
-        found.insert(0, Panel("solved, with 95 % interval", "how many jobs are solved", _draw_solved, _share))
+        title, label = "solved, with 95 % interval", "share of jobs"
+        found.insert(0, Panel(title, label, "how many jobs are solved", _draw_solved, _share))
     elif "ce_recovered" in measured:
         words = "how much of the cross-entropy masks of causal importances recover"
-        found.insert(0, Panel("CE recovered with masks g, %", words, _draw_recovered, _dashed(100)))
+        title, label = "CE recovered with masks g, %", "% of the cross-entropy"
+        found.insert(0, Panel(title, label, words, _draw_recovered, _dashed(100)))
     if {"mmcs", "ml2r"} & measured:
         words = "how far their directions and sizes are from a perfect match (lower is better)"
-        found.append(Panel("1 – MMCS ●, |1 – ML2R| ▲", words, _draw_sizes, _decades))
+        found.append(Panel("1 – MMCS ●, |1 – ML2R| ▲", "distance from 1", words, _draw_sizes, _decades))
     elif divergence := next((name for name in ("kl", "mse") if name in measured), None):
         name = QUANTITIES[divergence]
         words = f"the {name} from the target with masks of causal importances"
-        found.append(Panel(f"{name} with masks g", words, _draw_quantity(divergence), _from_0))
+        found.append(Panel(f"{name} with masks g", name, words, _draw_quantity(divergence), _from_0))
     return found
 
 
@@ -79,7 +85,7 @@ def draw_range(lines: Mapping[str, Line], label: str, *, through: float | None =
             for piece in _pieces(line, through):
                 places = {value: _aside(value, everywhere, shift) for value in piece}
                 kind.draw(panel, line, places, colour_of(index))
-        panel.set_title(kind.title)
+        panel.set(title=kind.title, ylabel=kind.label)
         kind.finish(panel)
         label_values(panel, everywhere, label, WIDTH / len(found) - BESIDE)
     if len(lines) > 1:
@@ -135,6 +141,11 @@ def _from_0(axes: "Axes") -> None:
 
 
 def _decades(axes: "Axes") -> None:
+    """Logarithmic, and wide enough for two labels, however near each other the points are."""
+    lowest, highest = float(axes.dataLim.y0), float(axes.dataLim.y1)
+    if 0 < lowest <= highest < math.inf:
+        beyond = max(ABOVE, math.sqrt(TWO_LABELS * lowest / highest))
+        axes.set_ylim(lowest / beyond, highest * beyond)
     plain_decades(axes)
 
 

@@ -250,7 +250,7 @@ def _row(
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Single numbers of a summary; those by site as sums, errors by tolerance, what masks g keep."""
+    """Single numbers of a summary: of sites sums, errors by tolerance, what masks g keep, of plug-ins."""
     masked = (summary.get("ablations") or {}).get("ci") or {}
     found: dict[str, Any] = {
         "steps": summary.get("steps"),
@@ -267,6 +267,7 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
         found[key] = sum(sites.values()) if sites else None
         found |= {f"{key}.{site}": value for site, value in sites.items()}
     found |= {f"l0_ideal.{site}": value for site, value in (summary.get("l0_ideal") or {}).items()}
+    found |= summary.get("extra") or {}
     for check in summary.get("checks") or []:
         name = f"error_{check['tolerance']:g}"
         found[name] = found.get(name, 0) + check["error"]
