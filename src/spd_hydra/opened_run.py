@@ -1,7 +1,7 @@
 """A run directory, opened from Python: its numbers, its model, and ways to look into its subcomponents."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.data.token_batches import TokenBatches
 from spd_hydra.data.tokenizing import Reader, decoded
 from spd_hydra.data.tokens import Tokens
+from spd_hydra.decomposition.ablation import Chosen
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.inputs import as_batch, real_positions
 from spd_hydra.explore.effects import Decode, Effects, ablation_effects
@@ -131,7 +132,7 @@ class Run:
     def effects(
         self,
         batch: Tensor | Mapping[str, Any] | Prompt | str,
-        subcomponents: Mapping[str, Iterable[int]] | None = None,
+        subcomponents: Mapping[str, Chosen] | None = None,
         *,
         threshold: float | None = None,
         at_once: int | None = None,
@@ -140,7 +141,8 @@ class Run:
 
         Args:
             batch: inputs of the target, or a text.
-            subcomponents: their indices by site; None: those with g above `threshold` in the batch.
+            subcomponents: by site an index, several, or a boolean mask of length C; None: those with g
+                above `threshold` in the batch.
             threshold: of g; None: the run's `eval.ci_threshold`.
             at_once: subcomponents per pass; None: by the size of the output.
 

@@ -63,6 +63,16 @@ def test_an_ablated_model_is_the_target_with_the_subcomponents_subtracted_from_t
 
 
 @torch.no_grad()
+def test_a_boolean_mask_and_a_generator_take_out_what_they_name(gpt2: DecomposedModel) -> None:
+    batch, chosen = tokens(), torch.tensor([True, False, False, True, False])
+    expected = with_less(gpt2, SITES[0], [0, 3])(batch)
+    for named in (chosen, (c for c in (0, 3)), chosen.nonzero().flatten()):
+        torch.testing.assert_close(gpt2.ablated(batch, {SITES[0]: named}), expected, rtol=1e-4, atol=1e-4)
+    found = ablation_effects(gpt2, batch, {SITES[0]: chosen}, kind=Divergence.kl, threshold=0.1)
+    assert {effect.index for effect in found} == {0, 3}
+
+
+@torch.no_grad()
 def test_in_a_stream_that_is_kept_as_products_too() -> None:
     model, batch = resid(), torch.rand(6, 5)
     for site in model.site_names:

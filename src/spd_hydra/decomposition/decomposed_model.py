@@ -1,6 +1,6 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
+from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
@@ -23,7 +24,7 @@ from spd_hydra.decomposition.masked_site import (
     standing_in,
     with_fixed_matrices,
 )
-from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks, without
+from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks
 from spd_hydra.decomposition.patched_target import PatchedTarget
 from spd_hydra.decomposition.sites import check_ties, find_sites, unfit_sites
 from spd_hydra.decomposition.subcomponents import (
@@ -55,6 +56,7 @@ class DecomposedModel(nn.Module):
         inits: by site, how V and U start.
         lr_factors: by site, what their learning rate is multiplied with.
         patched: the copy of the target on which masked passes run; it shares the target's tensors.
+        number_of: C, the number of subcomponents, by site.
         roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
@@ -89,7 +91,7 @@ class DecomposedModel(nn.Module):
         self.compiled_blocks: CompiledBlocks | None = None
         self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
-        self._numbers = {name: self.pieces(name).C for name in self.site_names}
+        self.number_of = {name: self.pieces(name).C for name in self.site_names}
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
     def _make_subcomponents(self, sites: Mapping[str, SitePattern], seed: int) -> nn.ModuleDict:
@@ -226,7 +228,7 @@ class DecomposedModel(nn.Module):
         batch = as_batch(batch, self.target)
         if masks is None:
             return cast(Tensor, self.target(batch))
-        require_masks(masks, self._numbers)
+        require_masks(masks, self.number_of)
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:
@@ -241,25 +243,22 @@ class DecomposedModel(nn.Module):
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
         return self.patched.run(batch, at_site, at_block, reuse.products)
 
-    def ablated(
-        self, batch: Tensor | Mapping[str, Any], subcomponents: Mapping[str, int | Sequence[int]]
-    ) -> Tensor:
+    def ablated(self, batch: Tensor | Mapping[str, Any], subcomponents: Mapping[str, Chosen]) -> Tensor:
         """The target's output without some subcomponents, all else as it is, the weight delta included.
 
         At each site given, y = W x + b - Σ_c h_c U_c over its subcomponents c, on the current input x.
 
         Args:
             batch: input of the target.
-            subcomponents: their indices by site; other sites keep their own layer.
+            subcomponents: by site an index, several, or a boolean mask of length C; other sites keep
+                their own layer.
 
         Raises:
             ValueError: there is no such site, or no such subcomponent.
         """
-        if unknown := set(subcomponents) - set(self.site_names):
-            raise no_such_site(unknown, self.site_names)
         masks = {
-            site: without([c] if isinstance(c, int) else c, self._numbers[site], site, self.device)
-            for site, c in subcomponents.items()
+            site: without(own, self.number_of[site], self.pieces(site).V)
+            for site, own in chosen_indices(subcomponents, self.number_of).items()
         }
         return self(batch, masks)  # type: ignore[no-any-return]
 

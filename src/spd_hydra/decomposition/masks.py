@@ -1,10 +1,9 @@
 """Masks m on subcomponents and δ on the weight delta, made from causal importances g and sources r."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -47,25 +46,6 @@ def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int]) -> No
                 f"masks[{site!r}]: got a mask of shape {list(m.shape)}, must be [..., {C}]: one number for "
                 f"each of the C = {C} subcomponents of the site"
             )
-
-
-def without(subcomponents: Sequence[int], C: int, site: str, device: torch.device) -> SiteMask:
-    """The mask that takes subcomponents of a site out everywhere and leaves the rest: δ = 1, m = 0 there.
-
-    Args:
-        subcomponents: their indices.
-        C: number of subcomponents of the site.
-        site: its name, for people.
-        device: of the mask.
-
-    Raises:
-        ValueError: an index is not in [0, C).
-    """
-    if wrong := [c for c in subcomponents if not 0 <= c < C]:
-        raise ValueError(f"subcomponents[{site!r}]: got {wrong}, must be from 0 to {C - 1}")
-    mask = torch.ones(C, device=device)
-    mask[list(subcomponents)] = 0
-    return SiteMask(mask=mask, delta=torch.ones((), device=device))
 
 
 def no_such_site(names: Iterable[str], sites: Iterable[str]) -> ValueError:

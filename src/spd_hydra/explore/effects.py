@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.inputs import as_batch, real_positions
-from spd_hydra.decomposition.masks import SiteMask, no_such_site, without
+from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.explore.prompt import quoted
 from spd_hydra.loss.divergence import Divergence, kl_by_position, log_normaliser
 from spd_hydra.report.numbers import text_table
@@ -104,7 +105,7 @@ def _shown(changes: Iterable[LogitChange], most: int = 3) -> str:
 def ablation_effects(
     model: DecomposedModel,
     batch: Tensor | Mapping[str, Any],
-    subcomponents: Mapping[str, Iterable[int]] | None = None,
+    subcomponents: Mapping[str, Chosen] | None = None,
     *,
     kind: Divergence,
     threshold: float,
@@ -119,7 +120,8 @@ def ablation_effects(
     Args:
         model: the decomposed model.
         batch: its input.
-        subcomponents: indices by site; None: those with g above `threshold` anywhere in the batch.
+        subcomponents: by site as `DecomposedModel.ablated` takes them; None: those with g above
+            `threshold` anywhere in the batch.
         kind: `kl`, of logits, or `mse`, of other outputs.
         threshold: of g; the change of a logit is its mean over positions where g is above it, or over all
             where it is nowhere.
@@ -134,9 +136,7 @@ def ablation_effects(
     if subcomponents is None:
         chosen = {site: _above(g, threshold, batch) for site, g in importances.items()}
     else:
-        if unknown := set(subcomponents) - set(importances):
-            raise no_such_site(unknown, importances)
-        chosen = {site: list(indices) for site, indices in subcomponents.items()}
+        chosen = chosen_indices(subcomponents, model.number_of)
     compare = _Comparison(model(batch), batch, kind, threshold, names)
     at_once = at_once or max(1, _NUMBERS_AT_ONCE // compare.target.numel())
     found = []
@@ -160,11 +160,12 @@ def _without_each(
     model: DecomposedModel, batch: Tensor, site: str, part: Sequence[int], g: Float[Tensor, "*positions C"]
 ) -> Tensor:
     """The outputs without each of some subcomponents of a site, `[len(part), *output]`, in one pass."""
-    masks = [without([c], g.shape[-1], site, batch.device).mask for c in part]
+    like = model.pieces(site).V
+    masks = [without([c], g.shape[-1], like).mask for c in part]
     of_rows = torch.stack([mask for mask in masks if mask is not None]).repeat_interleave(len(batch), dim=0)
     of_rows = of_rows.view(len(of_rows), *(1 for _ in g.shape[1:-1]), g.shape[-1])
     rows = batch.repeat(len(part), *(1 for _ in batch.shape[1:]))
-    output = model(rows, {site: SiteMask(mask=of_rows, delta=torch.ones((), device=batch.device))})
+    output = model(rows, {site: SiteMask(mask=of_rows, delta=like.new_ones(()))})
     return output.view(len(part), len(batch), *output.shape[1:])  # type: ignore[no-any-return]
 
 
