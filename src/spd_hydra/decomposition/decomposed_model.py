@@ -15,6 +15,7 @@ from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.hooks import Hook, registered
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.inputs import as_batch, real_positions, told_of_batch
 from spd_hydra.decomposition.layers import is_embedding, weight_matrix
@@ -43,14 +44,15 @@ class CleanPass(NamedTuple):
     inputs: dict[str, Activation]
     outputs: dict[str, Activation]
     blocks: CleanBlocks
+    is_hooked: bool = False
 
 
 class DecomposedModel(nn.Module):
     """The target, its subcomponents and its causal-importance function.
 
     Only the subcomponents and the causal-importance function have trainable parameters. The target
-    stays in evaluation mode and is never modified: masked passes run on a copy of its module tree that
-    shares every parameter and buffer and holds a wrapper in place of each site.
+    stays in evaluation mode and is never modified, but for hooks within `hooked`: masked passes run on a copy
+    of its module tree that shares every parameter and buffer and holds a wrapper in place of each site.
 
     Attributes:
         inits: by site, how V and U start.
@@ -89,6 +91,7 @@ class DecomposedModel(nn.Module):
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
+        self._is_hooked = False
         self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.number_of = {name: self.pieces(name).C for name in self.site_names}
@@ -229,6 +232,10 @@ class DecomposedModel(nn.Module):
         if masks is None:
             return cast(Tensor, self.target(batch))
         require_masks(masks, self.number_of)
+        if reuse is None:
+            self.patched.require_current()
+        elif self._is_hooked or reuse.clean.is_hooked:  # what was computed before holds no longer
+            reuse = None
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:
@@ -261,6 +268,30 @@ class DecomposedModel(nn.Module):
             for site, own in chosen_indices(subcomponents, self.number_of).items()
         }
         return self(batch, masks)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """All passes of the block run with forward hooks: clean, masked and ablated ones, causal importances.
+
+        A hook registered on `target` alone would not be seen by masked passes, which run on a copy. At a site
+        `output` is what the masked subcomponents give. Blocks may stand in blocks.
+
+        Args:
+            hooks: by path of the target's module a function of (module, inputs, output), as torch calls it:
+                what it returns takes the place of the output, None leaves it.
+
+        Raises:
+            ValueError: the target has no such module, or has hooks that were registered otherwise.
+            TypeError: a hook cannot be called.
+        """
+        self.patched.require_current()
+        before = self._is_hooked
+        try:
+            with registered(self.target, hooks):
+                self._is_hooked, self.patched = True, self._patch()
+                yield
+        finally:
+            self._is_hooked, self.patched = before, self._patch()
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -310,7 +341,7 @@ class DecomposedModel(nn.Module):
             raise unfit_sites(reason, again, self.target, self.matrix_names)
         if idle := [name for name in self.site_names if name not in inputs]:
             raise unfit_sites("which the target never runs", idle, self.target, self.matrix_names)
-        return CleanPass(output, inputs, outputs, blocks)
+        return CleanPass(output, inputs, outputs, blocks, self._is_hooked)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
@@ -338,6 +369,7 @@ class DecomposedModel(nn.Module):
             ValueError: the target does not take the batch.
         """
         batch = as_batch(batch, self.target)
+        self.patched.require_current()
         with told_of_batch(batch, self.target):
             activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
