@@ -1,4 +1,4 @@
-"""What taking out one subcomponent does to the output: divergence by position, logits that fall and rise."""
+"""What taking out one subcomponent does to the output: divergence by position, classes that fall and rise."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +23,11 @@ _ROWS = 20  # of a table
 Decode = Callable[[Sequence[int]], list[str]]
 
 
-class LogitChange(NamedTuple):
-    """The name of a token or class, its id, and how far its logit moves when a subcomponent is taken out."""
+class ClassChange(NamedTuple):
+    """The name of a token or class, its id, and the change of its log-probability without a subcomponent.
+
+    Of the log-probability rather than the logit: what all logits have in common changes nothing.
+    """
 
     name: str
     id: int
@@ -42,8 +45,9 @@ class Effect:
         divergence: by position, 0 where there is padding: KL(target ‖ without it), or the squared error, mean
             over outputs.
         mean: of the divergence over positions that are no padding.
-        falls: the logits that fall most without it, which it raises; empty where outputs are no logits.
-        rises: those that rise most without it.
+        falls: the classes whose log-probability falls most without it, which it speaks for; at most 5, empty
+            where none falls and where outputs are no logits.
+        rises: those whose log-probability rises most without it.
     """
 
     site: str
@@ -51,8 +55,8 @@ class Effect:
     ci: float
     divergence: Float[Tensor, "*positions"] = dataclasses.field(repr=False)
     mean: float
-    falls: list[LogitChange]
-    rises: list[LogitChange]
+    falls: list[ClassChange]
+    rises: list[ClassChange]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,7 +86,7 @@ class Effects:
     def table(self, n: int = _ROWS) -> str:
         """The `n` largest effects as text."""
         header = ["site", "c", "g", self.kind.name]
-        has_logits = any(effect.falls for effect in self.found)
+        has_logits = self.kind is Divergence.kl
         header += ["falls without it", "rises"] if has_logits else []
         rows = []
         for effect in self.found[:n]:
@@ -97,7 +101,7 @@ class Effects:
         return self.table()
 
 
-def _shown(changes: Iterable[LogitChange], most: int = 3) -> str:
+def _shown(changes: Iterable[ClassChange], most: int = 3) -> str:
     return "  ".join(f"{quoted(one.name)} {one.change:+.2f}" for one in list(changes)[:most])
 
 
@@ -123,8 +127,8 @@ def ablation_effects(
         subcomponents: by site as `DecomposedModel.ablated` takes them; None: those with g above
             `threshold` anywhere in the batch.
         kind: `kl`, of logits, or `mse`, of other outputs.
-        threshold: of g; the change of a logit is its mean over positions where g is above it, or over all
-            where it is nowhere.
+        threshold: of g; the change of a log-probability is its mean over positions where g is above it, or
+            over all where it is nowhere.
         names: of tokens, or of what else the logits are of; None: their numbers.
         at_once: subcomponents per pass; None: as many as make an output of 2²⁴ numbers.
 
@@ -188,8 +192,8 @@ class _Comparison:
     def effect(self, site: str, index: int, output: Tensor, g: Float[Tensor, "*positions"]) -> Effect:
         """The effect of a subcomponent, from the output without it and its causal importances."""
         output = _with_classes(output, self._batch)
-        falls: list[LogitChange] = []
-        rises: list[LogitChange] = []
+        falls: list[ClassChange] = []
+        rises: list[ClassChange] = []
         if self._kind is Divergence.kl:
             divergence = kl_by_position(output, self.target, self._normaliser)
             falls, rises = self._changes(output, g)
@@ -209,18 +213,22 @@ class _Comparison:
 
     def _changes(
         self, output: Tensor, g: Float[Tensor, "*positions"]
-    ) -> tuple[list[LogitChange], list[LogitChange]]:
+    ) -> tuple[list[ClassChange], list[ClassChange]]:
         where = self._valid
         if g.shape == where.shape and bool((active := where & (g > self._threshold)).any()):
             where = active
-        change = (output[where].float() - self.target[where].float()).mean(0)
-        n = min(_CLASSES, len(change))
-        return self._named(change, (-change).topk(n).indices), self._named(change, change.topk(n).indices)
+        assert self._normaliser is not None, "outputs are logits"
+        common = (log_normaliser(output[where]) - self._normaliser[where]).sum(-1).mean()
+        change = (output[where].float() - self.target[where].float()).mean(0) - common
+        change = change.where(~change.isnan(), 0)  # of classes that the target excludes by a logit of -inf
+        return self._largest(change, -1), self._largest(change, 1)
 
-    def _named(self, change: Float[Tensor, " classes"], classes: Tensor) -> list[LogitChange]:
-        ids = classes.tolist()
-        names = [str(one) for one in ids] if self._names is None else self._names(ids)
-        return [LogitChange(name, one, float(change[one])) for name, one in zip(names, ids, strict=True)]
+    def _largest(self, change: Float[Tensor, " classes"], sign: int) -> list[ClassChange]:
+        """The largest changes of one sign."""
+        sizes, classes = (sign * change).topk(min(_CLASSES, len(change)))
+        ids = classes[sizes > 0].tolist()
+        names = [str(one) for one in ids] if self._names is None or not ids else self._names(ids)
+        return [ClassChange(name, one, float(change[one])) for name, one in zip(names, ids, strict=True)]
 
 
 def _with_classes(output: Tensor, batch: Tensor) -> Float[Tensor, "*positions d"]:
