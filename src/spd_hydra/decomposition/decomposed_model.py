@@ -231,7 +231,7 @@ class DecomposedModel(nn.Module):
         batch = as_batch(batch, self.target)
         if masks is None:
             return cast(Tensor, self.target(batch))
-        require_masks(masks, self.number_of)
+        require_masks(masks, self.number_of, next(self.component_parameters()).dtype)
         if reuse is None:
             self.patched.require_current()
         elif self._is_hooked or reuse.clean.is_hooked:  # what was computed before holds no longer
