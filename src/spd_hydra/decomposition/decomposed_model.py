@@ -116,6 +116,13 @@ class DecomposedModel(nn.Module):
         self.patched = self._patch()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "patched"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.patched = self._patch()  # it shares the tensors of the target, which were made anew
+
     def _patch(self) -> PatchedTarget:
         identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
         return PatchedTarget(self.target, self.matrix_names, identities)
