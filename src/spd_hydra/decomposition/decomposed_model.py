@@ -190,7 +190,17 @@ class DecomposedModel(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters of the subcomponents and of the causal-importance function, by name."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self._trainable()}
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        parts = ("subcomponents.", "ci_fn.")
+        return ((name, p) for name, p in self.named_parameters() if name.startswith(parts))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether the trainable parts ask for gradients; the target never does."""
+        for _, parameter in self._trainable():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `trainable_state` gave.
@@ -198,7 +208,7 @@ class DecomposedModel(nn.Module):
         Raises:
             ValueError: names or shapes differ from this model's.
         """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = dict(self._trainable())
         if own.keys() != state.keys():
             raise ValueError(
                 f"saved weights do not fit this model: {sorted(own.keys() ^ state.keys())} differ"

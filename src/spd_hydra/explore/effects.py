@@ -59,6 +59,21 @@ class Effect:
     rises: list[ClassChange]
 
 
+@dataclasses.dataclass(frozen=True)
+class JointEffect:
+    """What is different without all of some subcomponents at once; for the rest see `Effect`.
+
+    Attributes:
+        subcomponents: their indices by site.
+    """
+
+    subcomponents: dict[str, list[int]]
+    divergence: Float[Tensor, "*positions"] = dataclasses.field(repr=False)
+    mean: float
+    falls: list[ClassChange]
+    rises: list[ClassChange]
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Effects:
     """Effects of subcomponents on one batch, the largest mean first; `effects[site, index]` is one of them.
@@ -153,6 +168,28 @@ def ablation_effects(
     return Effects(kind, sorted(found, key=lambda effect: -effect.mean))
 
 
+@torch.no_grad()
+def joint_ablation_effect(
+    model: DecomposedModel,
+    batch: Tensor | Mapping[str, Any],
+    subcomponents: Mapping[str, Chosen],
+    *,
+    kind: Divergence,
+    threshold: float,
+    names: Decode | None = None,
+) -> JointEffect:
+    """Take out all of some subcomponents at once, everywhere in the batch; else as `ablation_effects`.
+
+    The change of a log-probability is its mean over positions where g of any of them is above the threshold.
+    """
+    batch = as_batch(batch, model.target).to(model.device)
+    chosen = chosen_indices(subcomponents, model.number_of)
+    importances = {site: ci.lower for site, ci in model.causal_importances(batch).items()}
+    compare = _Comparison(model(batch), batch, kind, threshold, names)
+    largest = [importances[site][..., own].amax(-1) for site, own in chosen.items() if own]
+    return JointEffect(chosen, *compare.change(model.ablated(batch, chosen), largest))
+
+
 def _above(g: Float[Tensor, "*positions C"], threshold: float, batch: Tensor) -> list[int]:
     """The subcomponents with g above a threshold at any position that is no padding."""
     valid = real_positions(batch, g.shape[:-1])
@@ -173,6 +210,13 @@ def _without_each(
     return output.view(len(part), len(batch), *output.shape[1:])  # type: ignore[no-any-return]
 
 
+class _Change(NamedTuple):
+    divergence: Tensor
+    mean: float
+    falls: list[ClassChange]
+    rises: list[ClassChange]
+
+
 class _Comparison:
     """Compares outputs with the target's own, of one batch."""
 
@@ -191,32 +235,31 @@ class _Comparison:
 
     def effect(self, site: str, index: int, output: Tensor, g: Float[Tensor, "*positions"]) -> Effect:
         """The effect of a subcomponent, from the output without it and its causal importances."""
+        real = real_positions(self._batch, g.shape)
+        ci = float((g if real is None else g[real]).max())
+        return Effect(site, index, ci, *self.change(output, [g]))
+
+    def change(self, output: Tensor, importances: Sequence[Float[Tensor, "*positions"]]) -> "_Change":
+        """What an output is different in, from what was taken out and its causal importances."""
         output = _with_classes(output, self._batch)
         falls: list[ClassChange] = []
         rises: list[ClassChange] = []
         if self._kind is Divergence.kl:
             divergence = kl_by_position(output, self.target, self._normaliser)
-            falls, rises = self._changes(output, g)
+            falls, rises = self._changes(output, importances)
         else:
             divergence = (output.float() - self.target.float()).square().mean(-1)
         divergence = divergence.where(self._valid, 0)
-        real = real_positions(self._batch, g.shape)
-        return Effect(
-            site=site,
-            index=index,
-            ci=float((g if real is None else g[real]).max()),
-            divergence=divergence,
-            mean=float(divergence.sum() / self._valid.sum()),
-            falls=falls,
-            rises=rises,
-        )
+        return _Change(divergence, float(divergence.sum() / self._valid.sum()), falls, rises)
 
     def _changes(
-        self, output: Tensor, g: Float[Tensor, "*positions"]
+        self, output: Tensor, importances: Sequence[Float[Tensor, "*positions"]]
     ) -> tuple[list[ClassChange], list[ClassChange]]:
-        where = self._valid
-        if g.shape == where.shape and bool((active := where & (g > self._threshold)).any()):
-            where = active
+        active = torch.zeros_like(self._valid)
+        for g in importances:
+            if g.shape == active.shape:
+                active |= self._valid & (g > self._threshold)
+        where = active if bool(active.any()) else self._valid
         assert self._normaliser is not None, "outputs are logits"
         common = (log_normaliser(output[where]) - self._normaliser[where]).sum(-1).mean()
         change = (output[where].float() - self.target[where].float()).mean(0) - common
