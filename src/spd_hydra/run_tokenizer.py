@@ -37,7 +37,7 @@ def tokenizer_of(
         require_trust()
         trusts_code = True
     if name is not None:
-        return _that_pads(
+        return able_to_pad(
             Reader(
                 column="",
                 tokenised=True,
@@ -53,10 +53,10 @@ def tokenizer_of(
         raise ConfigError(f"tokenizer: the run {path} has none; give token ids or other inputs as a tensor")
     saved = checkpoint()  # another Python has other text, so another tokenizer
     require_same_data({"train": batches.content()}, saved.state, saved.path.name)
-    return _that_pads(batches.tokenizer())
+    return able_to_pad(batches.tokenizer())
 
 
-def _that_pads(tokenizer: Any) -> Any:
+def able_to_pad(tokenizer: Any) -> Any:
     """The tokenizer, or a copy with a token to pad with: any will do, since masks say where it stands."""
     if tokenizer is None or tokenizer.pad_token is not None:
         return tokenizer
