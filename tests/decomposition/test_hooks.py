@@ -159,3 +159,33 @@ def test_a_target_with_another_module_than_masked_passes_run_is_refused() -> Non
     model.target.middle = nn.Linear(4, 4, bias=False)
     with pytest.raises(ValueError, match=r"middle is not the module that was there when the model was made"):
         model.ablated(x, {"last": 0})
+
+
+@torch.no_grad()
+def test_hooks_by_which_transformers_collects_outputs_when_asked_to_are_no_reason_to_refuse(
+    tmp_path: Any,
+) -> None:
+    target = adapt(saved_model("gpt2", tmp_path), "logits")
+    config = Decomposition(sites={"a": SitePattern(pattern=SITES[0], C=5)})
+    model = DecomposedModel(target, config, MLPCausalImportance(hidden=2), seed=0).eval()
+    before = model.ablated(tokens(), {SITES[0]: 0})
+    collected: Any = target(input_ids=tokens(), output_hidden_states=True)
+    assert collected.hidden_states
+    assert any(module._forward_hooks for module in target.modules())
+    assert torch.equal(model.ablated(tokens(), {SITES[0]: 0}), before)
+
+
+def test_what_a_hook_raises_is_told_as_it_is_and_a_batch_of_another_width_with_its_shape() -> None:
+    model, x = make("sequential"), batch_of("sequential")
+
+    def failing(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        raise KeyError("mine")
+
+    with model.hooked({"middle": failing}):
+        for look in (lambda: model.ablated(x, {"last": 0}), lambda: model.causal_importances(x)):
+            with pytest.raises(KeyError, match="mine"):
+                look()
+    with pytest.raises(
+        ValueError, match=r"batch: got shape \[6, 4\], float32, which the target does not take"
+    ):
+        model.ablated(x[:, :4], {"last": 0})

@@ -1,7 +1,7 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -278,13 +278,20 @@ class DecomposedModel(nn.Module):
                 their own layer.
 
         Raises:
-            ValueError: there is no such site, or no such subcomponent.
+            ValueError: there is no such site, or no such subcomponent, or the target does not take the batch.
         """
+        batch = as_batch(batch, self.target)
         masks = {
             site: without(own, self.number_of[site], self.pieces(site).V)
             for site, own in chosen_indices(subcomponents, self.number_of).items()
         }
-        return self(batch, masks)  # type: ignore[no-any-return]
+        self.patched.require_current()
+        with self._told_of(batch):
+            return self(batch, masks)  # type: ignore[no-any-return]
+
+    def _told_of(self, batch: Tensor) -> AbstractContextManager[None]:
+        """Say which batch the target does not take; what a hook raises is left as it is."""
+        return nullcontext() if self._is_hooked else told_of_batch(batch, self.target)
 
     @contextmanager
     def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -387,7 +394,7 @@ class DecomposedModel(nn.Module):
         """
         batch = as_batch(batch, self.target)
         self.patched.require_current()
-        with told_of_batch(batch, self.target):
+        with self._told_of(batch):
             activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
         return self.importances(activations, valid=real_positions(batch, positions))
