@@ -181,3 +181,16 @@ def test_a_run_of_other_sites_is_refused(done: Run, toy: Toy) -> None:
         ValueError, match=r"other: got a run of the sites embed, hidden\.0, unembed, must have"
     ):
         done.match(other)
+
+
+def test_with_hooks_a_batch_is_looked_at_and_the_runs_own_data_are_not(done: Run) -> None:
+    model, x = done.model, 0.75 * torch.eye(5)
+    with model.hooked({"embed": lambda module, inputs, output: 0 * output}):
+        assert done.effects(x, {"embed": [4]})["embed", 4].mean == 0
+        assert done.alive(x)["embed"]
+        for measure in (done.alive, done.evaluate, done.matched):
+            with pytest.raises(
+                ValueError, match=r"model\.hooked: .* leave the block, or give what to look at"
+            ):
+                measure()
+    assert done.effects(x, {"embed": [4]})["embed", 4].mean > 0

@@ -25,6 +25,9 @@ class Remeasured:
         model: the opened one; it may have been moved, or changed.
         fresh_target: reads the target again, which is done where the model's is of another type now.
         batches: held-out batches to look at; None: as many as the run's evaluations do.
+
+    Raises:
+        ValueError: the model has hooks, with which no evaluation looked at it.
     """
 
     def __init__(
@@ -34,6 +37,12 @@ class Remeasured:
         fresh_target: Callable[[], nn.Module],
         batches: int | None = None,
     ) -> None:
+        model.patched.require_current()
+        if model.is_hooked:
+            raise ValueError(
+                "model.hooked: a run measures its own data as it was trained, without hooks; leave the "
+                "block, or give what to look at, as alive(batch)"
+            )
         is_as_trained = all(p.dtype is torch.float32 for p in model.component_parameters())
         target = model.target if is_as_trained else fresh_target()
         # Without the texts of subcomponents, which take a second look at the data.

@@ -60,6 +60,7 @@ class DecomposedModel(nn.Module):
         patched: the copy of the target on which masked passes run; it shares the target's tensors.
         number_of: C, the number of subcomponents, by site.
         roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
+        is_hooked: whether passes run with the hooks of `hooked`.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
     Args:
@@ -91,7 +92,7 @@ class DecomposedModel(nn.Module):
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
-        self._is_hooked = False
+        self.is_hooked = False
         self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
         self.number_of = {name: self.pieces(name).C for name in self.site_names}
@@ -251,7 +252,7 @@ class DecomposedModel(nn.Module):
         require_masks(masks, self.number_of, next(self.component_parameters()).dtype)
         if reuse is None:
             self.patched.require_current()
-        elif self._is_hooked or reuse.clean.is_hooked:  # what was computed before holds no longer
+        elif self.is_hooked or reuse.clean.is_hooked:  # what was computed before holds no longer
             reuse = None
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
@@ -291,7 +292,7 @@ class DecomposedModel(nn.Module):
 
     def _told_of(self, batch: Tensor) -> AbstractContextManager[None]:
         """Say which batch the target does not take; what a hook raises is left as it is."""
-        return nullcontext() if self._is_hooked else told_of_batch(batch, self.target)
+        return nullcontext() if self.is_hooked else told_of_batch(batch, self.target)
 
     @contextmanager
     def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -309,13 +310,13 @@ class DecomposedModel(nn.Module):
             TypeError: a hook cannot be called.
         """
         self.patched.require_current()
-        before = self._is_hooked
+        before = self.is_hooked
         try:
             with registered(self.target, hooks):
-                self._is_hooked, self.patched = True, self._patch()
+                self.is_hooked, self.patched = True, self._patch()
                 yield
         finally:
-            self._is_hooked, self.patched = before, self._patch()
+            self.is_hooked, self.patched = before, self._patch()
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -365,7 +366,7 @@ class DecomposedModel(nn.Module):
             raise unfit_sites(reason, again, self.target, self.matrix_names)
         if idle := [name for name in self.site_names if name not in inputs]:
             raise unfit_sites("which the target never runs", idle, self.target, self.matrix_names)
-        return CleanPass(output, inputs, outputs, blocks, self._is_hooked)
+        return CleanPass(output, inputs, outputs, blocks, self.is_hooked)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
