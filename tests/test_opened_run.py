@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,16 @@ def test_with_hooks_a_batch_is_looked_at_and_the_runs_own_data_are_not(done: Run
             ):
                 measure()
     assert done.effects(x, {"embed": [4]})["embed", 4].mean > 0
+
+
+def test_an_evaluation_is_of_the_checkpoint_that_the_model_is_from_also_when_a_newer_one_has_come(
+    done: Run, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(done.path, tmp_path / "run"))
+    newest = folder / "checkpoints" / "step_20"
+    newest.rename(tmp_path / "step_20")
+    run = load_run(folder)
+    assert run.model is not None
+    (tmp_path / "step_20").rename(newest)
+    assert run.steps == [10, 20]
+    assert run.evaluate() == done.at(10).evaluate()

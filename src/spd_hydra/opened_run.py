@@ -81,19 +81,27 @@ class Run:
             RunDirectoryError: there is no checkpoint yet.
             ConfigError: the target has Python code of its own, which was not allowed.
         """
-        return self.model_at(self.step)
+        return self._loaded[0]
 
     def model_at(self, step: int | None) -> DecomposedModel:
         """The decomposed model as it was saved at a step; None: the newest. No data are read for it.
 
         It is for looking: nothing in it asks for gradients, unless `requires_grad_()` is called.
         """
+        return self._load(step)[0]
+
+    @cached_property
+    def _loaded(self) -> tuple[DecomposedModel, int]:
+        """`model`, and the step of its checkpoint: a run that goes on has newer ones later."""
+        return self._load(self.step)
+
+    def _load(self, step: int | None) -> tuple[DecomposedModel, int]:
         self._require_trust()
         checkpoint = self._checkpoint(step)
         config = self.config
         model = DecomposedModel(self._target(), config.decomposition, config.ci_fn, seed=config.seed)
         model.load_trainable_state(checkpoint.tensors["model"])
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False), checkpoint.step
 
     def at(self, step: int) -> "Run":
         """The same run, its model as it was saved at a step; `steps` lists them."""
@@ -214,7 +222,7 @@ class Run:
         Raises:
             ConfigError: the data are not those of the run any more.
         """
-        checkpoint = self._checkpoint(self.step)
+        checkpoint = self._checkpoint(self._loaded[1])
         return self._remeasured(batches).metrics(checkpoint, lambda: self._read_target().certified)
 
     def matched(self) -> dict[str, list[int]]:
