@@ -146,6 +146,8 @@ def test_the_python_of_its_guide_runs(
     assert names["run"].config.seed == 3
     assert names["importances"]["embed"].lower.shape == (5, 20)
     assert names["ablated"].shape == (5, 5)
+    assert len(set(names["order"])) == 5
+    assert names["together"].divergence.shape == (5,)
     assert names["one"].divergence.shape == (5,)
     assert names["matching"].own == names["run"].alive()["embed"]
     assert [step for step, _ in names["curve"]] == [10, 20]
@@ -163,6 +165,8 @@ def test_the_python_of_its_guide_for_language_models_runs(
     assert len(names["effects"]) == 8
     length = len(names["prompt"].texts)
     assert {g.lower.shape[:2] for g in names["needed"].values()} == {(1, length)}
+    assert names["logits"].shape[:2] == names["texts"]["input_ids"].shape
+    assert names["needed_anywhere"].keys() == names["needed"].keys()
     assert names["continued"].shape == (1, length + 5)
     assert "falls without it" in capsys.readouterr().out
 

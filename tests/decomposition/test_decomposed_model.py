@@ -376,7 +376,7 @@ def test_after_an_exception_in_a_pass_the_model_still_gives_the_clean_output() -
     with pytest.raises(RuntimeError):
         model.clean_pass(torch.randn(2, 99))
     assert torch.equal(patched(batch), expected_clean)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"masks\['last'\]\.mask: got one for positions \[7\]"):
         model(batch, masks | {"last": SiteMask(mask=torch.ones(BATCH + 1, 2))})
     assert torch.equal(patched(batch), expected_clean)
     assert torch.equal(model(batch), expected_clean)

@@ -1,7 +1,11 @@
 """Masks: the formula of each source, bounds, and when a delta is drawn."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
+from tests.decomposition.test_decomposed_model import batch_of, make
 
 from spd_hydra.ci_fn.sigmoid import CausalImportance, Sigmoid, causal_importance
 from spd_hydra.decomposition.masks import (
@@ -147,3 +151,47 @@ def test_given_sources_are_shared_along_axes_of_length_one() -> None:
     torch.testing.assert_close(found.mask, torch.tensor([[0.5, 0.6, 0.98, 1.0], [0.5, 1.0, 0.75, 0.25]]))
     assert found.delta.tolist() == [0.125, 0.125]
     assert mask_from_sources(ci(), sources, use_delta=False).delta is None
+
+
+def test_what_is_given_in_place_of_a_mask_is_refused_with_what_to_give() -> None:
+    model, x = make("sequential"), batch_of("sequential")
+    mask = torch.ones(6, 9)
+    wrong: list[tuple[Any, type[Exception], str]] = [
+        (
+            SiteMask(mask=mask.double()),
+            ValueError,
+            ".mask: got float64, must be float32; give it .to(torch.float32)",
+        ),
+        (SiteMask(mask=mask > 0), ValueError, ".mask: got bool, must be float32"),
+        (SiteMask(mask=mask.tolist()), TypeError, ".mask: got a list, must be a tensor, float32"),
+        (
+            SiteMask(delta=1.0),
+            TypeError,
+            ".delta: got a float, must be a tensor, float32, as torch.tensor(…); one",
+        ),
+        (SiteMask(mask=mask, delta=torch.ones(6).double()), ValueError, ".delta: got float64"),
+        (SiteMask(route=torch.ones(6)), ValueError, ".route: got float32, must be bool"),
+        (
+            SiteMask(mask=torch.ones(5, 9)),
+            ValueError,
+            ".mask: got one for positions [5], but what the site reads",
+        ),
+        (SiteMask(delta=torch.ones(5)), ValueError, "has [6]; its shape must be [6]"),
+        (SiteMask(mask=torch.ones(2, 3, 9)), ValueError, "its shape must be [6, C]"),
+    ]
+    for given, error, message in wrong:
+        with pytest.raises(error, match=re.escape(message)):
+            model(x, {"middle": given})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_types_take_masks_of_theirs_and_of_smaller_ones(dtype: torch.dtype) -> None:
+    model, x = make("sequential").to(dtype), batch_of("sequential").to(dtype)
+    half = torch.full((6, 9), 0.5, dtype=torch.bfloat16)
+    same = [model(x, {"middle": SiteMask(mask=mask)}) for mask in (half, half.to(dtype))]
+    assert torch.equal(*same)
+    assert same[0].dtype == dtype
+    assert model.ablated(x, {"middle": [0], "last": 1}).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, {"middle": SiteMask(mask=half.float())})

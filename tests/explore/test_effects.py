@@ -63,6 +63,16 @@ def test_an_ablated_model_is_the_target_with_the_subcomponents_subtracted_from_t
 
 
 @torch.no_grad()
+def test_a_boolean_mask_and_a_generator_take_out_what_they_name(gpt2: DecomposedModel) -> None:
+    batch, chosen = tokens(), torch.tensor([True, False, False, True, False])
+    expected = with_less(gpt2, SITES[0], [0, 3])(batch)
+    for named in (chosen, (c for c in (0, 3)), chosen.nonzero().flatten()):
+        torch.testing.assert_close(gpt2.ablated(batch, {SITES[0]: named}), expected, rtol=1e-4, atol=1e-4)
+    found = ablation_effects(gpt2, batch, {SITES[0]: chosen}, kind=Divergence.kl, threshold=0.1)
+    assert {effect.index for effect in found} == {0, 3}
+
+
+@torch.no_grad()
 def test_in_a_stream_that_is_kept_as_products_too() -> None:
     model, batch = resid(), torch.rand(6, 5)
     for site in model.site_names:
@@ -92,7 +102,7 @@ def test_effects_are_the_divergences_of_lone_ablations_whatever_the_size_of_a_pa
 
 
 @torch.no_grad()
-def test_changed_logits_are_means_over_the_positions_that_need_the_subcomponent(
+def test_changes_are_of_log_probabilities_in_the_mean_over_the_positions_that_need_the_subcomponent(
     gpt2: DecomposedModel,
 ) -> None:
     batch = tokens()
@@ -101,13 +111,38 @@ def test_changed_logits_are_means_over_the_positions_that_need_the_subcomponent(
     named = {SITES[0]: [2]}
     found = ablation_effects(gpt2, batch, named, kind=Divergence.kl, threshold=threshold, names=letters)
     (effect,) = found
-    change = (with_less(gpt2, SITES[0], [2])(batch) - gpt2.target(batch))[g > threshold].mean(0)
+    logits = with_less(gpt2, SITES[0], [2])(batch), gpt2.target(batch)
+    without, whole = (own.log_softmax(-1)[g > threshold] for own in logits)
+    change = (without - whole).mean(0)
     order = change.argsort().tolist()
     assert [one.id for one in effect.falls] == order[:5]
     assert [one.id for one in effect.rises] == order[::-1][:5]
     assert [one.name for one in effect.falls] == letters(order[:5])
     assert effect.falls[0].change == pytest.approx(float(change.min()), rel=1e-3)
     assert effect.ci == pytest.approx(float(g.max()))
+
+
+@torch.no_grad()
+def test_of_few_classes_each_falls_or_rises_and_not_both(language: ModuleType) -> None:
+    model, batch = language.hand_made(), torch.tensor([[0, 0]])
+    (effect,) = ablation_effects(model, batch, {"unembed": [0]}, kind=Divergence.kl, threshold=0.1)
+    # Without it the logits of token 0 are lower by 1, 0 and -1.
+    odds = [0.7 / math.e, 0.2, 0.1 * math.e]
+    change = [math.log(own / sum(odds) / chance) for own, chance in zip(odds, (0.7, 0.2, 0.1), strict=True)]
+    assert change[0] < 0 < change[1] < change[2]
+    assert [one.id for one in effect.falls] == [0]
+    assert [one.id for one in effect.rises] == [2, 1]
+    assert effect.falls[0].change == pytest.approx(change[0], rel=1e-4)
+    assert [one.change for one in effect.rises] == pytest.approx([change[2], change[1]], rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_moves_all_logits_alike_changes_no_class(language: ModuleType) -> None:
+    model, batch = language.hand_made(), torch.tensor([[1, 1]])
+    model.pieces("unembed").U[1] = 0.5
+    (effect,) = ablation_effects(model, batch, {"unembed": [1]}, kind=Divergence.kl, threshold=0.1)
+    assert all(abs(one.change) < 1e-6 for one in [*effect.falls, *effect.rises])
+    assert not torch.allclose(model.ablated(batch, {"unembed": [1]}), model(batch), atol=0.1)
 
 
 def letters(ids: list[int]) -> list[str]:

@@ -39,6 +39,9 @@ class CompiledBlocks:
         self._kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._refused: set[str] = set()
 
+    def __reduce__(self) -> tuple[type["CompiledBlocks"], tuple[()]]:
+        return CompiledBlocks, ()  # what was compiled cannot be copied, and is made again
+
     def __call__(self, name: str, function: Callable[..., Any], *inputs: Any) -> Any:
         """The function's value, whose backward pass is compiled too.
 

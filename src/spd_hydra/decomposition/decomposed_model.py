@@ -1,7 +1,7 @@
 """A frozen target whose chosen matrices can be replaced, per forward pass, by masked subcomponents."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
+from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
+from spd_hydra.decomposition.hooks import Hook, registered
 from spd_hydra.decomposition.identities import find_identities
 from spd_hydra.decomposition.inputs import as_batch, real_positions, told_of_batch
 from spd_hydra.decomposition.layers import is_embedding, weight_matrix
@@ -23,7 +25,7 @@ from spd_hydra.decomposition.masked_site import (
     standing_in,
     with_fixed_matrices,
 )
-from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks, without
+from spd_hydra.decomposition.masks import SiteMask, no_such_site, require_masks
 from spd_hydra.decomposition.patched_target import PatchedTarget
 from spd_hydra.decomposition.sites import check_ties, find_sites, unfit_sites
 from spd_hydra.decomposition.subcomponents import (
@@ -42,20 +44,23 @@ class CleanPass(NamedTuple):
     inputs: dict[str, Activation]
     outputs: dict[str, Activation]
     blocks: CleanBlocks
+    is_hooked: bool = False
 
 
 class DecomposedModel(nn.Module):
     """The target, its subcomponents and its causal-importance function.
 
     Only the subcomponents and the causal-importance function have trainable parameters. The target
-    stays in evaluation mode and is never modified: masked passes run on a copy of its module tree that
-    shares every parameter and buffer and holds a wrapper in place of each site.
+    stays in evaluation mode and is never modified, but for hooks within `hooked`: masked passes run on a copy
+    of its module tree that shares every parameter and buffer and holds a wrapper in place of each site.
 
     Attributes:
         inits: by site, how V and U start.
         lr_factors: by site, what their learning rate is multiplied with.
         patched: the copy of the target on which masked passes run; it shares the target's tensors.
+        number_of: C, the number of subcomponents, by site.
         roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
+        is_hooked: whether passes run with the hooks of `hooked`.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
 
     Args:
@@ -87,9 +92,10 @@ class DecomposedModel(nn.Module):
         self.site_names = tuple(sites)
         self.roots: frozenset[str] = frozenset()
         self.compiled_blocks: CompiledBlocks | None = None
+        self.is_hooked = False
         self.patched = self._patch()
         self.subcomponents = self._make_subcomponents(sites, seed)
-        self._numbers = {name: self.pieces(name).C for name in self.site_names}
+        self.number_of = {name: self.pieces(name).C for name in self.site_names}
         self.ci_fn = ci_fn.build(self.site_shapes(), rng.generator(seed, "ci_fn"))
 
     def _make_subcomponents(self, sites: Mapping[str, SitePattern], seed: int) -> nn.ModuleDict:
@@ -110,6 +116,13 @@ class DecomposedModel(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.patched = self._patch()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "patched"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.patched = self._patch()  # it shares the tensors of the target, which were made anew
 
     def _patch(self) -> PatchedTarget:
         identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
@@ -178,7 +191,17 @@ class DecomposedModel(nn.Module):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters of the subcomponents and of the causal-importance function, by name."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self._trainable()}
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        parts = ("subcomponents.", "ci_fn.")
+        return ((name, p) for name, p in self.named_parameters() if name.startswith(parts))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Whether the trainable parts ask for gradients; the target never does."""
+        for _, parameter in self._trainable():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what `trainable_state` gave.
@@ -186,7 +209,7 @@ class DecomposedModel(nn.Module):
         Raises:
             ValueError: names or shapes differ from this model's.
         """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = dict(self._trainable())
         if own.keys() != state.keys():
             raise ValueError(
                 f"saved weights do not fit this model: {sorted(own.keys() ^ state.keys())} differ"
@@ -226,7 +249,11 @@ class DecomposedModel(nn.Module):
         batch = as_batch(batch, self.target)
         if masks is None:
             return cast(Tensor, self.target(batch))
-        require_masks(masks, self._numbers)
+        require_masks(masks, self.number_of, next(self.component_parameters()).dtype)
+        if reuse is None:
+            self.patched.require_current()
+        elif self.is_hooked or reuse.clean.is_hooked:  # what was computed before holds no longer
+            reuse = None
         sites = self._standing_in(masks, reuse)
         at_site = standing_in(sites, outputs)
         if reuse is None:
@@ -241,27 +268,55 @@ class DecomposedModel(nn.Module):
         at_block = run if lone is None else reuse.clean.blocks.reused_before(lone, run)
         return self.patched.run(batch, at_site, at_block, reuse.products)
 
-    def ablated(
-        self, batch: Tensor | Mapping[str, Any], subcomponents: Mapping[str, int | Sequence[int]]
-    ) -> Tensor:
+    def ablated(self, batch: Tensor | Mapping[str, Any], subcomponents: Mapping[str, Chosen]) -> Tensor:
         """The target's output without some subcomponents, all else as it is, the weight delta included.
 
         At each site given, y = W x + b - Σ_c h_c U_c over its subcomponents c, on the current input x.
 
         Args:
             batch: input of the target.
-            subcomponents: their indices by site; other sites keep their own layer.
+            subcomponents: by site an index, several, or a boolean mask of length C; other sites keep
+                their own layer.
 
         Raises:
-            ValueError: there is no such site, or no such subcomponent.
+            ValueError: there is no such site, or no such subcomponent, or the target does not take the batch.
         """
-        if unknown := set(subcomponents) - set(self.site_names):
-            raise no_such_site(unknown, self.site_names)
+        batch = as_batch(batch, self.target)
         masks = {
-            site: without([c] if isinstance(c, int) else c, self._numbers[site], site, self.device)
-            for site, c in subcomponents.items()
+            site: without(own, self.number_of[site], self.pieces(site).V)
+            for site, own in chosen_indices(subcomponents, self.number_of).items()
         }
-        return self(batch, masks)  # type: ignore[no-any-return]
+        self.patched.require_current()
+        with self._told_of(batch):
+            return self(batch, masks)  # type: ignore[no-any-return]
+
+    def _told_of(self, batch: Tensor) -> AbstractContextManager[None]:
+        """Say which batch the target does not take; what a hook raises is left as it is."""
+        return nullcontext() if self.is_hooked else told_of_batch(batch, self.target)
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """All passes of the block run with forward hooks: clean, masked and ablated ones, causal importances.
+
+        A hook registered on `target` alone would not be seen by masked passes, which run on a copy. At a site
+        `output` is what the masked subcomponents give. Blocks may stand in blocks.
+
+        Args:
+            hooks: by path of the target's module a function of (module, inputs, output), as torch calls it:
+                what it returns takes the place of the output, None leaves it.
+
+        Raises:
+            ValueError: the target has no such module, or has hooks that were registered otherwise.
+            TypeError: a hook cannot be called.
+        """
+        self.patched.require_current()
+        before = self.is_hooked
+        try:
+            with registered(self.target, hooks):
+                self.is_hooked, self.patched = True, self._patch()
+                yield
+        finally:
+            self.is_hooked, self.patched = before, self._patch()
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -311,7 +366,7 @@ class DecomposedModel(nn.Module):
             raise unfit_sites(reason, again, self.target, self.matrix_names)
         if idle := [name for name in self.site_names if name not in inputs]:
             raise unfit_sites("which the target never runs", idle, self.target, self.matrix_names)
-        return CleanPass(output, inputs, outputs, blocks)
+        return CleanPass(output, inputs, outputs, blocks, self.is_hooked)
 
     def activations(self, clean: CleanPass) -> dict[str, SiteActivation]:
         """Each site's clean input x and inner activation h = x V, the gradient to V attached."""
@@ -339,7 +394,8 @@ class DecomposedModel(nn.Module):
             ValueError: the target does not take the batch.
         """
         batch = as_batch(batch, self.target)
-        with told_of_batch(batch, self.target):
+        self.patched.require_current()
+        with self._told_of(batch):
             activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
         return self.importances(activations, valid=real_positions(batch, positions))

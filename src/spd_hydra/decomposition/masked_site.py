@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_hydra.decomposition.layers import bias_vector, is_embedding
-from spd_hydra.decomposition.masks import SiteMask
+from spd_hydra.decomposition.masks import SiteMask, require_rows
 from spd_hydra.decomposition.patching import AtSite
 from spd_hydra.decomposition.subcomponents import inner_activation
 from spd_hydra.factored import Activation, Factored, selected, write
@@ -25,10 +25,11 @@ class MaskedSite(NamedTuple):
     inner: Float[Tensor, "*positions C"] | None = None
     own: Activation | None = None
 
-    def output(self, layer: nn.Module, x: Activation) -> Activation:
+    def output(self, name: str, layer: nn.Module, x: Activation) -> Activation:
         """y = (h ⊙ (m - δ)) U + δ·xWᵀ + b, or the layer's own output where the route does not lead here."""
         mask, delta, route = self.mask
         h = inner_activation(x, self.V, is_embedding(layer)) if self.inner is None else self.inner
+        require_rows(name, self.mask, h.shape[:-1])
         own = self.own
         if own is None and not (delta is None and route is None):
             own = layer(x)
@@ -70,7 +71,7 @@ def standing_in(sites: StandIns, outputs: dict[str, Activation] | None = None) -
             return y
         if not isinstance(own, MaskedSite):
             return own
-        y = own.output(layer, x)
+        y = own.output(name, layer, x)
         if outputs is not None:
             outputs[name] = y
         return y

@@ -1,6 +1,6 @@
 """Masks m on subcomponents and δ on the weight delta, made from causal importances g and sources r."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -25,15 +25,16 @@ class SiteMask(NamedTuple):
     route: Bool[Tensor, "*positions"] | None = None
 
 
-def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int]) -> None:
-    """Refuse masks of what is no site, of other subcomponents, and a mask on its own in place of a SiteMask.
+def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Refuse masks of what is no site, of other subcomponents or types, and a mask on its own as a SiteMask.
 
     Args:
         masks: by site.
         sites: C of every site.
+        dtype: of V and U.
 
     Raises:
-        ValueError: names the sites that there are, or C.
+        ValueError: names the sites that there are, C, or the type.
         TypeError: says how the mask is given.
     """
     if unknown := set(masks) - set(sites):
@@ -41,6 +42,9 @@ def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int]) -> No
     for site, mask in masks.items():
         if not isinstance(mask, SiteMask):
             raise TypeError(f"masks[{site!r}]: got a {type(mask).__name__}, must be SiteMask(mask=…)")
+        for name, own in mask._asdict().items():
+            if own is not None:
+                _require_tensor(f"masks[{site!r}].{name}", own, torch.bool if name == "route" else dtype)
         m, C = mask.mask, sites[site]
         if m is not None and m.dim() and m.shape[-1] not in {1, C}:
             raise ValueError(
@@ -49,23 +53,43 @@ def require_masks(masks: Mapping[str, SiteMask], sites: Mapping[str, int]) -> No
             )
 
 
-def without(subcomponents: Sequence[int], C: int, site: str, device: torch.device) -> SiteMask:
-    """The mask that takes subcomponents of a site out everywhere and leaves the rest: δ = 1, m = 0 there.
+def _require_tensor(name: str, given: object, dtype: torch.dtype) -> None:
+    if not isinstance(given, Tensor):
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{name}: got a {type(given).__name__}, must be a tensor, {kind}, as torch.tensor(…); one "
+            "without axes counts everywhere"
+        )
+    if given.dtype != dtype and not _fits(given, dtype):
+        kinds = [str(one).removeprefix("torch.") for one in (given.dtype, dtype)]
+        raise ValueError(f"{name}: got {kinds[0]}, must be {kinds[1]}; give it .to({dtype})")
 
-    Args:
-        subcomponents: their indices.
-        C: number of subcomponents of the site.
-        site: its name, for people.
-        device: of the mask.
+
+def _fits(given: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products with numbers of a type stay of that type, or autocast sees to it."""
+    if dtype is torch.bool or given.dtype is torch.bool:
+        return False
+    fits = torch.promote_types(given.dtype, dtype) == dtype
+    return fits or torch.is_autocast_enabled(given.device.type)
+
+
+def require_rows(site: str, mask: SiteMask, positions: torch.Size) -> None:
+    """Refuse a mask that is of other rows or positions than what a site reads.
 
     Raises:
-        ValueError: an index is not in [0, C).
+        ValueError: names both shapes.
     """
-    if wrong := [c for c in subcomponents if not 0 <= c < C]:
-        raise ValueError(f"subcomponents[{site!r}]: got {wrong}, must be from 0 to {C - 1}")
-    mask = torch.ones(C, device=device)
-    mask[list(subcomponents)] = 0
-    return SiteMask(mask=mask, delta=torch.ones((), device=device))
+    shapes = {"delta": mask.delta, "route": mask.route}
+    found = {name: own.shape for name, own in shapes.items() if own is not None}
+    if mask.mask is not None:
+        found = {"mask": mask.mask.shape[:-1]} | found
+    for name, shape in found.items():
+        if any(n != own and 1 not in (n, own) for n, own in zip(shape[::-1], positions[::-1], strict=False)):
+            axes = ", C" if name == "mask" else ""
+            raise ValueError(
+                f"masks[{site!r}].{name}: got one for positions {list(shape)}, but what the site reads has "
+                f"{list(positions)}; its shape must be [{', '.join(map(str, positions))}{axes}]"
+            )
 
 
 def no_such_site(names: Iterable[str], sites: Iterable[str]) -> ValueError:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spd_hydra.decomposition.blocks import AtBlock, BlockWrapper, run_block
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.decomposition.hooks import AsCopied
 from spd_hydra.decomposition.masked_site import StandIns, standing_in
 from spd_hydra.decomposition.patching import AtSite, Switch, patched_copy
 from spd_hydra.factored import KeepsFactors, Products, sharing
@@ -32,7 +33,12 @@ class PatchedTarget:
         self, target: nn.Module, sites: tuple[str, ...], identities: Mapping[str, nn.Module]
     ) -> None:
         self._switch = Switch()
+        self._target, self._as_copied = target, AsCopied(target)
         self.module = patched_copy(target, sites, self._switch, identities)
+
+    def require_current(self) -> None:
+        """Refuse a target whose modules or hooks are no longer those of the copy."""
+        self._as_copied.require_same(self._target)
 
     @property
     def n_blocks(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra.decomposition.blocks import BlockSwitch, wrap_blocks
+from spd_hydra.decomposition.hooks import hooks_of, move_hooks
 from spd_hydra.decomposition.identities import SUFFIX, insert
 from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, keep_factors
@@ -36,6 +37,7 @@ class _SiteWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.layer, self.switch, self.refused = name, layer, switch, refused
+        move_hooks(layer, self)
 
     def forward(self, x: Activation) -> Activation:
         if self.switch.at_site is None:
@@ -81,7 +83,8 @@ def patched_copy(
         reason = "whose matrix the target reads itself instead of calling the layer"
         return unfit_sites(reason, [site], target, sites)
 
-    shared = {id(tensor): tensor for tensor in [*target.parameters(), *target.buffers()]}
+    hooks = [hook for module in target.modules() for hook in hooks_of(module)]
+    shared = {id(one): one for one in [*target.parameters(), *target.buffers(), *hooks]}
     try:
         patched = copy.deepcopy(target, shared)
     except RuntimeError as error:  # a tensor that was computed stands where a parameter should
@@ -101,5 +104,6 @@ def patched_copy(
             patched.get_submodule(name.removesuffix(f".{SUFFIX}")), _SiteWrapper(name, layer, switch, refused)
         )
     wrap_blocks(patched, switch)
-    keep_factors(patched)
+    if not hooks:  # which are given tensors
+        keep_factors(patched)
     return patched

@@ -1,4 +1,4 @@
-"""What taking out one subcomponent does to the output: divergence by position, logits that fall and rise."""
+"""What taking out one subcomponent does to the output: divergence by position, classes that fall and rise."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.inputs import as_batch, real_positions
-from spd_hydra.decomposition.masks import SiteMask, no_such_site, without
+from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.explore.prompt import quoted
 from spd_hydra.loss.divergence import Divergence, kl_by_position, log_normaliser
 from spd_hydra.report.numbers import text_table
@@ -22,8 +23,11 @@ _ROWS = 20  # of a table
 Decode = Callable[[Sequence[int]], list[str]]
 
 
-class LogitChange(NamedTuple):
-    """The name of a token or class, its id, and how far its logit moves when a subcomponent is taken out."""
+class ClassChange(NamedTuple):
+    """The name of a token or class, its id, and the change of its log-probability without a subcomponent.
+
+    Of the log-probability rather than the logit: what all logits have in common changes nothing.
+    """
 
     name: str
     id: int
@@ -41,8 +45,9 @@ class Effect:
         divergence: by position, 0 where there is padding: KL(target ‖ without it), or the squared error, mean
             over outputs.
         mean: of the divergence over positions that are no padding.
-        falls: the logits that fall most without it, which it raises; empty where outputs are no logits.
-        rises: those that rise most without it.
+        falls: the classes whose log-probability falls most without it, which it speaks for; at most 5, empty
+            where none falls and where outputs are no logits.
+        rises: those whose log-probability rises most without it.
     """
 
     site: str
@@ -50,8 +55,23 @@ class Effect:
     ci: float
     divergence: Float[Tensor, "*positions"] = dataclasses.field(repr=False)
     mean: float
-    falls: list[LogitChange]
-    rises: list[LogitChange]
+    falls: list[ClassChange]
+    rises: list[ClassChange]
+
+
+@dataclasses.dataclass(frozen=True)
+class JointEffect:
+    """What is different without all of some subcomponents at once; for the rest see `Effect`.
+
+    Attributes:
+        subcomponents: their indices by site.
+    """
+
+    subcomponents: dict[str, list[int]]
+    divergence: Float[Tensor, "*positions"] = dataclasses.field(repr=False)
+    mean: float
+    falls: list[ClassChange]
+    rises: list[ClassChange]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -81,7 +101,7 @@ class Effects:
     def table(self, n: int = _ROWS) -> str:
         """The `n` largest effects as text."""
         header = ["site", "c", "g", self.kind.name]
-        has_logits = any(effect.falls for effect in self.found)
+        has_logits = self.kind is Divergence.kl
         header += ["falls without it", "rises"] if has_logits else []
         rows = []
         for effect in self.found[:n]:
@@ -96,7 +116,7 @@ class Effects:
         return self.table()
 
 
-def _shown(changes: Iterable[LogitChange], most: int = 3) -> str:
+def _shown(changes: Iterable[ClassChange], most: int = 3) -> str:
     return "  ".join(f"{quoted(one.name)} {one.change:+.2f}" for one in list(changes)[:most])
 
 
@@ -104,7 +124,7 @@ def _shown(changes: Iterable[LogitChange], most: int = 3) -> str:
 def ablation_effects(
     model: DecomposedModel,
     batch: Tensor | Mapping[str, Any],
-    subcomponents: Mapping[str, Iterable[int]] | None = None,
+    subcomponents: Mapping[str, Chosen] | None = None,
     *,
     kind: Divergence,
     threshold: float,
@@ -119,10 +139,11 @@ def ablation_effects(
     Args:
         model: the decomposed model.
         batch: its input.
-        subcomponents: indices by site; None: those with g above `threshold` anywhere in the batch.
+        subcomponents: by site as `DecomposedModel.ablated` takes them; None: those with g above
+            `threshold` anywhere in the batch.
         kind: `kl`, of logits, or `mse`, of other outputs.
-        threshold: of g; the change of a logit is its mean over positions where g is above it, or over all
-            where it is nowhere.
+        threshold: of g; the change of a log-probability is its mean over positions where g is above it, or
+            over all where it is nowhere.
         names: of tokens, or of what else the logits are of; None: their numbers.
         at_once: subcomponents per pass; None: as many as make an output of 2²⁴ numbers.
 
@@ -134,9 +155,7 @@ def ablation_effects(
     if subcomponents is None:
         chosen = {site: _above(g, threshold, batch) for site, g in importances.items()}
     else:
-        if unknown := set(subcomponents) - set(importances):
-            raise no_such_site(unknown, importances)
-        chosen = {site: list(indices) for site, indices in subcomponents.items()}
+        chosen = chosen_indices(subcomponents, model.number_of)
     compare = _Comparison(model(batch), batch, kind, threshold, names)
     at_once = at_once or max(1, _NUMBERS_AT_ONCE // compare.target.numel())
     found = []
@@ -147,6 +166,28 @@ def ablation_effects(
             outputs = _without_each(model, batch, site, part, g)
             found += [compare.effect(site, c, own, g[..., c]) for c, own in zip(part, outputs, strict=True)]
     return Effects(kind, sorted(found, key=lambda effect: -effect.mean))
+
+
+@torch.no_grad()
+def joint_ablation_effect(
+    model: DecomposedModel,
+    batch: Tensor | Mapping[str, Any],
+    subcomponents: Mapping[str, Chosen],
+    *,
+    kind: Divergence,
+    threshold: float,
+    names: Decode | None = None,
+) -> JointEffect:
+    """Take out all of some subcomponents at once, everywhere in the batch; else as `ablation_effects`.
+
+    The change of a log-probability is its mean over positions where g of any of them is above the threshold.
+    """
+    batch = as_batch(batch, model.target).to(model.device)
+    chosen = chosen_indices(subcomponents, model.number_of)
+    importances = {site: ci.lower for site, ci in model.causal_importances(batch).items()}
+    compare = _Comparison(model(batch), batch, kind, threshold, names)
+    largest = [importances[site][..., own].amax(-1) for site, own in chosen.items() if own]
+    return JointEffect(chosen, *compare.change(model.ablated(batch, chosen), largest))
 
 
 def _above(g: Float[Tensor, "*positions C"], threshold: float, batch: Tensor) -> list[int]:
@@ -160,12 +201,20 @@ def _without_each(
     model: DecomposedModel, batch: Tensor, site: str, part: Sequence[int], g: Float[Tensor, "*positions C"]
 ) -> Tensor:
     """The outputs without each of some subcomponents of a site, `[len(part), *output]`, in one pass."""
-    masks = [without([c], g.shape[-1], site, batch.device).mask for c in part]
+    like = model.pieces(site).V
+    masks = [without([c], g.shape[-1], like).mask for c in part]
     of_rows = torch.stack([mask for mask in masks if mask is not None]).repeat_interleave(len(batch), dim=0)
     of_rows = of_rows.view(len(of_rows), *(1 for _ in g.shape[1:-1]), g.shape[-1])
     rows = batch.repeat(len(part), *(1 for _ in batch.shape[1:]))
-    output = model(rows, {site: SiteMask(mask=of_rows, delta=torch.ones((), device=batch.device))})
+    output = model(rows, {site: SiteMask(mask=of_rows, delta=like.new_ones(()))})
     return output.view(len(part), len(batch), *output.shape[1:])  # type: ignore[no-any-return]
+
+
+class _Change(NamedTuple):
+    divergence: Tensor
+    mean: float
+    falls: list[ClassChange]
+    rises: list[ClassChange]
 
 
 class _Comparison:
@@ -186,40 +235,43 @@ class _Comparison:
 
     def effect(self, site: str, index: int, output: Tensor, g: Float[Tensor, "*positions"]) -> Effect:
         """The effect of a subcomponent, from the output without it and its causal importances."""
+        real = real_positions(self._batch, g.shape)
+        ci = float((g if real is None else g[real]).max())
+        return Effect(site, index, ci, *self.change(output, [g]))
+
+    def change(self, output: Tensor, importances: Sequence[Float[Tensor, "*positions"]]) -> "_Change":
+        """What an output is different in, from what was taken out and its causal importances."""
         output = _with_classes(output, self._batch)
-        falls: list[LogitChange] = []
-        rises: list[LogitChange] = []
+        falls: list[ClassChange] = []
+        rises: list[ClassChange] = []
         if self._kind is Divergence.kl:
             divergence = kl_by_position(output, self.target, self._normaliser)
-            falls, rises = self._changes(output, g)
+            falls, rises = self._changes(output, importances)
         else:
             divergence = (output.float() - self.target.float()).square().mean(-1)
         divergence = divergence.where(self._valid, 0)
-        real = real_positions(self._batch, g.shape)
-        return Effect(
-            site=site,
-            index=index,
-            ci=float((g if real is None else g[real]).max()),
-            divergence=divergence,
-            mean=float(divergence.sum() / self._valid.sum()),
-            falls=falls,
-            rises=rises,
-        )
+        return _Change(divergence, float(divergence.sum() / self._valid.sum()), falls, rises)
 
     def _changes(
-        self, output: Tensor, g: Float[Tensor, "*positions"]
-    ) -> tuple[list[LogitChange], list[LogitChange]]:
-        where = self._valid
-        if g.shape == where.shape and bool((active := where & (g > self._threshold)).any()):
-            where = active
-        change = (output[where].float() - self.target[where].float()).mean(0)
-        n = min(_CLASSES, len(change))
-        return self._named(change, (-change).topk(n).indices), self._named(change, change.topk(n).indices)
+        self, output: Tensor, importances: Sequence[Float[Tensor, "*positions"]]
+    ) -> tuple[list[ClassChange], list[ClassChange]]:
+        active = torch.zeros_like(self._valid)
+        for g in importances:
+            if g.shape == active.shape:
+                active |= self._valid & (g > self._threshold)
+        where = active if bool(active.any()) else self._valid
+        assert self._normaliser is not None, "outputs are logits"
+        common = (log_normaliser(output[where]) - self._normaliser[where]).sum(-1).mean()
+        change = (output[where].float() - self.target[where].float()).mean(0) - common
+        change = change.where(~change.isnan(), 0)  # of classes that the target excludes by a logit of -inf
+        return self._largest(change, -1), self._largest(change, 1)
 
-    def _named(self, change: Float[Tensor, " classes"], classes: Tensor) -> list[LogitChange]:
-        ids = classes.tolist()
-        names = [str(one) for one in ids] if self._names is None else self._names(ids)
-        return [LogitChange(name, one, float(change[one])) for name, one in zip(names, ids, strict=True)]
+    def _largest(self, change: Float[Tensor, " classes"], sign: int) -> list[ClassChange]:
+        """The largest changes of one sign."""
+        sizes, classes = (sign * change).topk(min(_CLASSES, len(change)))
+        ids = classes[sizes > 0].tolist()
+        names = [str(one) for one in ids] if self._names is None or not ids else self._names(ids)
+        return [ClassChange(name, one, float(change[one])) for name, one in zip(names, ids, strict=True)]
 
 
 def _with_classes(output: Tensor, batch: Tensor) -> Float[Tensor, "*positions d"]:

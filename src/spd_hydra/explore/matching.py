@@ -1,12 +1,16 @@
 """Two decompositions of matrices of the same shape: which subcomponent of one is which of the other."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.report.numbers import text_table
+
+Alive = Mapping[str, Sequence[int]]
+"""Subcomponents by site."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -39,6 +43,36 @@ class Matching:
     def __repr__(self) -> str:
         own, other = self.candidates
         return f"Matching({len(self.own)} pairs of {own} and {other}, mean |cosine| {self.mean:.3f})"
+
+
+def match_models(
+    own: DecomposedModel, other: DecomposedModel, alive: Callable[[], tuple[Alive, Alive]]
+) -> dict[str, Matching]:
+    """The best matching at each site.
+
+    Args:
+        own: the first decomposition.
+        other: the second, of the same sites, with matrices of the same shapes.
+        alive: gives which subcomponents of each may be matched; is asked when the sites are the same.
+
+    Raises:
+        ValueError: sites or shapes differ.
+    """
+    if set(own.site_names) != set(other.site_names):
+        raise ValueError(
+            f"other: got a run of the sites {_few(other.site_names)}, must have those of this one, "
+            f"{_few(own.site_names)}"
+        )
+    own_alive, other_alive = alive()
+    found = {}
+    for site in own.site_names:
+        mine, its = own.pieces(site), other.pieces(site)
+        shapes = [[pieces.U.shape[1], pieces.V.shape[0]] for pieces in (mine, its)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"other: at {site} its matrix is {shapes[1]}, here it is {shapes[0]}")
+        of_all = cosines(*(each.detach().cpu() for each in (mine.V, mine.U, its.V, its.U)))
+        found[site] = best_matching(of_all, own_alive[site], other_alive[site])
+    return found
 
 
 def cosines(
@@ -84,3 +118,7 @@ def best_matching(
         cosines=[float(part[row, column]) for row, column in zip(found_rows, found_columns, strict=True)],
         candidates=(len(rows), len(columns)),
     )
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

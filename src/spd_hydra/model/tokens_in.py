@@ -1,5 +1,6 @@
 """A transformers model as the method needs it: one tensor of token ids in, one tensor out."""
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,10 @@ class TokensIn(nn.Module):
     padded: bool
     longest: int | None
     config: Any
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        # The class is made while a program runs, so that no other would find it by its name.
+        return _empty, (type(self).__mro__[2],), self.__dict__.copy()
 
     def forward(
         self, tokens: Int64[Tensor, "batch length"] | None = None, **as_transformers: Any
@@ -75,8 +80,7 @@ def adapt(model: nn.Module, output: str) -> TokensIn:
     if getattr(config, "rescale_every", 0):
         # For half precision alone, RWKV divides matrices in place: those that copies share, more than once.
         config.rescale_every = 0
-    kind = type(model)
-    model.__class__ = type(kind.__name__, (TokensIn, kind), {"__module__": kind.__module__})
+    model.__class__ = _class_for(cast(Any, type(model)))
     adapted = cast(TokensIn, model)
     for module in adapted.modules():
         if getattr(getattr(module, "config", None), "use_cache", False):
@@ -85,6 +89,18 @@ def adapt(model: nn.Module, output: str) -> TokensIn:
     adapted.longest = hf_config.longest_text(config.get_text_config(), adapted.named_modules)
     adapted.expect_padding(padded=True)
     return adapted
+
+
+@functools.cache
+def _class_for(kind: type[nn.Module]) -> type[TokensIn]:
+    return type(kind.__name__, (TokensIn, kind), {"__module__": kind.__module__})
+
+
+def _empty(kind: type[nn.Module]) -> TokensIn:
+    """A model without anything in it, into which a copy is put."""
+    _register_attention()
+    found = _class_for(cast(Any, kind))
+    return found.__new__(found)
 
 
 def _register_attention() -> None:
