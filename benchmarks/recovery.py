@@ -28,10 +28,11 @@ from benchmarks.recovery_runs import found, read_runs
 from spd_hydra.cli_task import guarded
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, differences, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.exit_code import ExitCode
 from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.saved_config import differences, load_config
 from spd_hydra.section import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]

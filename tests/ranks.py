@@ -133,7 +133,7 @@ from pathlib import Path
 import torch._dynamo  # takes seconds, and every attempt would import it again
 import spd_hydra.pipeline, spd_hydra.result, spd_hydra.run
 from spd_hydra.composition import compose
-from spd_hydra.config import load_config
+from spd_hydra.saved_config import load_config
 from spd_hydra.run import run
 from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer

@@ -14,8 +14,9 @@ from tests.ranks import play, result_in
 
 from spd_hydra import competition
 from spd_hydra.checkpoint import load_newest
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.run import run
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]

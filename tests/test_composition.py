@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.composer import Composer, apply_overrides
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, from_dict, to_dict, to_yaml
+from spd_hydra.config import RunConfig
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.logger.wandb import Wandb
 from spd_hydra.model.training import TrainableTarget
 from spd_hydra.plan import make_plan
 from spd_hydra.preflight import preflight
+from spd_hydra.saved_config import from_dict, to_dict, to_yaml
 from spd_hydra.schedule import ScheduleKind
 from spd_hydra.section import ConfigError
 

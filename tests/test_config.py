@@ -12,18 +12,7 @@ import yaml
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.sigmoid import Sigmoid
-from spd_hydra.config import (
-    Device,
-    RunConfig,
-    Task,
-    differences,
-    from_dict,
-    load_config,
-    problems,
-    sections,
-    to_dict,
-    to_yaml,
-)
+from spd_hydra.config import Device, RunConfig, Task, problems, sections
 from spd_hydra.data.sparse_features import SparseFeatures
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.loss.divergence import Divergence
@@ -33,6 +22,7 @@ from spd_hydra.loss.persistent_recon import PersistentPGDRecon
 from spd_hydra.loss.recon import Recon
 from spd_hydra.model.tms import TMS, BiasInit
 from spd_hydra.precision import Precision
+from spd_hydra.saved_config import differences, from_dict, load_config, to_dict, to_yaml
 from spd_hydra.schedule import Schedule, ScheduleKind
 from spd_hydra.section import ConfigError, Section, checks_deferred
 from spd_hydra.trainer_config import FaithfulnessWarmup, Training

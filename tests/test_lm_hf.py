@@ -13,8 +13,8 @@ from tests.ranks import begin, ends, play, result_in
 
 from spd_hydra.api import load_run
 from spd_hydra.composition import compose
-from spd_hydra.config import load_config
 from spd_hydra.run import run
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 
 STEPS = 8

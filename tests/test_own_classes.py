@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spd_hydra import compose, decompose, load_run, section
-from spd_hydra.config import RunConfig, to_yaml
+from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches, DataSource
 from spd_hydra.loss.base import Loss, LossInputs, Statistics
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.users_code import UsersCodeError
 from spd_hydra.preflight import preflight
+from spd_hydra.saved_config import to_yaml
 from spd_hydra.saved_run import pinned
 from spd_hydra.section import ConfigError, option, register
 

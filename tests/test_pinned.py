@@ -14,11 +14,12 @@ from tests.model.tiny_hf import VOCAB, saved_model, tokens
 
 from spd_hydra import rng
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.model.hf import HuggingFace
+from spd_hydra.saved_config import load_config
 from spd_hydra.saved_run import pinned, read_target
 from spd_hydra.section import ConfigError
 

@@ -18,7 +18,7 @@ from spd_hydra.api import decompose, load_run
 from spd_hydra.checkpoint import CheckpointError, load_newest, save_checkpoint, steps_of
 from spd_hydra.compiling import can_compile
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, Task, load_config
+from spd_hydra.config import RunConfig, Task
 from spd_hydra.finite import TrainingError
 from spd_hydra.loss.objective import StepLoss
 from spd_hydra.metric.evaluation import Evaluation
@@ -28,6 +28,7 @@ from spd_hydra.restarts import begin_with_best
 from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.sampler import StackedSampler
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from spd_hydra.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from spd_hydra.config import RunConfig, Task, load_config, sections
+from spd_hydra.config import RunConfig, Task, sections
 from spd_hydra.result import Outcome
 from spd_hydra.run import run
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError, Section
 
 Toy = Callable[..., RunConfig]
@@ -41,7 +42,7 @@ import dataclasses, json, os, signal, sys, traceback
 from pathlib import Path
 import torch._dynamo  # takes seconds, and every attempt would import it again
 from spd_hydra.composition import compose
-from spd_hydra.config import load_config
+from spd_hydra.saved_config import load_config
 from spd_hydra.run import run
 from spd_hydra.trainer import Trainer
 

@@ -19,7 +19,7 @@ from tests.cli.conftest import Call, spd_run  # noqa: F401 (a fixture)
 from spd_hydra.build import assemble, device_of, untrained_target
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
-from spd_hydra.config import Device, RunConfig, Task, load_config, to_yaml
+from spd_hydra.config import Device, RunConfig, Task
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.logger.base import Logger
 from spd_hydra.metric import extra
@@ -30,6 +30,7 @@ from spd_hydra.preflight import preflight
 from spd_hydra.report.numbers import number
 from spd_hydra.result import Outcome, settings_of
 from spd_hydra.run import RunError, run
+from spd_hydra.saved_config import load_config, to_yaml
 from spd_hydra.saved_run import read_target
 from spd_hydra.section import ConfigError
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from spd_hydra.checkpoint import load_checkpoint
 from spd_hydra.composition import compose
-from spd_hydra.config import RunConfig, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.run import run
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]

@@ -14,10 +14,10 @@ from tests.model.tiny_hf import saved_model, tokens
 
 from spd_hydra import decompose, load_run
 from spd_hydra.composition import compose
-from spd_hydra.config import load_config
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.run import run
+from spd_hydra.saved_config import load_config
 
 
 @pytest.fixture

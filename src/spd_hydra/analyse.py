@@ -7,10 +7,11 @@ from typing import Any
 from spd_hydra.build import assemble, device_of
 from spd_hydra.checkpoint import Checkpoint, load_newest
 from spd_hydra.command_word import command_word
-from spd_hydra.config import RunConfig, differences, load_config, to_yaml
+from spd_hydra.config import RunConfig
 from spd_hydra.precision import products_in
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_config import differences, load_config, to_yaml
 from spd_hydra.saved_run import (
     read_target,
     require_own_config,

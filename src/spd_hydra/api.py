@@ -10,7 +10,7 @@ from spd_hydra.components import load_plugins
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose as compose
 from spd_hydra.composition import require_texts, settled
-from spd_hydra.config import RunConfig, Task, load_config
+from spd_hydra.config import RunConfig, Task
 from spd_hydra.launcher import start
 from spd_hydra.launcher.handle import JobFailed as JobFailed
 from spd_hydra.launcher.handle import JobHandle
@@ -23,6 +23,7 @@ from spd_hydra.opened_sweep import Sweep as Sweep
 from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import own_directory, run
+from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 
 _LEAVES_NO_RUN = {

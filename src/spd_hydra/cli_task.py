@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from spd_hydra.checkpoint import CheckpointError
 from spd_hydra.composer import Composer, to_run_config
 from spd_hydra.composition import Job, compose_job
-from spd_hydra.config import to_dict
 from spd_hydra.config_errors import invalid
 from spd_hydra.environment import command_line
 from spd_hydra.exit_code import ExitCode
@@ -28,6 +27,7 @@ from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, own_directory, run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.run_files import CONFIG, cannot
+from spd_hydra.saved_config import to_dict
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 

@@ -10,19 +10,11 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from spd_hydra.composer import Composer, apply_overrides, explain
-from spd_hydra.config import (
-    Device,
-    RunConfig,
-    Task,
-    from_dict,
-    load_config,
-    problems,
-    sections,
-    to_dict,
-)
+from spd_hydra.config import Device, RunConfig, Task, problems, sections
 from spd_hydra.config_errors import wrong_value
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
+from spd_hydra.saved_config import from_dict, load_config, to_dict
 from spd_hydra.saved_run import TOLD_MAY_CHANGE, fixed, require_trust
 from spd_hydra.section import ConfigError, Problem, Section
 

@@ -4,9 +4,9 @@ import shlex
 from pathlib import Path
 
 from spd_hydra.command_word import command_word
-from spd_hydra.config import to_dict
 from spd_hydra.launcher_config import Background, Launcher
 from spd_hydra.overrides import assignment
+from spd_hydra.saved_config import to_dict
 
 
 def going_on(run_dir: Path, launcher: Launcher, ranks: int) -> str:

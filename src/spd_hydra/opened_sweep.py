@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spd_hydra.config import load_config
 from spd_hydra.counted import counted
 from spd_hydra.launcher import watch
 from spd_hydra.opened_run import Run
 from spd_hydra.report.sweep import SweepRow, varying_keys, with_replicas
 from spd_hydra.run_files import CONFIG
+from spd_hydra.saved_config import load_config
 
 log = logging.getLogger(__name__)
 

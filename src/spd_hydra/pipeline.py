@@ -9,7 +9,7 @@ import torch
 from spd_hydra import competition, distributed
 from spd_hydra.build import Parts, assemble, device_of, obtain
 from spd_hydra.checkpoint import load_checkpoint, load_newest
-from spd_hydra.config import RunConfig, Task, to_dict
+from spd_hydra.config import RunConfig, Task
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
@@ -31,6 +31,7 @@ from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_config import to_dict
 from spd_hydra.saved_run import (
     TARGET_FILE,
     fixed,

@@ -9,10 +9,11 @@ from pathlib import Path
 from spd_hydra import suite
 from spd_hydra.composer import Composer
 from spd_hydra.composition import Job, compose_job
-from spd_hydra.config import KIND, RunConfig, Task, to_dict, to_yaml
+from spd_hydra.config import RunConfig, Task
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, with_entries, without_hydra
 from spd_hydra.preflight import preflight
+from spd_hydra.saved_config import KIND, to_dict, to_yaml
 from spd_hydra.search_objective import degenerate
 from spd_hydra.section import ConfigError
 from spd_hydra.terminal import show

@@ -23,7 +23,7 @@ from spd_hydra.checkpoint import (
     verify,
 )
 from spd_hydra.command_word import command_word
-from spd_hydra.config import RunConfig, to_yaml
+from spd_hydra.config import RunConfig
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.finite import TrainingError
@@ -37,6 +37,7 @@ from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.run_files import RunFiles
+from spd_hydra.saved_config import to_yaml
 from spd_hydra.saved_run import require_same_data, require_same_target, was_alone
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped, StopSignals

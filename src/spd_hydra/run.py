@@ -15,7 +15,7 @@ from spd_hydra.analyse import analyse
 from spd_hydra.build import device_of
 from spd_hydra.checkpoint import CheckpointError, read_state, require_whole, step_of
 from spd_hydra.command_word import command_word
-from spd_hydra.config import RunConfig, Task, differences, load_config, to_yaml
+from spd_hydra.config import RunConfig, Task
 from spd_hydra.distributed import say
 from spd_hydra.environment import describe_environment
 from spd_hydra.going_on import going_on
@@ -27,6 +27,7 @@ from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas, of_replica, require_common_step
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
+from spd_hydra.saved_config import differences, load_config, to_yaml
 from spd_hydra.saved_run import (
     MAY_CHANGE,
     TOLD_MAY_CHANGE,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spd_hydra import distributed, rng
-from spd_hydra.config import RunConfig, flat, to_dict
+from spd_hydra.config import RunConfig
 from spd_hydra.data.base import DataSource
 from spd_hydra.model.base import Measurement, TargetSpec
 from spd_hydra.model.obtain import TrainedTarget
@@ -22,6 +22,7 @@ from spd_hydra.model.weights import (
     target_metadata,
     weights_digest,
 )
+from spd_hydra.saved_config import flat, to_dict
 from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from spd_hydra.build import Parts
 from spd_hydra.checkpoint import CheckpointError, load_checkpoint, require_whole, save_checkpoint, step_of
-from spd_hydra.config import RunConfig, differences, flat, load_config, to_dict
+from spd_hydra.config import RunConfig
 from spd_hydra.distributed import say
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.run_files import CONFIG
+from spd_hydra.saved_config import differences, flat, load_config, to_dict
 from spd_hydra.saved_run import MAY_CHANGE, TARGET_FILE, read_target, with_whole_paths
 from spd_hydra.section import ConfigError
 from spd_hydra.trainer import Trainer

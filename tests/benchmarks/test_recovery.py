@@ -11,7 +11,7 @@ from benchmarks.recovery_page import CONTRIBUTIONS, HEADER, page
 from benchmarks.recovery_runs import read_runs
 
 from spd_hydra.composition import compose
-from spd_hydra.config import to_yaml
+from spd_hydra.saved_config import to_yaml
 from spd_hydra.section import ConfigError
 
 ENVIRONMENT = {

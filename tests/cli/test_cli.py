@@ -515,7 +515,7 @@ def test_a_resumed_run_gets_the_saved_configuration_with_the_changes_on_top(
     saved = spd_run("--cfg", "job", "experiment=resid_mlp1", "seed=9")
     assert saved.code == 0
     from spd_hydra.composition import compose
-    from spd_hydra.config import to_yaml
+    from spd_hydra.saved_config import to_yaml
 
     folder = tmp_path / "a run, with 'odd' letters"
     folder.mkdir()

@@ -11,7 +11,8 @@ import pytest
 
 from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
-from spd_hydra.config import sections, to_yaml
+from spd_hydra.config import sections
+from spd_hydra.saved_config import to_yaml
 from spd_hydra.section import registered
 from spd_hydra.suite import expanded
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from spd_hydra.config import RunConfig, load_config, to_dict, to_yaml
+from spd_hydra.config import RunConfig
 from spd_hydra.environment import code_digest
 from spd_hydra.launcher import job as module
 from spd_hydra.launcher.job import RunJob
 from spd_hydra.result import Outcome
+from spd_hydra.saved_config import load_config, to_dict, to_yaml
 from spd_hydra.section import ConfigError
 
 Toy = Callable[..., RunConfig]

@@ -19,7 +19,6 @@ import yaml
 
 from spd_hydra.command_word import command_word
 from spd_hydra.composition import compose
-from spd_hydra.config import to_dict
 from spd_hydra.launcher import watch
 from spd_hydra.launcher.record import SweepJob, SweepRecord
 from spd_hydra.launcher.slurm import SchedulerState
@@ -27,6 +26,7 @@ from spd_hydra.launcher.start import follow_up_lines
 from spd_hydra.launcher_config import Slurm
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory
+from spd_hydra.saved_config import to_dict
 
 SUMMARY = {"experiment": "toy", "seed": 3, "steps": 20, "solved": True, "objective": 0.25}
 LEFT: dict[str, dict[str, Any] | None] = {

@@ -16,13 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.composition import compose
-from spd_hydra.config import to_yaml
 from spd_hydra.data.tokens import require_length
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.model.hf import AutoClass, HuggingFace, KeepWeights
 from spd_hydra.model.tokens_in import TokensIn
+from spd_hydra.saved_config import to_yaml
 from spd_hydra.section import ConfigError
 
 GENERATOR = rng.generator(0, "unused")

@@ -18,7 +18,7 @@ import torch
 
 from spd_hydra import atomic, distributed
 from spd_hydra.components import load_plugins
-from spd_hydra.config import RunConfig, from_dict, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.dotenv import load_dotenv
 from spd_hydra.environment import code_digest, command_line
 from spd_hydra.exit_code import ExitCode
@@ -26,6 +26,7 @@ from spd_hydra.launcher.local_ranks import free_port, local_ranks
 from spd_hydra.launcher.record import launcher_in
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
+from spd_hydra.saved_config import from_dict, load_config
 from spd_hydra.saved_run import from_sources, sources
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped

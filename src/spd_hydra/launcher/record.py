@@ -20,11 +20,12 @@ from typing import Any, cast
 import yaml
 
 from spd_hydra import atomic
-from spd_hydra.config import KIND, RunConfig, to_dict
+from spd_hydra.config import RunConfig
 from spd_hydra.launcher_config import Launcher
 from spd_hydra.lock import FileLock, LockedError
 from spd_hydra.redaction import redact, redact_words
 from spd_hydra.run_files import LOCK, cannot
+from spd_hydra.saved_config import KIND, to_dict
 from spd_hydra.saved_run import from_sources, sources
 from spd_hydra.section import ConfigError, registered
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from spd_hydra.config import RunConfig, to_dict
+from spd_hydra.config import RunConfig
 from spd_hydra.redaction import redact, redact_words
+from spd_hydra.saved_config import to_dict
 from spd_hydra.section import ConfigError
 
 _REFERENCE = re.compile(r"""[\w.-]+=["']?\$[\w({]\S*""")

@@ -11,7 +11,6 @@ from pathlib import Path
 from spd_hydra import atomic
 from spd_hydra.command_word import command_word
 from spd_hydra.composition import Job
-from spd_hydra.config import to_dict
 from spd_hydra.distributed import say
 from spd_hydra.environment import code_digest, describe_environment
 from spd_hydra.launcher import slurm, watch
@@ -36,6 +35,7 @@ from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.run_files import STATUS, cannot
+from spd_hydra.saved_config import to_dict
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
 

@@ -13,7 +13,7 @@ from typing import Any
 from spd_hydra.command_word import command_word
 from spd_hydra.composer import Composer
 from spd_hydra.composition import Job
-from spd_hydra.config import KIND, RunConfig, from_dict, load_config
+from spd_hydra.config import RunConfig
 from spd_hydra.launcher import record as files
 from spd_hydra.launcher.record import SweepJob, SweepRecord
 from spd_hydra.launcher.watch import OPEN
@@ -23,6 +23,7 @@ from spd_hydra.redaction import HIDDEN
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.run_files import CONFIG
+from spd_hydra.saved_config import KIND, from_dict, load_config
 from spd_hydra.saved_run import require_trust
 from spd_hydra.section import ConfigError, registered
 
