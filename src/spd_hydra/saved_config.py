@@ -90,8 +90,8 @@ def from_dict(data: Mapping[str, Any], *, keeps_unknown_terms: bool = False) -> 
     except ConfigError:
         raise
     except Exception as error:  # OmegaConf has many, all of them about this file
-        key = getattr(error, "full_key", None)  # of OmegaConf
-        reason = f"{key}: {first_line(error)}" if key else first_line(error)
+        place = getattr(error, "full_key", None)  # of OmegaConf
+        reason = f"{place}: {first_line(error)}" if place else first_line(error)
         raise ConfigError(
             f"the saved configuration does not fit this version, or was cut: {reason}"
         ) from error
