@@ -13,6 +13,7 @@ from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_config import differences, load_config, to_yaml
 from spd_hydra.saved_run import (
+    may_move,
     read_target,
     require_own_config,
     require_same_data,
@@ -96,7 +97,7 @@ def _require_same(path: Path, saved: RunConfig, config: RunConfig) -> None:
     changed = [
         f"  {key}: {old} → {new}"
         for key, old, new in differences(saved, config)
-        if not key.startswith(_MAY_DIFFER)
+        if not key.startswith((*_MAY_DIFFER, *may_move(saved)))
     ]
     if changed:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Decompositions from Python: start one, open a finished one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import own_directory, run
 from spd_hydra.saved_config import load_config
+from spd_hydra.saved_run import elsewhere
 from spd_hydra.section import ConfigError
 
 _LEAVES_NO_RUN = {
@@ -34,13 +35,17 @@ _LEAVES_NO_RUN = {
 """Tasks that decompose() refuses, with what does them."""
 
 
-def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
+def load_run(
+    path: str | Path, *, trust_remote_code: bool = False, moved: Mapping[str, str] | None = None
+) -> Run:
     """Open a run directory.
 
     Args:
         path: the directory.
         trust_remote_code: allow `.model` to run the Python code that came with the target, where the run has
             `model.trust_remote_code`.
+        moved: where its model or text lies now, as `{"model.name": "models/mine"}`; whether they are the same
+            is found out when they are used.
 
     Raises:
         ConfigError: it is no run directory, of a version that this one cannot read, of a sweep, or of several
@@ -52,7 +57,7 @@ def load_run(path: str | Path, *, trust_remote_code: bool = False) -> Run:
         raise ConfigError(f"{path} is a sweep: open it with load_sweep, or one of its runs, {path / '0'}")
     config = load_config(path / "config.yaml", keeps_unknown_terms=True)
     require_single(path, config)
-    return Run(path, config, trust_remote_code)
+    return Run(path, config if moved is None else elsewhere(config, moved), trust_remote_code)
 
 
 def load_sweep(path: str | Path, *, trust_remote_code: bool = False) -> Sweep:

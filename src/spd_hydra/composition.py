@@ -15,10 +15,10 @@ from spd_hydra.config_errors import wrong_value
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
 from spd_hydra.saved_config import from_dict, load_config, to_dict
-from spd_hydra.saved_run import TOLD_MAY_CHANGE, fixed, require_trust
+from spd_hydra.saved_run import MAY_MOVE, TOLD_MAY_CHANGE, fixed, require_trust
 from spd_hydra.section import ConfigError, Problem, Section
 
-_OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code")
+_OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code", *MAY_MOVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,8 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     if directory is None:
         if _asks_for_analysis(overrides) and typed_path(overrides, "run"):
             _require_only(_OF_ANALYSE, overrides)  # before words meant for that run are taken for the default
-        config = composer.run_config(overrides)
+        analyses = _asks_for_analysis(overrides)
+        config = composer.run_config(_without(MAY_MOVE, overrides) if analyses else overrides)
         if config.task is Task.analyse:
             config = _of_analysis(config, overrides, config_dir)
         return Job(overrides=list(overrides), config=config)
@@ -200,16 +201,22 @@ def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
     )
 
 
+def _without(keys: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    read_words = [(text, read(text)) for text in overrides]
+    return [text for text, word in read_words if word is None or word.key_or_group not in keys]
+
+
 def _require_only(keys: Sequence[str], overrides: Sequence[str]) -> None:
     """Nothing that is typed may go unheard: task=analyse takes what was trained from the run."""
     read_words = [(text, read(text)) for text in without_hydra(overrides)]
     others = [
         text
         for text, word in read_words
-        if word is not None and word.key_or_group.partition(".")[0] not in keys
+        if word is not None and not {word.key_or_group, word.key_or_group.partition(".")[0]} & set(keys)
     ]
     if others:
+        listed = [key for key in keys if key not in MAY_MOVE]
         raise ConfigError(
-            f"task=analyse measures a run as it was trained, so it takes {', '.join(keys)} only; "
+            f"task=analyse measures a run as it was trained, so it takes {', '.join(listed)} only; "
             f"leave out {' '.join(others)}"
         )

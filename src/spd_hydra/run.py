@@ -33,10 +33,12 @@ from spd_hydra.saved_run import (
     TOLD_MAY_CHANGE,
     from_sources,
     machine,
+    may_move,
     pinned,
     require_own_config,
     rounding_note,
     sources,
+    with_whole_paths,
 )
 from spd_hydra.section import ConfigError
 from spd_hydra.start import pinned_start
@@ -190,7 +192,9 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
     path = Path(config.resume)
     saved = saved if saved is not None else load_config(path / "config.yaml")
     changed = [
-        (key, old, new) for key, old, new in differences(saved, config) if not key.startswith(MAY_CHANGE)
+        (key, old, new)
+        for key, old, new in differences(saved, config)
+        if not key.startswith((*MAY_CHANGE, *may_move(saved)))
     ]
     if changed:
         lines = "\n".join(f"  {key}: {old} → {new}" for key, old, new in changed)
@@ -199,7 +203,7 @@ def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunD
             f"Only {TOLD_MAY_CHANGE} may change; for others start a new run, or begin one with what this one "
             f"has learned: {command_word('start_from', path)}"
         )
-    config = _for_its_run(config, saved.task)
+    config = with_whole_paths(_for_its_run(config, saved.task))
     with contextlib.ExitStack() as on_error:
         directory = on_error.enter_context(RunDirectory.open(path))
         if _finished(config, directory) is None or config.train.steps < saved.train.steps:

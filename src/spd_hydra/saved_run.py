@@ -11,7 +11,9 @@ import torch
 from spd_hydra import distributed, rng
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import DataSource
+from spd_hydra.data.tokens import Tokens
 from spd_hydra.model.base import Measurement, TargetSpec
+from spd_hydra.model.hf import HuggingFace
 from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.model.users_code import is_users, told_of
 from spd_hydra.model.weights import (
@@ -60,8 +62,20 @@ MAY_CHANGE = (
 
 TOLD_MAY_CHANGE = (
     "train.steps, threads, device, train.accumulate, train.checkpoint_activations, train.shard, and keys of "
-    "compiling, logging, evaluation and checkpoints"
+    "compiling, logging, evaluation and checkpoints, and of where model and text lie"
 )
+
+_OF_THE_MODEL = ("model.name", "model.revision")
+_OF_TEXT = (
+    "data.name",
+    "data.revision",
+    "data.eval_name",
+    "data.eval_revision",
+    "data.tokenizer",
+    "data.tokenizer_revision",
+)
+MAY_MOVE = (*_OF_THE_MODEL, *_OF_TEXT)
+"""Keys that say where something lies, not what it is: `may_move` has those of a run."""
 
 Sources = dict[str, dict[str, str]]
 """Where parts of a configuration, `model` and `data`, are from, by field: paths, ids and commits of a hub."""
@@ -92,6 +106,16 @@ def fixed(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in flat(to_dict(config)).items() if not key.startswith(MAY_CHANGE)}
 
 
+def may_move(config: RunConfig) -> tuple[str, ...]:
+    """What may be said anew of a run whose model or text lies elsewhere now.
+
+    Digests tell whether it is the same; of text that is streamed there are none.
+    """
+    of_the_model = _OF_THE_MODEL if isinstance(config.model, HuggingFace) else ()
+    has_digests = isinstance(config.data, Tokens) and not config.data.streaming
+    return (*of_the_model, *(_OF_TEXT if has_digests else ()))
+
+
 def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], checkpoint: str) -> None:
     """Refuse to go on, or to measure, with another configuration than that of the steps that were done.
 
@@ -108,7 +132,7 @@ def require_own_config(path: Path, config: RunConfig, state: Mapping[str, Any], 
     changed = [
         f"  {key}: {old} → {now.get(key)}"
         for key, old in trained.items()
-        if now.get(key) != old and not key.startswith(MAY_CHANGE)
+        if now.get(key) != old and not key.startswith((*MAY_CHANGE, *may_move(config)))
     ]
     if changed:
         raise ConfigError(
@@ -263,6 +287,23 @@ def from_sources(config: RunConfig, sources: Sources) -> RunConfig:
     """A configuration that takes model and data from there."""
     parts = {part: dataclasses.replace(getattr(config, part), **own) for part, own in sources.items()}
     return dataclasses.replace(config, **parts)
+
+
+def elsewhere(config: RunConfig, places: Mapping[str, str]) -> RunConfig:
+    """The configuration of a run whose model or text lies elsewhere now.
+
+    Raises:
+        ConfigError: a key says something else than where they are.
+    """
+    known = may_move(config)
+    if wrong := [key for key in places if key not in known]:
+        listed = f"only {', '.join(known)} say where something lies" if known else "its run names no places"
+        raise ConfigError(f"moved: got {', '.join(wrong)}, but {listed}")
+    named: Sources = {"model": {}, "data": {}}
+    for key, place in places.items():
+        part, _, field = key.partition(".")
+        named[part][field] = place
+    return with_whole_paths(from_sources(config, named))
 
 
 def target_facts(target: TrainedTarget) -> dict[str, Any]:
