@@ -30,13 +30,6 @@ def summarise(
     `diagnosis` is empty where the known answer was found. `replicas` is the number of runs that shared their
     steps: the times are those of all together. `notes` are added to those about the data.
     """
-
-    def by_site(group: str) -> dict[str, float]:
-        prefix = f"{group}/"
-        return {
-            name.removeprefix(prefix): v for name, v in evaluation.metrics.items() if name.startswith(prefix)
-        }
-
     return {
         "experiment": config.name,
         "seed": config.seed,
@@ -63,18 +56,7 @@ def summarise(
             "ci": evaluation.ci_threshold,
             "positions": evaluation.n_positions,
         },
-        "mmcs": evaluation.mmcs,
-        "ml2r": evaluation.ml2r,
-        "ml2r_plain": evaluation.ml2r_plain,
-        "contributions": {
-            layer: {"r2": r2, "slope": evaluation.metrics[f"recovery/neuron_slope/{layer}"]}
-            for layer, r2 in by_site("recovery/neuron_r2").items()
-        },
-        "alive": {site: int(number) for site, number in by_site("alive").items()},
-        "l0": by_site("l0"),
-        "l0_ideal": by_site("l0_ideal"),
-        "losses": by_site("loss"),
-        "extra": dict(evaluation.extra),
+        **_numbers(evaluation),
         "objective": evaluation.metrics.get(config.objective),
         "target": dict(target),
         "notes": [*config.data.notes(), *notes],
@@ -83,6 +65,31 @@ def summarise(
         "restarts": None if restarts is None else dict(restarts),
         "replicas": replicas,
         **_ablated(evaluation.metrics),
+    }
+
+
+def _numbers(evaluation: Evaluation) -> dict[str, Any]:
+    """Single numbers, and those of sites, layers and loss terms."""
+
+    def by_name(group: str) -> dict[str, float]:
+        prefix = f"{group}/"
+        return {
+            name.removeprefix(prefix): v for name, v in evaluation.metrics.items() if name.startswith(prefix)
+        }
+
+    return {
+        "mmcs": evaluation.mmcs,
+        "ml2r": evaluation.ml2r,
+        "ml2r_plain": evaluation.ml2r_plain,
+        "contributions": {
+            layer: {"r2": r2, "slope": evaluation.metrics[f"recovery/neuron_slope/{layer}"]}
+            for layer, r2 in by_name("recovery/neuron_r2").items()
+        },
+        "alive": {site: int(number) for site, number in by_name("alive").items()},
+        "l0": by_name("l0"),
+        "l0_ideal": by_name("l0_ideal"),
+        "losses": by_name("loss"),
+        "extra": dict(evaluation.extra),
     }
 
 

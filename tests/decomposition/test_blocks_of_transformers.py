@@ -12,8 +12,9 @@ from torch import Tensor
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.decomposition.blocks import BlockWrapper
+from spd_hydra.decomposition.clean_pass import Reuse
 from spd_hydra.decomposition.config import Decomposition, SitePattern
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.model.tokens_in import TokensIn, adapt
 

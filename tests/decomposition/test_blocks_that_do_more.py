@@ -12,9 +12,10 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
+from spd_hydra.decomposition.clean_pass import Reuse
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
 
 WIDTH, ROWS, C = 5, 7, 3

@@ -14,8 +14,9 @@ from spd_hydra.ci_fn.global_transformer import GlobalTransformerCausalImportance
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.ci_fn.shared_mlp import SharedMLPCausalImportance
 from spd_hydra.ci_fn.sigmoid import Sigmoid
+from spd_hydra.decomposition.clean_pass import Reuse
 from spd_hydra.decomposition.config import Decomposition, SitePattern
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.decomposition.roots import find_roots
 from spd_hydra.factored import dense

@@ -18,8 +18,9 @@ from tests.model.tiny_hf import saved_model, tokens
 from torch import Tensor, nn
 
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
+from spd_hydra.decomposition.clean_pass import Reuse
 from spd_hydra.decomposition.config import Decomposition, SitePattern
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.explore.effects import ablation_effects
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.model.tokens_in import adapt

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from spd_hydra import rng
 from spd_hydra.ci_fn.base import CausalImportanceFn, SiteActivation, SiteShape
+from spd_hydra.ci_fn.layers import site_key
 from spd_hydra.ci_fn.sigmoid import CausalImportance, causal_importance
 from spd_hydra.decomposition.ablation import Chosen, chosen_indices, without
 from spd_hydra.decomposition.blocks import AtBlock, CleanBlocks, run_block
+from spd_hydra.decomposition.clean_pass import CleanPass, Reuse
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.hooks import Hook, registered
@@ -34,17 +36,7 @@ from spd_hydra.decomposition.subcomponents import (
     inner_activation,
     weight_delta,
 )
-from spd_hydra.factored import Activation, Products
-
-
-class CleanPass(NamedTuple):
-    """The target's output for a batch, and each site's input, each site's and block's output on the way."""
-
-    output: Tensor
-    inputs: dict[str, Activation]
-    outputs: dict[str, Activation]
-    blocks: CleanBlocks
-    is_hooked: bool = False
+from spd_hydra.factored import Activation
 
 
 class DecomposedModel(nn.Module):
@@ -83,7 +75,7 @@ class DecomposedModel(nn.Module):
         identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()
-        self.identities = nn.ModuleDict({_key(name): layer for name, (_, layer) in identities.items()})
+        self.identities = nn.ModuleDict({site_key(name): layer for name, (_, layer) in identities.items()})
         self._layers = {name: target.get_submodule(name) for name in sites}
         self._layers |= {name: layer for name, (_, layer) in identities.items()}
         sites |= {name: entry for name, (entry, _) in identities.items()}
@@ -109,7 +101,7 @@ class DecomposedModel(nn.Module):
                 generator = rng.generator(seed, f"subcomponents/{name}")
                 C = sites[name].subcomponents
                 made[name] = Subcomponents(weight, C, self.inits[name], generator)
-        return nn.ModuleDict({_key(name): made[name] for name in sites})
+        return nn.ModuleDict({site_key(name): made[name] for name in sites})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A move to another device or precision replaces buffers: the copy has to share the new ones.
@@ -125,7 +117,9 @@ class DecomposedModel(nn.Module):
         self.patched = self._patch()  # it shares the tensors of the target, which were made anew
 
     def _patch(self) -> PatchedTarget:
-        identities = {name: self._layers[name] for name in self.site_names if _key(name) in self.identities}
+        identities = {
+            name: self._layers[name] for name in self.site_names if site_key(name) in self.identities
+        }
         return PatchedTarget(self.target, self.matrix_names, identities)
 
     def train(self, mode: bool = True) -> Self:
@@ -137,7 +131,7 @@ class DecomposedModel(nn.Module):
     @property
     def matrix_names(self) -> tuple[str, ...]:
         """The sites that are matrices of the target, without the identities that were put into it."""
-        return tuple(name for name in self.site_names if _key(name) not in self.identities)
+        return tuple(name for name in self.site_names if site_key(name) not in self.identities)
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +140,9 @@ class DecomposedModel(nn.Module):
 
     def pieces(self, site: str) -> Subcomponents:
         """The subcomponents of a site: `.V`, `[d_in, C]`, and `.U`, `[C, d_out]`."""
-        if _key(site) not in self.subcomponents:
+        if site_key(site) not in self.subcomponents:
             raise no_such_site([site], self.site_names)
-        return cast(Subcomponents, self.subcomponents[_key(site)])
+        return cast(Subcomponents, self.subcomponents[site_key(site)])
 
     def weight(self, site: str) -> Float[Tensor, "d_out d_in"]:
         """The target's own matrix at a site."""
@@ -227,7 +221,7 @@ class DecomposedModel(nn.Module):
         batch: Tensor | Mapping[str, Any],
         masks: Mapping[str, SiteMask] | None = None,
         *,
-        reuse: "Reuse | None" = None,
+        reuse: Reuse | None = None,
         outputs: dict[str, Activation] | None = None,
         recompute: bool = False,
         for_masks: bool = False,
@@ -327,7 +321,7 @@ class DecomposedModel(nn.Module):
         finally:
             self.compiled_blocks = compiled
 
-    def _standing_in(self, masks: Mapping[str, SiteMask], reuse: "Reuse | None") -> StandIns:
+    def _standing_in(self, masks: Mapping[str, SiteMask], reuse: Reuse | None) -> StandIns:
         """What stands in place of the sites' layers in a pass."""
         # A lone masked site sees clean activations whatever the architecture. To reuse those of roots where
         # other sites are masked too would make their block unlike the rest, to be compiled apart.
@@ -399,16 +393,3 @@ class DecomposedModel(nn.Module):
             activations = self.activations(self.clean_pass(batch))
         positions = next(iter(activations.values())).inner.shape[:-1]
         return self.importances(activations, valid=real_positions(batch, positions))
-
-
-class Reuse(NamedTuple):
-    """What the masked passes of one batch share: the clean pass, and products of parameters."""
-
-    clean: CleanPass
-    activations: dict[str, SiteActivation]
-    products: Products
-
-
-def _key(site: str) -> str:
-    """A site's name as a key of ModuleDict, which allows no dots."""
-    return site.replace(".", "/")

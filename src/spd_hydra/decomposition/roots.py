@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spd_hydra import rng
-from spd_hydra.decomposition.decomposed_model import CleanPass, DecomposedModel
+from spd_hydra.decomposition.clean_pass import CleanPass
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.factored import Activation, dense
 from spd_hydra.section import ConfigError

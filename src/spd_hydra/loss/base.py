@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spd_hydra.ci_fn.sigmoid import CausalImportance
-from spd_hydra.decomposition.decomposed_model import CleanPass, DecomposedModel, Reuse
+from spd_hydra.decomposition.clean_pass import CleanPass, Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.loss.divergence import Divergence
 from spd_hydra.section import Section, option
 

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from spd_hydra import distributed, rng
-from spd_hydra.decomposition.decomposed_model import DecomposedModel, Reuse
+from spd_hydra.decomposition.clean_pass import Reuse
+from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.masks import SiteMask
 from spd_hydra.loss.ascent import Sources, Values
 from spd_hydra.loss.base import Loss, LossInputs, Statistics, mean

@@ -66,16 +66,14 @@ def evaluate(
             "data: every position of the evaluation data is padding; there is nothing to measure"
         )
     real = reference_positions * activity.positions / with_padding  # as in a training batch padded as much
-    losses = {name: float(term.value(totals[name], real)) for name, term in terms.items()}
-    active = objective.losses.active_terms()
-    total = sum(float(term.weight(totals[name])) * losses[name] for name, term in active.items())
+    losses = _losses(objective, terms, totals, real)
     verdict = None
     if known is not None:  # in the precision of training
         with model.uncompiled():
             verdict = compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
-    metrics = _metrics({"total": total} | losses, activity, verdict) | agreement_metrics(contributions)
+    metrics = _metrics(losses, activity, verdict) | agreement_metrics(contributions)
     if ablations is not None and ablated is not None:
         metrics |= ablated.metrics() | _by_group(ablations.groups, activity)
     found = Evaluation(
@@ -93,6 +91,16 @@ def evaluate(
         strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict and verdict.checks else None,
     )
     return with_extra(found, model)
+
+
+def _losses(
+    objective: Objective, terms: Mapping[str, Loss], totals: Mapping[str, Statistics], positions: float
+) -> dict[str, float]:
+    """Every term, and `total`, the weighted sum of those that are trained on."""
+    losses = {name: float(term.value(totals[name], positions)) for name, term in terms.items()}
+    active = objective.losses.active_terms()
+    total = sum(float(term.weight(totals[name])) * losses[name] for name, term in active.items())
+    return {"total": total} | losses
 
 
 def _sums(

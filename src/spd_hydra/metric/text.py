@@ -189,24 +189,32 @@ def look(
     for site in per_token:
         best[site].over_ranks()
         responses[site].over_ranks()
-    return Text(
-        positions=positions,
-        examples=examples,
-        sites={
-            site: [
-                SubcomponentText(
-                    index=index,
-                    mean_ci=float(sites[site].mean_ci[index]),
-                    density=float(sites[site].density[index]),
-                    tokens=responses[site].strongest(n, names),
-                    contexts=best[site].contexts(n, names),
-                )
-                for n, index in enumerate(own)
-            ]
-            for site, own in chosen.items()
-            if site in per_token
-        },
-    )
+    texts = {
+        site: _texts(own, sites[site], responses[site], best[site], names)
+        for site, own in chosen.items()
+        if site in per_token
+    }
+    return Text(positions=positions, examples=examples, sites=texts)
+
+
+def _texts(
+    indices: Sequence[int],
+    site: SiteEvaluation,
+    responses: TokenResponses,
+    best: TopContexts,
+    names: Mapping[int, str],
+) -> list[SubcomponentText]:
+    """What was seen of the chosen subcomponents of a site."""
+    return [
+        SubcomponentText(
+            index=index,
+            mean_ci=float(site.mean_ci[index]),
+            density=float(site.density[index]),
+            tokens=responses.strongest(n, names),
+            contexts=best.contexts(n, names),
+        )
+        for n, index in enumerate(indices)
+    ]
 
 
 def _without_repeats(batches: Sequence[Int[Tensor, "batch length"]]) -> list[Int[Tensor, "batch length"]]:
