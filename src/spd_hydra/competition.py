@@ -91,6 +91,12 @@ class State:
     said: list[dict[str, Any]]
 
 
+def steps_taken(run_dir: Path) -> int | None:
+    """Steps that all initialisations of a run have taken together; None: no choice is being made."""
+    taken = steps_of(run_dir / _FOLDER)
+    return taken[-1] if taken else None
+
+
 def settings_of(trainer: Trainer) -> dict[str, Any]:
     """What initialisations must share to be compared, by key, as far as it may change while a run goes on."""
     training, evaluation = trainer.training, trainer.evaluation

@@ -274,6 +274,17 @@ def test_of_several_replicas_the_one_that_has_come_least_far_is_shown(tmp_path: 
     assert (row.state, row.step, row.loss) == ("running", 100, 0.01)
 
 
+def test_a_job_that_chooses_among_initialisations_shows_how_far_these_are(tmp_path: Path) -> None:
+    for steps in (300, 600):
+        (tmp_path / "0" / "restarts" / f"step_{steps}").mkdir(parents=True)
+    (row,) = watch.look(tmp_path, record("7"), {0: SchedulerState(name="RUNNING")})
+    assert (row.state, row.step, row.choice_steps) == ("running", None, 600)
+    assert "choice 600" in watch.live_table([row])[2]
+    (tmp_path / "0" / "metrics.jsonl").write_text(json.dumps({"step": 100, "loss/total": 0.5}) + "\n")
+    (row,) = watch.look(tmp_path, record("7"), {0: SchedulerState(name="RUNNING")})
+    assert (row.step, row.choice_steps) == (100, None)
+
+
 def test_the_live_table_shows_id_state_step_loss_and_verdict() -> None:
     rows = [
         row(0, "done", id="5_0", step=20_000, steps=20_000, loss=0.25, solved=True),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from spd_hydra import metrics_log, report
+from spd_hydra.competition import steps_taken
 from spd_hydra.going_on import going_on
 from spd_hydra.launcher import slurm
 from spd_hydra.launcher.record import SUBMITIT, SweepJob, SweepRecord, is_held, launcher_in, log_paths
@@ -127,7 +128,8 @@ def _row(
     state = None if states is None else states.get(row.job)
     is_over = states is not None and (state is None or state.name not in _QUEUED | _ACTIVE)
     last = _last_row(sweep_dir / str(row.job))
-    row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"))
+    choice = None if last else steps_taken(sweep_dir / str(row.job))
+    row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"), choice_steps=choice)
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
     since = job.since if job is not None and (by_scheduler or states is not None) else None
@@ -247,6 +249,8 @@ def live_table(rows: Sequence[SweepRow]) -> list[str]:
     cells = []
     for row in rows:
         step = NOTHING if row.step is None else f"{row.step:,}/{row.steps or 0:,}"
+        if row.choice_steps is not None:
+            step = f"choice {row.choice_steps:,}"
         verdict = NOTHING if row.solved is None else "solved" if row.solved else "not solved"
         cells.append([str(row.job), row.id or NOTHING, _state(row), step, number(row.loss), verdict])
     return text_table(["job", "id", "state", "step", "loss", "verdict"], cells, left=3)
@@ -256,6 +260,12 @@ def hints(rows: Sequence[SweepRow]) -> list[str]:
     """A line for each reason for which jobs would wait in vain."""
     found = dict.fromkeys(row.waits_for for row in rows if row.waits_for is not None)
     return [f"{reason}: {_IN_VAIN[reason]}" for reason in found if reason in _IN_VAIN]
+
+
+def _progress(row: SweepRow) -> str:
+    if row.choice_steps is not None:
+        return f"chooses among initialisations ({row.choice_steps} steps)"
+    return f"{row.step or 0}/{row.steps}"
 
 
 def _state(row: SweepRow) -> str:
@@ -299,7 +309,7 @@ class _Display(contextlib.AbstractContextManager["_Display"]):
             self._drawn = len(lines)
         elif counts(rows) != self._said or time.monotonic() - self._said_at > _LINE_SECONDS:
             self._said, self._said_at = counts(rows), time.monotonic()
-            steps = [f"job {row.job} {row.step or 0}/{row.steps}" for row in rows if row.state == "running"]
+            steps = [f"job {row.job} {_progress(row)}" for row in rows if row.state == "running"]
             show("; ".join([f"jobs: {self._said}", *steps[:8], *hints(rows)]), self._stream)
 
     def __exit__(self, *exception: object) -> None:

@@ -28,6 +28,7 @@ class SweepRow:
         report: the job's report, relative to the sweep's directory, or None.
         id: the scheduler's id of the job.
         step, steps, loss: how far it is, of how many steps, and the loss of the newest row of its metrics.
+        choice_steps: while it chooses among initialisations, the steps that these have taken together.
         exit: how it ended according to the scheduler, where that is not well.
         waits_for: what the scheduler says that it waits for, where that is not its turn.
         traceback: of an error that nobody foresaw.
@@ -50,6 +51,7 @@ class SweepRow:
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
+    choice_steps: int | None = None
     exit: str | None = None
     waits_for: str | None = None
     traceback: str | None = None
