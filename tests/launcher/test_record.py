@@ -27,7 +27,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert SweepRecord.read(tmp_path) == written
     assert json.loads((tmp_path / "sweep.json").read_text())["jobs"][0] == {
         "number": 0, "overrides": ["seed=0"], "experiment": "tms_5-2", "seed": 0, "steps": 20, "id": "5_0",
-        "launcher": None, "since": None,
+        "launcher": None, "said_before": None,
     }  # fmt: skip
 
 

@@ -404,13 +404,18 @@ def test_a_job_that_was_started_again_in_its_directory_is_not_judged_by_what_it_
     path = tmp_path / "0" / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"updated": "2020-01-01T00:00:00+00:00"}))
     (job,) = record("17").jobs
-    again = dataclasses.replace(job, since="2021-01-01T00:00:00+00:00")
+    again = dataclasses.replace(job, said_before="2020-01-01T00:00:00+00:00")
     now = dataclasses.replace(record("17"), jobs=[again])
     for scheduler, state in (("PENDING", "pending"), ("RUNNING", "running"), (None, "pending")):
         (row,) = watch.look(tmp_path, now, said(scheduler))
         assert (row.state, row.error) == (state, None)
     (row,) = watch.look(tmp_path, now, said("FAILED 1"))
     assert (row.state, str(row.error).partition(";")[0]) == ("failed", "ended before it began (FAILED 1)")
+    # What it says anew counts, also where the clock of its machine is behind.
+    new = {"status": "failed", "error": "RuntimeError: oh", "updated": "2019-12-31T23:59:59+00:00"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | new))
+    (row,) = watch.look(tmp_path, now, said("FAILED 1"))
+    assert (row.state, row.error) == ("failed", "RuntimeError: oh")
 
 
 def test_in_a_sweep_that_went_on_elsewhere_the_scheduler_is_asked_of_its_own_jobs_alone(

@@ -42,7 +42,8 @@ class SweepJob:
     Attributes:
         id: the scheduler's, or that of its process on this machine, if it has one.
         launcher: the kind that started it, where that is not the sweep's.
-        since: when it was started again; what its directory says of times before is no longer true.
+        said_before: the time that the status in its directory had when it was started again; as long as it
+            has that, it tells of before. Clocks of two machines are not compared.
     """
 
     number: int
@@ -52,7 +53,7 @@ class SweepJob:
     steps: int
     id: str | None = None
     launcher: str | None = None
-    since: str | None = None
+    said_before: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

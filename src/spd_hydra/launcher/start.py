@@ -5,7 +5,6 @@ import logging
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
-from datetime import datetime
 from pathlib import Path
 
 from spd_hydra import atomic
@@ -34,7 +33,7 @@ from spd_hydra.plan import require_one_launcher
 from spd_hydra.redaction import redact_command
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.run_dir import RunDirectoryError
-from spd_hydra.run_files import STATUS, cannot
+from spd_hydra.run_files import STATUS, RunFiles, cannot
 from spd_hydra.saved_config import to_dict
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import kept_from_children
@@ -63,7 +62,6 @@ def new_record(
     launcher: Launcher, jobs: Mapping[int, Job], command: Sequence[str], sweep_dir: Path
 ) -> SweepRecord:
     """What is known of jobs before they start; where they began earlier, they are started again now."""
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
     return SweepRecord(
         launcher=launcher.kind,
         ranks=launcher.ranks,
@@ -76,11 +74,18 @@ def new_record(
                 experiment=job.config.name,
                 seed=job.config.seed,
                 steps=job.config.train.steps,
-                since=now if (sweep_dir / str(number) / STATUS).exists() else None,
+                said_before=_time_of_status(sweep_dir / str(number)),
             )
             for number, job in jobs.items()
         ],
     )
+
+
+def _time_of_status(directory: Path) -> str | None:
+    """When a run last wrote how it stands; None: it never did."""
+    if not (directory / STATUS).exists():
+        return None
+    return str((RunFiles(directory).read_status() or {}).get("updated"))
 
 
 def run_jobs(

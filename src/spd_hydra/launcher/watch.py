@@ -132,9 +132,9 @@ def _row(
     row = dataclasses.replace(row, step=last.get("step"), loss=last.get("loss/total"), choice_steps=choice)
     if job is not None:
         row = dataclasses.replace(row, id=job.id, steps=job.steps)
-    since = job.since if job is not None and (by_scheduler or states is not None) else None
+    before = job.said_before if job is not None and (by_scheduler or states is not None) else None
     is_analysis = "run" in row.overrides  # whose run was done before, and is linked once it is measured
-    is_old = not is_analysis and _tells_of_before(sweep_dir / str(row.job), since)
+    is_old = not is_analysis and _tells_of_before(sweep_dir / str(row.job), before)
     if is_old and not (is_over and row.state == "done"):
         row = dataclasses.replace(row, state="missing", error=None, traceback=None)
     if row.state == "done":
@@ -159,17 +159,17 @@ def _last_row(directory: Path) -> dict[str, Any]:
     return min(rows, key=lambda row: int(row["step"]), default={})
 
 
-def _tells_of_before(directory: Path, since: str | None) -> bool:
-    """Whether a run that goes on, elsewhere or since then, still says how it stood before this job."""
-    if not directory.is_symlink() and since is None:
+def _tells_of_before(directory: Path, said_before: str | None) -> bool:
+    """Whether a run that goes on, elsewhere or here again, still says how it stood before this job."""
+    if not directory.is_symlink() and said_before is None:
         return False
     try:
-        status = RunDirectory.view(directory).read_status() or {}
-        updated = datetime.fromisoformat(str(status.get("updated"))).timestamp()
-        began = directory.lstat().st_mtime if since is None else datetime.fromisoformat(since).timestamp()
+        updated = str((RunDirectory.view(directory).read_status() or {}).get("updated"))
+        if said_before is not None:
+            return updated == said_before
+        return datetime.fromisoformat(updated).timestamp() < math.floor(directory.lstat().st_mtime)
     except (ValueError, RunDirectoryError):
         return False
-    return updated < math.floor(began)
 
 
 def _without_scheduler(sweep_dir: Path, row: SweepRow, *, is_submitted: bool) -> SweepRow:
