@@ -74,6 +74,9 @@ def test_other_text_in_the_new_place_is_refused(trained: Path, tmp_path: Path) -
     for asked in ([f"run={own}", "task=analyse"], [f"resume={own}", "train.steps=6"]):
         with pytest.raises(ConfigError, match=r"data: the rows to train .*on are not those of"):
             decompose([*asked, *others])
+    assert load_config(own / "config.yaml") == load_config(trained / "run" / "config.yaml")
+    with pytest.raises(ConfigError, match=r"data: the rows to train .*on are not those of"):
+        load_run(own, moved=places(trained) | {"data.name": str(tmp_path / "others.jsonl")}).alive()
 
 
 def test_another_model_in_the_new_place_is_not_used(trained: Path, tmp_path: Path) -> None:

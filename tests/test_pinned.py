@@ -13,12 +13,14 @@ from tests.hub_cache import COMMIT, cached_model
 from tests.model.tiny_hf import VOCAB, saved_model, tokens
 
 from spd_hydra import rng
+from spd_hydra.api import decompose
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.model.hf import HuggingFace
+from spd_hydra.model.weights import WeightsError
 from spd_hydra.saved_config import load_config
 from spd_hydra.saved_run import pinned, read_target
 from spd_hydra.section import ConfigError
@@ -65,15 +67,17 @@ def model_moves_on(tmp_path: Path, hub: Path) -> None:
     cached_model(hub, NAME, tmp_path / "second", commit=LATER)
 
 
+def words_of(tmp_path: Path) -> list[str]:
+    return [
+        *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
+        *(f"model.name={NAME}", "model.keep_weights=never", "data.name=owner/texts"),
+        *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}"),
+        "data.eval_fraction=0.5",
+    ]
+
+
 def config_of(tmp_path: Path, *overrides: str) -> RunConfig:
-    return compose(
-        [
-            *("experiment=lm_hf", "task=train_target", "device=cpu", f"out_dir={tmp_path / 'runs'}"),
-            *(f"model.name={NAME}", "model.keep_weights=never", "data.name=owner/texts"),
-            *("data.token_column=ids", "data.length=12", f"data.cache_dir={tmp_path}"),
-            *("data.eval_fraction=0.5", *overrides),
-        ]
-    )
+    return compose([*words_of(tmp_path), *overrides])
 
 
 def test_a_run_builds_from_its_commit_when_the_branch_has_moved_on(tmp_path: Path, hub: Path) -> None:
@@ -90,6 +94,47 @@ def test_a_run_builds_from_its_commit_when_the_branch_has_moved_on(tmp_path: Pat
     assert torch.equal(module(tokens()), output)
     begin_or_go_on(config, str(place), None)  # as after a requeue
     assert load_config(place / "config.yaml") == saved
+
+
+def test_a_run_that_begins_with_another_one_has_its_target_and_names_its_commit(
+    tmp_path: Path, hub: Path
+) -> None:
+    small = [
+        *("task=decompose", "decomposition.C=3", "ci_fn=mlp", "ci_fn.hidden=2", "train.restarts.number=1"),
+        *("train.batch_size=4", "train.compile=false", "train.faithfulness_warmup.steps=1", "eval.batches=1"),
+        *("eval.batch_size=4", "eval.figures=false", "eval.subcomponents=0", f"cache_dir={tmp_path / 'c'}"),
+    ]
+    first = decompose([*words_of(tmp_path), *small, "train.steps=2"])
+    model_moves_on(tmp_path, hub)
+    branch = decompose([*words_of(tmp_path), *small, "train.steps=4", f"start_from={first.path}"])
+    saved = branch.config.model
+    assert isinstance(saved, HuggingFace)
+    assert saved.revision == COMMIT
+    assert torch.equal(branch.model(tokens()), first.model(tokens()))  # its weights are not in the directory
+    with pytest.raises(ConfigError, match=rf"model\.revision: {COMMIT} → {LATER}"):
+        decompose(
+            [
+                *words_of(tmp_path),
+                *small,
+                "train.steps=4",
+                f"start_from={first.path}",
+                f"model.revision={LATER}",
+            ]
+        )
+    further = decompose([f"resume={branch.path}", "train.steps=6"])
+    assert further.summary["steps"] == 6
+
+
+def test_a_branch_that_was_given_is_that_of_the_beginning_and_another_commit_is_refused(
+    tmp_path: Path, hub: Path
+) -> None:
+    place = str(tmp_path / "runs" / "0")
+    begin_or_go_on(config_of(tmp_path), place, None)
+    model_moves_on(tmp_path, hub)
+    begin_or_go_on(config_of(tmp_path, "model.revision=main"), place, None)
+    with pytest.raises(WeightsError, match="written for other weights of the target than those"):
+        begin_or_go_on(config_of(tmp_path, f"model.revision={LATER}"), place, None)
+    begin_or_go_on(config_of(tmp_path), place, None)  # it has not forgotten what it began with
 
 
 def test_a_commit_that_was_given_is_kept(tmp_path: Path, hub: Path) -> None:

@@ -4,16 +4,24 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spd_hydra import pipeline
+from spd_hydra.api import load_run
 from spd_hydra.checkpoint import load_checkpoint
+from spd_hydra.composer import Composer
 from spd_hydra.composition import compose
 from spd_hydra.config import RunConfig
 from spd_hydra.launcher.job import begin_or_go_on
+from spd_hydra.plan import make_plan
+from spd_hydra.preflight import preflight
 from spd_hydra.run import run
+from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 
@@ -135,6 +143,89 @@ def test_a_job_that_was_requeued_goes_on_where_it_is_and_not_where_it_began(toy:
     begin_or_go_on(config, place, None)
     found = load_file(Path(place, "checkpoints", "step_16", "model.safetensors"))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_it_begins_also_if_the_other_run_removes_its_checkpoint_meanwhile(
+    toy: Toy, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = path_of(toy("train.steps=16", *CADENCE, f"start_from={trained}"))
+    prepare = pipeline.prepare
+
+    def then_gone(*arguments: Any) -> Any:
+        shutil.rmtree(trained)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(pipeline, "prepare", then_gone)
+    branch = path_of(toy("train.steps=16", *CADENCE, f"start_from={trained}"))
+    assert_same_end(expected, branch, 16)
+    assert not list(branch.glob(".start*"))
+
+
+def test_a_begin_that_was_killed_is_begun_again_in_its_directory(
+    toy: Toy, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(trained.parent / "job")
+    config = toy("train.steps=16", *CADENCE, f"start_from={trained}")
+    for at in ("write_config", "write_environment"):
+        with monkeypatch.context() as killed:
+            killed.setattr(RunDirectory, at, Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                begin_or_go_on(config, place, None)
+    assert begin_or_go_on(config, place, None).summary["steps"] == 16
+
+
+def test_a_run_with_another_target_than_that_of_its_steps_is_none_to_begin_with(
+    toy: Toy, trained: Path
+) -> None:
+    other = path_of(toy("train.steps=12", *CADENCE, "seed=5"))
+    shutil.copyfile(other / "target.safetensors", trained / "target.safetensors")
+    with pytest.raises(ConfigError, match=r"target\.safetensors: the target is not that of .*step_12"):
+        run(toy("train.steps=16", *CADENCE, f"start_from={trained}"))
+    with pytest.raises(ConfigError, match=r"target\.safetensors: the target is not that of step_12"):
+        load_run(trained).model  # noqa: B018
+
+
+def test_jobs_of_a_sweep_begin_with_one_checkpoint(toy: Toy, trained: Path) -> None:
+    with Composer.open() as composer:
+        words = [
+            "debug=smoke",
+            "model.training.batch_size=64",
+            "train.steps=30",
+            "seed=0,1",
+            f"start_from={trained}",
+        ]
+        plan = make_plan(composer, words, multirun=True)
+    assert [job.config.start_from for job in plan.jobs] == [str(trained / "checkpoints" / "step_12")] * 2
+
+
+def test_in_a_directory_of_its_own_it_needs_the_other_run_no_more_and_takes_no_other(
+    toy: Toy, trained: Path
+) -> None:
+    place = trained.parent / "job"
+    begin_or_go_on(toy("train.steps=16", *CADENCE, f"start_from={trained}"), str(place), None)
+    shutil.copytree(trained, trained.parent / "other")
+    other = toy("train.steps=20", *CADENCE, f"start_from={trained.parent / 'other'}", f"run_dir={place}")
+    with pytest.raises(ConfigError, match=r"another run:\n  start_from: "):
+        begin_or_go_on(other, str(place), None)
+    shutil.rmtree(trained)
+    again = toy("train.steps=20", *CADENCE, f"start_from={trained}", f"run_dir={place}")
+    assert preflight(again).config.train.steps == 20
+    assert begin_or_go_on(again, str(place), None).summary["steps"] == 20
+
+
+def test_a_directory_with_a_run_of_another_task_is_not_gone_on_with(toy: Toy, tmp_path: Path) -> None:
+    place = str(tmp_path / "mine")
+    begin_or_go_on(toy("task=train_target"), place, None)
+    with pytest.raises(ConfigError, match=r"task: got decompose, but .*mine holds a run of task="):
+        begin_or_go_on(toy(), place, None)
+
+
+def test_of_several_replicas_one_is_named(toy: Toy, tmp_path: Path) -> None:
+    several = path_of(toy("train.steps=4", *CADENCE, "train.replicas=2", "train.restarts.number=1"))
+    with pytest.raises(ConfigError, match=r"has no checkpoint; take one of its replicas, e\.g\. .*/0$"):
+        run(toy("train.steps=16", *CADENCE, f"start_from={several}"))
+    branch = path_of(toy("train.steps=8", *CADENCE, f"start_from={several / '0'}"))
+    assert load_run(branch).summary["steps"] == 8
 
 
 def test_adversaries_that_last_begin_anew_where_the_loss_has_others(toy: Toy, trained: Path) -> None:

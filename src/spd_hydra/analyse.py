@@ -65,10 +65,9 @@ def analyse(config: RunConfig) -> Outcome:
         seconds, speed = _times(checkpoint, before)
         with products_in(config.train.precision):
             measured = parts.evaluate(checkpoint.step, certified=target.certified, last=True)
-        if config.eval != saved.eval and checkpoint.step >= saved.train.steps:
-            # The summary is then of these measurements; a run that may go on keeps its own.
+        if checkpoint.step >= saved.train.steps:  # a run that may go on keeps its own
             directory.write_config(to_yaml(dataclasses.replace(saved, eval=config.eval)))
-        directory.replace_metrics(checkpoint.step, "eval", measured.row())
+            directory.replace_metrics(checkpoint.step, "eval", measured.row())
         summary, _ = conclude(
             directory,
             parts,

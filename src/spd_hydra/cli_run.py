@@ -74,7 +74,7 @@ def _begin(overrides: Sequence[str], *, multirun: bool, config_dir: str | None) 
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP are heard as Ctrl-C is, and end with the exit code of SIGTERM.
+    """Within the block SIGTERM, SIGHUP and SIGUSR1 are heard as Ctrl-C is; exit code as of SIGTERM.
 
     A run that listens itself is asked, and saves; this is for the time before, between and after runs.
     """
@@ -86,7 +86,7 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a fork inherits this handler
         os.kill(os.getpid(), number)
 
-    with handled_by(hear, *heard(signal.SIGTERM, signal.SIGHUP)):
+    with handled_by(hear, *heard(signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)):
         yield
 
 
@@ -180,10 +180,8 @@ def _in_background(plan: Plan, launcher: Background, flags: list[str], config_di
     """Through Hydra, whose sweeper calls our launcher: so any sweeper's jobs go the same way."""
     directory = _sweep_directory(plan)
     jobs = dict(enumerate(plan.jobs))
-    if isinstance(launcher, Slurm) and "%" in str(directory):
-        raise ConfigError(
-            f"out_dir: got {directory}, must be without %, which SLURM replaces in the names of log files"
-        )
+    if isinstance(launcher, Slurm):
+        start.require_plain(directory)
     if isinstance(launcher, Slurm) and launcher.dry_run:
         text, is_refused = start.dry_run(jobs, launcher, directory)
         show(text)
@@ -219,24 +217,26 @@ def _sweep_directory(plan: Plan) -> Path:
     Raises:
         ConfigError: it is not known yet, or holds another sweep, whose results would be taken for these.
     """
-    for override in map(read, reversed(plan.overrides)):
-        if override is not None and override.key_or_group == "hydra.sweep.subdir":
+    given = [override for override in map(read, reversed(plan.overrides)) if override is not None]
+    for override in given:
+        if override.key_or_group == "hydra.sweep.subdir":
             raise ConfigError(
                 f"hydra.sweep.subdir: got {override.value()}, but the jobs of a sweep lie in folders with "
                 "their numbers, where its table and resume= look for them; leave it out"
             )
-        if override is not None and override.key_or_group == "hydra.sweep.dir":
-            given = str(override.value())
-            if "${" in given:
+    for override in given:
+        if override.key_or_group == "hydra.sweep.dir":
+            place = str(override.value())
+            if "${" in place:
                 raise ConfigError(
-                    f"hydra.sweep.dir: got {given}, which has a value only when the sweep has begun; write "
+                    f"hydra.sweep.dir: got {place}, which has a value only when the sweep has begun; write "
                     "the directory out, or leave it out for a new one below out_dir"
                 )
-            directory = Path(given).absolute()
+            directory = Path(place).absolute()
             if (directory / FILE).exists() or any(directory.glob("*/config.yaml")):
                 raise ConfigError(
-                    f"hydra.sweep.dir: got {given}, which holds a sweep already; choose another, or "
-                    f"go on with it: resume={given}"
+                    f"hydra.sweep.dir: got {place}, which holds a sweep already; choose another, or "
+                    f"go on with it: resume={place}"
                 )
             return directory
     return new_sweep_directory(plan.jobs[0].config.out_dir)

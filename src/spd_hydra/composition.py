@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from spd_hydra.command_word import command_word
 from spd_hydra.composer import Composer, apply_overrides, explain
 from spd_hydra.config import Device, RunConfig, Task, problems, sections
 from spd_hydra.config_errors import wrong_value
@@ -150,7 +151,7 @@ def compose_job(composer: Composer, overrides: Sequence[str], config_dir: Path |
     try:
         changed = apply_overrides(saved, overrides, config_dir=config_dir)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_left_out_hint(overrides, saved)}") from error
+        raise ConfigError(f"{error}{_left_out_hint(overrides, saved, directory)}") from error
     config = dataclasses.replace(changed, resume=directory)
     require_trust(Path(directory), config, trusted=config.trust_remote_code, yes="add trust_remote_code=true")
     return Job(overrides=list(overrides), config=config, saved=saved)
@@ -184,7 +185,7 @@ def _asks_for_analysis(overrides: Sequence[str]) -> bool:
     return asked[-1:] == [Task.analyse.name]
 
 
-def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
+def _left_out_hint(overrides: Sequence[str], saved: RunConfig, directory: str) -> str:
     """What to add to a complaint about words of a resume of which some could never be followed."""
     keys = fixed(saved)
     read_words = [(text, read(text)) for text in without_hydra(overrides)]
@@ -197,7 +198,7 @@ def _left_out_hint(overrides: Sequence[str], saved: RunConfig) -> str:
         return ""
     return (
         f"\nA run that goes on takes {TOLD_MAY_CHANGE} only; leave out {' '.join(others)}, or begin a new "
-        "run with what this one has learned: start_from="
+        f"run with what this one has learned: {command_word('start_from', directory)}"
     )
 
 

@@ -1,7 +1,6 @@
 """RunConfig: everything that a run depends on, typed, checked, and saved with it."""
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from enum import Enum
 
@@ -27,8 +26,6 @@ from spd_hydra.section import (
     option,
 )
 from spd_hydra.trainer_config import Evaluation, Training
-
-log = logging.getLogger(__name__)
 
 
 class Task(Enum):

@@ -111,6 +111,7 @@ class Slurm(Background):
 
     @property
     def ranks(self) -> int:
+        """Processes of a job on all its nodes."""
         return self.nodes * self.local_ranks
 
     @property

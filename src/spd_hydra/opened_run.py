@@ -31,7 +31,7 @@ from spd_hydra.model.tokens_in import TokensIn
 from spd_hydra.remeasured import Remeasured
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError
 from spd_hydra.run_tokenizer import tokenizer_of
-from spd_hydra.saved_run import read_target, require_trust
+from spd_hydra.saved_run import read_target, require_same_target, require_trust, target_digest
 from spd_hydra.section import ConfigError
 
 Given = Tensor | Mapping[str, Any] | Prompt | str
@@ -91,17 +91,19 @@ class Run:
         return self._load(step)[0]
 
     @cached_property
-    def _loaded(self) -> tuple[DecomposedModel, int]:
-        """`model`, and the step of its checkpoint: a run that goes on has newer ones later."""
+    def _loaded(self) -> tuple[DecomposedModel, Checkpoint]:
+        """`model`, and its checkpoint: a run that goes on has newer ones later."""
         return self._load(self.step)
 
-    def _load(self, step: int | None) -> tuple[DecomposedModel, int]:
+    def _load(self, step: int | None) -> tuple[DecomposedModel, Checkpoint]:
         self._require_trust()
         checkpoint = self._checkpoint(step)
+        require_same_target(target_digest(self.path), checkpoint.state, checkpoint.path.name)
         config = self.config
         model = DecomposedModel(self._target(), config.decomposition, config.ci_fn, seed=config.seed)
         model.load_trainable_state(checkpoint.tensors["model"])
-        return model.eval().requires_grad_(False), checkpoint.step
+        del checkpoint.tensors["model"]  # which the model has
+        return model.eval().requires_grad_(False), checkpoint
 
     def at(self, step: int) -> "Run":
         """The same run, its model as it was saved at a step; `steps` lists them."""
@@ -183,7 +185,7 @@ class Run:
             batch: where to look, inputs or a text; None: the held-out batches of the run's evaluations.
         """
         if batch is None:
-            activity = self._remeasured().activity()
+            activity = self._remeasured().activity(self._loaded[1])
         else:
             given = self._batch(batch)
             with torch.no_grad():
@@ -222,7 +224,7 @@ class Run:
         Raises:
             ConfigError: the data are not those of the run any more.
         """
-        checkpoint = self._checkpoint(self._loaded[1])
+        checkpoint = self._loaded[1]
         return self._remeasured(batches).metrics(checkpoint, lambda: self._read_target().certified)
 
     def matched(self) -> dict[str, list[int]]:

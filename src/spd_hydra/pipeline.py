@@ -31,7 +31,7 @@ from spd_hydra.replicas import Alone
 from spd_hydra.restarts import begin_with_best
 from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_config import to_dict
+from spd_hydra.saved_config import to_dict, to_yaml
 from spd_hydra.saved_run import (
     TARGET_FILE,
     fixed,
@@ -119,6 +119,7 @@ def decompose(
     work = prepare(config, directory, signals, trackers, time.perf_counter())
     with products_in(config.train.precision):  # not of the target's own training, which others share
         _restore(config, work.trainer, directory)
+        directory.write_config(to_yaml(config))  # whose model and text are now known to be those of the run
         summary = work.conclude(_fit(work.trainer, work.parts))
     trackers.succeeded(work.tracker, summary)
     return Outcome(directory.path, summary)
@@ -220,9 +221,8 @@ def _restore(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> No
         checkpoint = None if name is None else load_checkpoint(directory.checkpoints / name)
     else:
         checkpoint = load_newest(directory.checkpoints)
-        begins = checkpoint is None and config.start_from is not None
+        begins = checkpoint is None and begin_elsewhere(config, trainer)
         if begins:
-            begin_elsewhere(config, trainer)
             checkpoint = load_newest(directory.checkpoints)
         distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
     if checkpoint is None:
@@ -260,7 +260,7 @@ def _own_target(config: RunConfig, directory: RunDirectory, device: torch.device
     """The run's own target if it has one already, else from the cache, else trained now."""
     if (directory.path / TARGET_FILE).exists():
         return read_target(config, directory.path, device)
-    target = starting_target(config, device) or obtain(config, device)
+    target = starting_target(config, directory, device) or obtain(config, device)
     with directory.writing(TARGET_FILE) as path:
         write_target(config.model, target, path.parent)
     if target.certified and target.tries > 1 and not target.cached:

@@ -12,10 +12,11 @@ from spd_hydra.composition import Job, compose_job
 from spd_hydra.config import RunConfig, Task
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, with_entries, without_hydra
-from spd_hydra.preflight import preflight
+from spd_hydra.preflight import is_begun, preflight
 from spd_hydra.saved_config import KIND, to_dict, to_yaml
 from spd_hydra.search_objective import degenerate
 from spd_hydra.section import ConfigError
+from spd_hydra.start import pinned_start
 from spd_hydra.terminal import show
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def make_plan(
     is_sweep = multirun or words != list(overrides) or composer.is_sweep(words)
     if not is_sweep:
         job = compose_job(composer, words, config_dir)
+        job = _pinned(job)
         _warn([misnamed(composer, job)])
         if _starts_processes(job.config):  # a run in this process checks this itself
             preflight(job.config)
@@ -58,7 +60,7 @@ def make_plan(
         show(f"checking {len(settings)} jobs before the first one starts", sys.stderr)
     for number, setting in enumerate(settings):
         try:
-            job = compose_job(composer, setting, config_dir)
+            job = _pinned(compose_job(composer, setting, config_dir))
             layout = to_yaml(dataclasses.replace(job.config, seed=0))
             if layout not in built and job.config.task is not Task.analyse:  # which looks at the run itself
                 preflight(job.config)
@@ -79,6 +81,13 @@ def make_plan(
     _require_one_place(jobs)
     _warn([degenerate(jobs[0].config.objective, searched), *(misnamed(composer, job) for job in jobs)])
     return Plan(overrides=with_entries(words), jobs=jobs, is_sweep=True)
+
+
+def _pinned(job: Job) -> Job:
+    """The job with the checkpoint that `start_from` means now: one for all jobs of a sweep."""
+    if is_begun(job.config):
+        return job
+    return dataclasses.replace(job, config=pinned_start(job.config))
 
 
 def misnamed(composer: Composer, job: Job) -> str | None:

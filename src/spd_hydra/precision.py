@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Precision(Enum):
@@ -81,3 +82,9 @@ _exact_product.register_autograd(_gradients, setup_context=_keep)
 def _(info: Any, axes: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     a, b = (x if axis is None else x.movedim(axis, 0) for x, axis in zip((a, b), axes, strict=True))
     return _exact_product(a, b), 0
+
+
+@register_flop_formula(torch.ops.spd_hydra.exact_product)
+def _flops(a: torch.Size, b: torch.Size, out_shape: torch.Size | None = None, **others: Any) -> int:
+    """Of each entry of the product a multiplication and an addition per summand."""
+    return 2 * torch.Size(a).numel() * b[-1]

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from spd_hydra.metric.ablations import TARGET, ZERO
 from spd_hydra.model.hf_config import first_line
 from spd_hydra.model.tokens_in import TokensIn
 from spd_hydra.model.users_code import UsersCodeError, is_users, told_of
+from spd_hydra.run_files import CONFIG
 from spd_hydra.section import ConfigError
 from spd_hydra.start import require_fit
 
@@ -46,12 +48,19 @@ def preflight(config: RunConfig) -> Parts:
     if config.loss.divergence is Divergence.kl:
         with passes:
             _require_classes(parts)
-    if config.resume is None:  # a run that was begun has what it began with in its own directory
+    if not is_begun(config):  # a run that was has what it began with in its own directory
         require_fit(config, parts)
     # Ranks that share a run were started from a configuration that was checked before they met.
     if config.objective != _DEFAULT_OBJECTIVE and distributed.world_size() == 1:
         _require_metric(config)
     return parts
+
+
+def is_begun(config: RunConfig) -> bool:
+    """Whether a configuration goes on with a run: by `resume`, or since its `run_dir` holds one."""
+    return config.resume is not None or (
+        config.run_dir is not None and (Path(config.run_dir).expanduser() / CONFIG).is_file()
+    )
 
 
 def _parts(config: RunConfig) -> tuple[Parts, AbstractContextManager[Any]]:

@@ -54,14 +54,23 @@ class Remeasured:
         self._parts.model.load_trainable_state(model.trainable_state())
 
     @torch.no_grad()
-    def activity(self) -> Activity:
-        """What evaluations count of causal importances over the held-out batches."""
+    def activity(self, checkpoint: Checkpoint) -> Activity:
+        """What evaluations count of causal importances over the held-out batches.
+
+        Args:
+            checkpoint: which the model is from.
+
+        Raises:
+            ConfigError: the data are not those of the run any more.
+        """
         parts = self._parts
+        require_same_data(parts.content(), checkpoint.state, checkpoint.path.name)
         activity = Activity(parts.config.eval.ci_threshold)
         sampler = parts.eval_sampler()
-        for number in range(parts.config.eval.batches):
-            inputs = parts.objective.inputs(sampler.batch(number))
-            activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
+        with products_in(parts.config.train.precision):
+            for number in range(parts.config.eval.batches):
+                inputs = parts.objective.inputs(sampler.batch(number))
+                activity.add({site: ci.lower for site, ci in inputs.ci.items()}, inputs.valid)
         return activity
 
     def metrics(self, checkpoint: Checkpoint, certified: Callable[[], bool]) -> dict[str, float]:

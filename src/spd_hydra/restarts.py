@@ -23,7 +23,7 @@ from spd_hydra.loss.objective import StepLoss
 from spd_hydra.progress import Progress, format_number
 from spd_hydra.replicas import Group, mean_summary
 from spd_hydra.run_dir import RunDirectory
-from spd_hydra.saved_run import require_same_data
+from spd_hydra.saved_run import require_same_data, require_same_target
 from spd_hydra.stop import Stopped
 from spd_hydra.trainer import Trainer
 from spd_hydra.trainer_config import Training
@@ -150,7 +150,7 @@ def _go_on(choices: "Sequence[_Choice]", directory: RunDirectory, parts: Sequenc
     """How many parts are done, and the step that the next one has come to.
 
     Raises:
-        ConfigError: the text was changed since.
+        ConfigError: the text or the target was changed since.
     """
     trainers = [choice.trainer for choice in choices]
     saved = competition.load(directory, competition.settings_of(trainers[0]))
@@ -158,6 +158,7 @@ def _go_on(choices: "Sequence[_Choice]", directory: RunDirectory, parts: Sequenc
         return 0, 0
     for trainer, said in zip(trainers, saved.said, strict=True):
         require_same_data(trainer.facts.get("data", {}), said, competition.WHAT)
+        require_same_target(trainer.facts.get("target", {}), said, competition.WHAT)
     for choice, standing, said in zip(choices, saved.standings, saved.said, strict=True):
         choice.standing = standing
         choice.trainer.stopwatch.add(said["times"])

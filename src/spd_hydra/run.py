@@ -27,9 +27,11 @@ from spd_hydra.rank_errors import RunError as RunError
 from spd_hydra.replica_runs import decompose_replicas, of_replica, require_common_step
 from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
+from spd_hydra.run_files import CONFIG
 from spd_hydra.saved_config import differences, load_config, to_yaml
 from spd_hydra.saved_run import (
     MAY_CHANGE,
+    MAY_MOVE,
     TOLD_MAY_CHANGE,
     from_sources,
     machine,
@@ -41,7 +43,7 @@ from spd_hydra.saved_run import (
     with_whole_paths,
 )
 from spd_hydra.section import ConfigError
-from spd_hydra.start import pinned_start
+from spd_hydra.start import fetch_start, pinned_start, require_whole_start
 from spd_hydra.stop import Stopped, StopSignals, unheard
 
 log = logging.getLogger(__name__)
@@ -144,7 +146,8 @@ def _lead(
             distributed.of_rank_0(told | {"finished": True})
             return finished
 
-        directory.write_config(to_yaml(config))
+        if not _is_moved(config, directory):  # else once model and text are known to be the same
+            directory.write_config(to_yaml(config))
 
         def work() -> Outcome:
             directory.write_environment(describe_environment(device_of(config).type))
@@ -155,6 +158,12 @@ def _lead(
             return do(config, directory, signals, trackers)
 
         return _recorded(directory, config, work)
+
+
+def _is_moved(config: RunConfig, directory: RunDirectory) -> bool:
+    """Whether model or text of a run that goes on are said to lie elsewhere than before."""
+    path = directory.path / CONFIG
+    return path.exists() and any(key in MAY_MOVE for key, _, _ in differences(load_config(path), config))
 
 
 def _has_replicas(config: RunConfig) -> bool:
@@ -175,9 +184,15 @@ def _begin(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, RunDirec
     """Check everything, fix what a hub may change, then make and lock the directory of a new run."""
     for line in remarks(preflight(config)):
         say(line)
-    config = pinned_start(pinned(config))
+    config = pinned(pinned_start(config))
+    require_whole_start(config)
     root = Path(config.out_dir).expanduser()
-    return config, RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
+    with contextlib.ExitStack() as on_error:
+        directory = RunDirectory.create(root, config.name) if run_dir is None else RunDirectory.at(run_dir)
+        on_error.enter_context(directory)
+        fetch_start(config, directory)
+        on_error.pop_all()
+    return config, directory
 
 
 def _reopen(config: RunConfig, saved: RunConfig | None) -> tuple[RunConfig, RunDirectory]:

@@ -73,10 +73,14 @@ def from_dict(data: Mapping[str, Any], *, keeps_unknown_terms: bool = False) -> 
         for key, text in _texts(data):
             if "${" in text:  # it could carry a variable of the environment into what is written down
                 raise ConfigError(f"{key}: got {text!r}, but what was saved has values, not references")
+        unknown: list[str] = []
         for path, kind in _kinds(data):
+            if path.startswith(tuple(f"{term}." for term in unknown)):  # as it was saved, too
+                continue
             group, _, name = kind.partition("/")
             classes = registered(group)
             if name not in classes and keeps_unknown_terms and group == _TERMS and path.startswith(_EXTRA):
+                unknown.append(path)
                 log.warning("%s is of kind %s, which no plug-in here has: it is kept as saved", path, kind)
                 classes[name] = unknown_term(kind, _at(data, path))
             if name not in classes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from spd_hydra.saved_config import flat, to_dict
 from spd_hydra.section import ConfigError
 
 TARGET_FILE = "target.safetensors"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NEEDS_NO_FILE = (
     "the run directory has the weights, so give the class a method skeleton(architecture) that makes the "
@@ -281,6 +283,11 @@ def _is_path(text: str) -> bool:
         return path.is_absolute() or (looks_like_one and path.exists())
     except OSError:  # too long for one
         return False
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a whole commit, which no hub can move."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def from_sources(config: RunConfig, sources: Sources) -> RunConfig:

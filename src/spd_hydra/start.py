@@ -1,6 +1,7 @@
 """Where a new run begins: with what another run has learned, instead of with random values."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +16,26 @@ from spd_hydra.config import RunConfig
 from spd_hydra.distributed import say
 from spd_hydra.loss.persistent_recon import is_adversarys
 from spd_hydra.model.obtain import TrainedTarget
+from spd_hydra.run_dir import RunDirectory
 from spd_hydra.run_files import CONFIG
 from spd_hydra.saved_config import differences, flat, load_config, to_dict
-from spd_hydra.saved_run import MAY_CHANGE, TARGET_FILE, read_target, with_whole_paths
+from spd_hydra.saved_run import (
+    MAY_CHANGE,
+    MAY_MOVE,
+    TARGET_FILE,
+    from_sources,
+    is_commit,
+    read_target,
+    require_same_target,
+    sources,
+    target_digest,
+    with_whole_paths,
+)
 from spd_hydra.section import ConfigError
 from spd_hydra.trainer import Trainer
 
 _CHECKPOINTS = "checkpoints"
+_FETCHED = ".start"  # what a run begins with, in its directory until its first checkpoint is saved
 _MOST_DIFFERENCES = 12
 
 
@@ -73,7 +87,7 @@ def _listed(run: Path) -> str:
 
 
 def _replicas(run: Path) -> str:
-    replicas = sorted(run.glob(f"replica_*/{CONFIG}"))
+    replicas = sorted(run.glob(f"[0-9]*/{CONFIG}"))
     return f"; take one of its replicas, e.g. {replicas[0].parent}" if replicas else ""
 
 
@@ -105,18 +119,24 @@ def _saved(origin: Origin) -> RunConfig:
 
 
 def _require_same_target(origin: Origin, saved: RunConfig, config: RunConfig) -> None:
-    then, now = (flat(to_dict(with_whole_paths(of).model)) for of in (saved, config))
+    then, now = (flat(to_dict(of.model)) for of in (saved, config))
     changed = [
         f"  model.{key}: {then.get(key)} → {now.get(key)}"
         for key in then | now
-        # A branch of a hub is pinned when the run begins; the weights are that run's own in any case.
-        if then.get(key) != now.get(key) and not key.endswith("revision")
+        if then.get(key) != now.get(key) and f"model.{key}" not in MAY_MOVE
     ]
+    revision = now.get("revision")
+    if is_commit(revision) and _same_name(saved, config) and revision != then.get("revision"):
+        changed.append(f"  model.revision: {then.get('revision')} → {revision}")
     if changed:
         raise ConfigError(
             f"start_from: the target is that of {origin.run}, so what describes it has to be the same:\n"
             + "\n".join(changed)
         )
+
+
+def _same_name(saved: RunConfig, config: RunConfig) -> bool:
+    return with_whole_paths(saved).model.names() == with_whole_paths(config).model.names()
 
 
 def _require_same_shapes(origin: Origin, parts: Parts) -> None:
@@ -146,54 +166,102 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def pinned_start(config: RunConfig) -> RunConfig:
-    """The configuration with the checkpoint that `start_from` means now, by its whole path."""
+    """The configuration with what `start_from` means now: the checkpoint, and the commit of its target."""
     origin = origin_of(config)
-    return config if origin is None else dataclasses.replace(config, start_from=str(origin.checkpoint))
+    if origin is None:
+        return config
+    saved = _saved(origin)
+    if type(saved.model) is type(config.model) and _same_name(saved, config):
+        revision = sources(saved)["model"].get("revision")
+        config = config if revision is None else from_sources(config, {"model": {"revision": revision}})
+    return dataclasses.replace(config, start_from=str(origin.checkpoint))
 
 
-def starting_target(config: RunConfig, device: torch.device) -> TrainedTarget | None:
+def require_whole_start(config: RunConfig) -> None:
+    """Read the checkpoint that a new run begins with, before anything is made.
+
+    Raises:
+        ConfigError: it is gone or damaged, or its run has another target now.
+    """
+    origin = origin_of(config)
+    if origin is None:
+        return
+    try:
+        found = load_checkpoint(origin.checkpoint)
+        require_same_target(target_digest(origin.run), found.state, str(origin.checkpoint))
+    except (CheckpointError, FileNotFoundError) as error:
+        raise ConfigError(f"start_from: {error}") from error
+
+
+def fetch_start(config: RunConfig, directory: RunDirectory) -> None:
+    """Copy what a new run begins with into its directory: the other run goes on, and removes checkpoints.
+
+    Raises:
+        RunDirectoryError: nothing could be written.
+    """
+    place, unfinished = directory.path / _FETCHED, directory.path / f"{_FETCHED}_unfinished"
+    with directory.errors("write", _FETCHED):
+        for path in (place, unfinished):  # of a begin that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        origin = origin_of(config)
+        if origin is None:
+            return
+        unfinished.mkdir()
+        for name in (CONFIG, TARGET_FILE):
+            shutil.copyfile(origin.run / name, unfinished / name)
+        shutil.copytree(origin.checkpoint, unfinished / _CHECKPOINTS / origin.checkpoint.name)
+        unfinished.rename(place)
+
+
+def _fetched(directory: RunDirectory) -> Origin | None:
+    place = directory.path / _FETCHED
+    if not (place / CONFIG).is_file():
+        return None
+    (checkpoint,) = (place / _CHECKPOINTS).iterdir()
+    return Origin(place, checkpoint)
+
+
+def starting_target(config: RunConfig, directory: RunDirectory, device: torch.device) -> TrainedTarget | None:
     """The target of the run that this one begins with; None: it begins by itself.
 
     Raises:
         WeightsError, ConfigError: it cannot be had, see `read_target`.
     """
-    origin = origin_of(config)
-    if origin is None:
-        return None
-    try:
-        return read_target(_saved(origin), origin.run, device)
-    except FileNotFoundError:
-        raise ConfigError(f"start_from: {origin.run} has no {TARGET_FILE}") from None
+    origin = _fetched(directory)
+    return None if origin is None else read_target(config, origin.run, device)
 
 
-def begin_elsewhere(config: RunConfig, trainer: Trainer) -> None:
-    """Save what `start_from` names as the run's first checkpoint: it never needs the other run again.
+def begin_elsewhere(config: RunConfig, trainer: Trainer) -> bool:
+    """Save what was fetched as the run's first checkpoint.
 
     Args:
         config: of the new run.
         trainer: at its beginning.
 
+    Returns:
+        Whether there was anything: else the run begins by itself.
+
     Raises:
-        ConfigError: the checkpoint to begin with is gone or damaged.
-        CheckpointError: the new one could not be written.
+        CheckpointError: it is damaged, or the new one could not be written.
     """
-    origin = origin_of(config)
-    assert origin is not None, "only where start_from is given"
-    try:
-        found = load_checkpoint(origin.checkpoint)
-    except CheckpointError as error:
-        raise ConfigError(f"start_from: {error}") from error
+    run = trainer.run
+    origin = _fetched(run)
+    if origin is None:
+        return False
+    found = load_checkpoint(origin.checkpoint)
     step = 0 if config.start_anew else found.step
     moments = {} if config.start_anew else _of_this_loss(found.tensors["optimizer"], trainer)
     tensors = {"model": found.tensors["model"], "optimizer": moments}
     state = {"step": step, "facts": trainer.facts, "times": {}}
-    run, keep = trainer.run, config.train.keep_checkpoints
+    keep = config.train.keep_checkpoints
     save_checkpoint(run.checkpoints, step, tensors, state, keep, run.require_ownership)
     others = _told_differences(_saved(origin), config)
     say(
-        f"begins at step {step} with the subcomponents of {origin.checkpoint}"
+        f"begins at step {step} with the subcomponents of {config.start_from}"
         + (f"; other than there:\n{others}" if others else "")
     )
+    shutil.rmtree(origin.run, ignore_errors=True)
+    return True
 
 
 def _of_this_loss(moments: Mapping[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
@@ -208,7 +276,9 @@ def _of_this_loss(moments: Mapping[str, Tensor], trainer: Trainer) -> dict[str, 
 
 def _told_differences(saved: RunConfig, config: RunConfig) -> str:
     """What the run does otherwise than the one that it begins with, a line each."""
-    untold = (*(key for key in MAY_CHANGE if key != "train.steps"), "start_", "name", "model.")
+    # A start has neither a warmup nor a choice among initialisations.
+    skipped = ("start_", "name", "model.", "train.restarts.", "train.faithfulness_warmup.")
+    untold = (*(key for key in MAY_CHANGE if key != "train.steps"), *skipped)
     changed = [
         f"  {key}: {old} → {new}"
         for key, old, new in differences(saved, config)

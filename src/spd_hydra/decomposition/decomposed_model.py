@@ -110,6 +110,8 @@ class DecomposedModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.is_hooked:
+            raise ValueError("model.hooked: a copy would keep the hooks for good; make it outside the block")
         return {name: value for name, value in vars(self).items() if name != "patched"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

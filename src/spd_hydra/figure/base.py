@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from spd_hydra import atomic
 from spd_hydra.figure.style import drawing_style
@@ -39,6 +40,7 @@ class Drawn:
 
 
 _figures: dict[str, FigureKind] = {}
+_captions: "WeakKeyDictionary[Figure, str]" = WeakKeyDictionary()  # of pictures with one of their own
 
 
 def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
@@ -64,7 +66,7 @@ def figure(name: str, caption: str) -> Callable[[Draw], Draw]:
 
 def captioned(picture: "Figure", caption: str) -> "Figure":
     """Give a picture a caption of its own, where that of its kind would not describe it."""
-    picture.set_label(caption)
+    _captions[picture] = caption
     return picture
 
 
@@ -104,7 +106,7 @@ def draw_all(
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
-                caption = kind.caption if picture is None else str(picture.get_label()) or kind.caption
+                caption = kind.caption if picture is None else _captions.get(picture, kind.caption)
                 png = None if picture is None else as_png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)

@@ -27,7 +27,7 @@ from spd_hydra.launcher.record import launcher_in
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_config import from_dict, load_config
-from spd_hydra.saved_run import from_sources, sources
+from spd_hydra.saved_run import from_sources, is_commit, sources, with_whole_paths
 from spd_hydra.section import ConfigError
 from spd_hydra.stop import Stopped
 
@@ -162,11 +162,37 @@ def begin_or_go_on(config: RunConfig, run_dir: str | None, saved: RunConfig | No
         return run(config, saved=saved)
     if run_dir is not None and Path(run_dir, "config.yaml").exists():
         began = load_config(Path(run_dir, "config.yaml"))
-        # What was given as the newest checkpoint of a run is written down there as the one that it was.
-        start_from = began.start_from if config.start_from is not None else None
-        again = dataclasses.replace(from_sources(config, sources(began)), start_from=start_from, run_dir=None)
-        return run(dataclasses.replace(again, resume=run_dir))
+        if began.task is not config.task:
+            raise ConfigError(
+                f"task: got {config.task.name}, but {run_dir} holds a run of task={began.task.name}; choose "
+                "another directory"
+            )
+        return run(dataclasses.replace(_as_it_began(config, began), resume=run_dir, run_dir=None))
     return run(config, run_dir=None if run_dir is None else Path(run_dir), saved=saved)
+
+
+def _as_it_began(config: RunConfig, began: RunConfig) -> RunConfig:
+    """The configuration of a run that was begun, where what was given had to be found out then.
+
+    A branch of a hub is then a commit, and a run to start from one of its checkpoints. Anything else that
+    was given stays, to be refused if it is other than what the run began with.
+    """
+    config = with_whole_paths(config)
+    then, now = sources(began), sources(config)
+    commits = {
+        part: {
+            field: value
+            for field, value in own.items()
+            if field.endswith("revision") and not is_commit(now[part].get(field))
+        }
+        for part, own in then.items()
+        if type(getattr(began, part)) is type(getattr(config, part))
+    }
+    if config.start_from is not None and began.start_from is not None:
+        given, checkpoint = Path(config.start_from).expanduser().absolute(), Path(began.start_from)
+        if given in {checkpoint, checkpoint.parent.parent}:
+            config = dataclasses.replace(config, start_from=began.start_from)
+    return from_sources(config, commits)
 
 
 def link(place: Path, run_dir: Path) -> None:

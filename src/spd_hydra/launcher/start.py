@@ -122,6 +122,25 @@ def submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: S
         ConfigError: the cluster does not take them; nothing was submitted.
     """
     slurm.require_sbatch()
+    require_plain(sweep_dir)
+    # Until their ids are written down, Ctrl-C would leave jobs that nobody knows of.
+    with kept_from_children():
+        return _submit(jobs, launcher, sweep_dir, command)
+
+
+def require_plain(sweep_dir: Path) -> None:
+    """Refuse a place of jobs whose logs SLURM would write elsewhere.
+
+    Raises:
+        ConfigError: there is a % in it.
+    """
+    if "%" in str(sweep_dir):
+        raise ConfigError(
+            f"out_dir: got {sweep_dir}, must be without %, which SLURM replaces in the names of log files"
+        )
+
+
+def _submit(jobs: Mapping[int, Job], launcher: Slurm, sweep_dir: Path, command: Sequence[str]) -> SweepRecord:
     record = new_record(launcher, jobs, command, sweep_dir)
     work = run_jobs(jobs, sweep_dir, record, command)
     there = {path.name for path in sweep_dir.iterdir()} if sweep_dir.exists() else set()
@@ -169,8 +188,7 @@ def run_in_background(
     if isinstance(launcher, LocalParallel):
         return _run_in_pool(jobs, launcher, sweep_dir, command)
     assert isinstance(launcher, Slurm), "jobs of the other launchers run in this process"
-    # Until their ids are written down and told, Ctrl-C would leave jobs that nobody knows of.
-    with kept_from_children():
+    with kept_from_children():  # so that Ctrl-C comes when their ids are told
         record = submit(jobs, launcher, sweep_dir, command)
         own = dataclasses.replace(record, jobs=[job for job in record.jobs if job.number in jobs])
         say("\n".join(submission_lines(own, sweep_dir)))
