@@ -14,7 +14,7 @@ from spd_hydra.figure import base, draw_all, figure, figures
 from spd_hydra.figure.ablations import draw as draw_ablations
 from spd_hydra.figure.activation_density import binned
 from spd_hydra.figure.activation_density import draw as draw_density
-from spd_hydra.figure.base import FigureKind
+from spd_hydra.figure.base import FigureKind, caption_of
 from spd_hydra.figure.causal_importance import draw as draw_causal_importance
 from spd_hydra.figure.ci_histogram import draw as draw_histogram
 from spd_hydra.figure.columns import Columns, columns_of, label_columns, wrong_entries
@@ -96,7 +96,7 @@ def test_captions_are_single_sentences() -> None:
 
 def _caption(picture: Any) -> str:
     """The caption that a picture has of its own: one sentence."""
-    caption = str(picture.get_label())
+    caption = str(caption_of(picture))
     assert caption.endswith(".")
     assert ". " not in caption
     return caption
@@ -162,7 +162,7 @@ def test_the_caption_of_sparsity_names_dashed_lines_only_where_they_are(syntheti
     for evaluation in (_few(_many(synthetic)), _many(synthetic)):
         picture = draw_sparsity(dataclasses.replace(evaluation, metrics={}), history)
         assert picture is not None
-        assert picture.get_label() == ""
+        assert caption_of(picture) is None
     assert "dashed" not in base._figures["sparsity"].caption
 
 

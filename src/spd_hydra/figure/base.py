@@ -70,6 +70,11 @@ def captioned(picture: "Figure", caption: str) -> "Figure":
     return picture
 
 
+def caption_of(picture: "Figure") -> str | None:
+    """The caption that `captioned` gave it; None: that of its kind."""
+    return _captions.get(picture)
+
+
 def figures() -> list[FigureKind]:
     """Every registered figure in the order of the report."""
     return list(_figures.values())
@@ -106,7 +111,7 @@ def draw_all(
         try:
             with drawing_style():
                 picture = kind.draw(evaluation, history)
-                caption = kind.caption if picture is None else _captions.get(picture, kind.caption)
+                own_caption = None if picture is None else caption_of(picture)
                 png = None if picture is None else as_png(picture)
         except Exception:
             log.warning("figure %s could not be drawn; the run goes on without it", kind.name, exc_info=True)
@@ -119,7 +124,7 @@ def draw_all(
         except OSError as error:
             log.warning("figure %s could not be written: %s", kind.name, error)
             continue
-        drawn.append(Drawn(name=kind.name, caption=caption, path=path))
+        drawn.append(Drawn(name=kind.name, caption=own_caption or kind.caption, path=path))
     remove_figures(directory, kept={one.name for one in drawn})
     return drawn
 
