@@ -453,8 +453,10 @@ def test_a_run_that_may_go_on_keeps_how_it_is_measured(toy: Toy) -> None:
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=40))
     (directory / "config.yaml").write_text(to_yaml(longer))  # as of a run that was stopped half-way
     measured = dataclasses.replace(longer.eval, batches=3)
+    rows = (directory / "metrics.jsonl").read_bytes()
     run(dataclasses.replace(longer, eval=measured, task=Task.analyse, run=str(directory)))
     assert load_config(directory / "config.yaml") == longer
+    assert (directory / "metrics.jsonl").read_bytes() == rows
 
 
 def test_analysing_a_run_as_if_it_had_been_trained_otherwise_is_refused(toy: Toy) -> None:
