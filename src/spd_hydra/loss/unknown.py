@@ -1,6 +1,7 @@
 """Loss terms of plug-ins that are not here, in saved configurations."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -31,9 +32,14 @@ def unknown_term(kind: str, saved: Mapping[str, Any]) -> type[UnknownTerm]:
         kind: `<group>/<kind>` that it was saved with.
         saved: its keys and values.
     """
+    return _class_of(kind, tuple(saved))
+
+
+@functools.cache  # a sweep opens many runs with the same terms
+def _class_of(kind: str, keys: tuple[str, ...]) -> type[UnknownTerm]:
     own = {field.name for field in dataclasses.fields(Loss)}
     fields: list[tuple[str, Any, Any]] = [
-        (key, Any, dataclasses.field(default=None)) for key in saved if key not in own and key.isidentifier()
+        (key, Any, dataclasses.field(default=None)) for key in keys if key not in own and key.isidentifier()
     ]
     cls = dataclasses.make_dataclass("UnknownTerm", fields, bases=(UnknownTerm,), kw_only=True)
     stands_for(cls, kind)
