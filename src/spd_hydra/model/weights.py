@@ -33,11 +33,8 @@ def save_target(
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
     metadata = metadata or {}
-    header: dict[str, Any] = {
-        "sha256": _digest(tensors, metadata),
-        "weights": _digest(tensors, {}),
-        "metadata": metadata,
-    }
+    weights = _digest(tensors)
+    header: dict[str, Any] = {"sha256": _whole(weights, metadata), "weights": weights, "metadata": metadata}
     if only_digest:
         header, tensors = header | {"only_digest": True}, {}
     text = json.dumps(header, sort_keys=True)
@@ -61,7 +58,7 @@ def holds_weights(path: Path) -> bool:
     return "only_digest" not in header
 
 
-def weights_digest(path: Path) -> str | None:
+def weights_digest(path: Path) -> str:
     """What tells the weights of a file from others, whatever else is remembered with them.
 
     Raises:
@@ -69,8 +66,7 @@ def weights_digest(path: Path) -> str | None:
         WeightsError: the file is damaged.
     """
     header, _ = _read(path)
-    digest: str | None = header.get("weights")
-    return digest
+    return str(header["weights"])
 
 
 def require_same_weights(module: nn.Module, path: Path) -> None:
@@ -81,7 +77,7 @@ def require_same_weights(module: nn.Module, path: Path) -> None:
     """
     header, _ = _read(path)
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(module).items()}
-    if _digest(own, header["metadata"]) != header["sha256"]:
+    if _digest(own) != header["weights"]:
         raise WeightsError(
             f"{path} was written for other weights of the target than those that are found now; give the "
             "model as it was when the run began"
@@ -96,7 +92,7 @@ def load_target_weights(module: nn.Module, path: Path) -> dict[str, str]:
         WeightsError: the file is damaged, or it holds the weights of another model.
     """
     header, tensors = _read(path)
-    if header["sha256"] != _digest(tensors, header["metadata"]):
+    if header["weights"] != _digest(tensors):
         raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
     wanted = _tensors(module)
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -117,9 +113,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        dict[str, str](header["metadata"]), header["sha256"]
+        whole = _whole(header["weights"], dict[str, str](header["metadata"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} is damaged ({error}); delete it to have it made again") from error
+    if header.get("sha256") != whole:
+        raise WeightsError(f"{path} is damaged (its digest does not match); delete it to have it made again")
     return header, tensors
 
 
@@ -130,10 +128,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _whole(weights: str, metadata: dict[str, str]) -> str:
+    """A digest of what a header says."""
+    return hashlib.sha256(f"{weights}\n{json.dumps(metadata, sort_keys=True)}".encode()).hexdigest()
