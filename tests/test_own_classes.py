@@ -20,8 +20,8 @@ from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.users_code import UsersCodeError
 from spd_hydra.preflight import preflight
 from spd_hydra.saved_config import to_yaml
-from spd_hydra.saved_run import pinned
 from spd_hydra.section import ConfigError, option, register
+from spd_hydra.sources import pinned
 
 Make = Callable[..., RunConfig]
 

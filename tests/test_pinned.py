@@ -22,8 +22,9 @@ from spd_hydra.launcher.job import begin_or_go_on
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.model.weights import WeightsError
 from spd_hydra.saved_config import load_config
-from spd_hydra.saved_run import pinned, read_target
+from spd_hydra.saved_run import read_target
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import pinned
 
 NAME, LATER = "owner/model", "f" * 40
 TOKENIZER = "owner/tokenizer"

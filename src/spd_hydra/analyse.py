@@ -13,7 +13,6 @@ from spd_hydra.result import Outcome, conclude, steps_per_second
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.saved_config import differences, load_config, to_yaml
 from spd_hydra.saved_run import (
-    may_move,
     read_target,
     require_own_config,
     require_same_data,
@@ -22,6 +21,7 @@ from spd_hydra.saved_run import (
     target_digest,
 )
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import may_move
 
 _MAY_DIFFER = ("task", "run", "eval.", "device", "threads")
 

@@ -24,8 +24,8 @@ from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
 from spd_hydra.run import own_directory, run
 from spd_hydra.saved_config import load_config
-from spd_hydra.saved_run import elsewhere
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import elsewhere
 
 _LEAVES_NO_RUN = {
     Task.check: "call spd_hydra.run.run(config), or spd-run task=check",

@@ -16,8 +16,9 @@ from spd_hydra.config_errors import wrong_value
 from spd_hydra.launcher_config import Background
 from spd_hydra.overrides import read, typed_path, without_hydra
 from spd_hydra.saved_config import from_dict, load_config, to_dict
-from spd_hydra.saved_run import MAY_MOVE, TOLD_MAY_CHANGE, fixed, require_trust
+from spd_hydra.saved_run import TOLD_MAY_CHANGE, fixed, require_trust
 from spd_hydra.section import ConfigError, Problem, Section
+from spd_hydra.sources import MAY_MOVE
 
 _OF_ANALYSE = ("task", "run", "eval", "device", "threads", "launcher", "trust_remote_code", *MAY_MOVE)
 

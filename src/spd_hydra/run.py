@@ -29,20 +29,9 @@ from spd_hydra.result import Outcome
 from spd_hydra.run_dir import RunDirectory, RunDirectoryError, Status
 from spd_hydra.run_files import CONFIG
 from spd_hydra.saved_config import differences, load_config, to_yaml
-from spd_hydra.saved_run import (
-    MAY_CHANGE,
-    MAY_MOVE,
-    TOLD_MAY_CHANGE,
-    from_sources,
-    machine,
-    may_move,
-    pinned,
-    require_own_config,
-    rounding_note,
-    sources,
-    with_whole_paths,
-)
+from spd_hydra.saved_run import MAY_CHANGE, TOLD_MAY_CHANGE, machine, require_own_config, rounding_note
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import MAY_MOVE, from_sources, may_move, pinned, sources, with_whole_paths
 from spd_hydra.start import fetch_start, pinned_start, require_whole_start
 from spd_hydra.stop import Stopped, StopSignals, unheard
 

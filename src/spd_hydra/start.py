@@ -19,19 +19,9 @@ from spd_hydra.model.obtain import TrainedTarget
 from spd_hydra.run_dir import RunDirectory
 from spd_hydra.run_files import CONFIG
 from spd_hydra.saved_config import differences, flat, load_config, to_dict
-from spd_hydra.saved_run import (
-    MAY_CHANGE,
-    MAY_MOVE,
-    TARGET_FILE,
-    from_sources,
-    is_commit,
-    read_target,
-    require_same_target,
-    sources,
-    target_digest,
-    with_whole_paths,
-)
+from spd_hydra.saved_run import MAY_CHANGE, TARGET_FILE, read_target, require_same_target, target_digest
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import MAY_MOVE, from_sources, is_commit, sources, with_whole_paths
 from spd_hydra.trainer import Trainer
 
 _CHECKPOINTS = "checkpoints"

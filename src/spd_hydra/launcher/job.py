@@ -27,8 +27,8 @@ from spd_hydra.launcher.record import launcher_in
 from spd_hydra.result import Outcome
 from spd_hydra.run import RunError, run
 from spd_hydra.saved_config import from_dict, load_config
-from spd_hydra.saved_run import from_sources, is_commit, sources, with_whole_paths
 from spd_hydra.section import ConfigError
+from spd_hydra.sources import from_sources, is_commit, sources, with_whole_paths
 from spd_hydra.stop import Stopped
 
 logger = logging.getLogger(__name__)

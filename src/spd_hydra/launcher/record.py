@@ -26,8 +26,8 @@ from spd_hydra.lock import FileLock, LockedError
 from spd_hydra.redaction import redact, redact_words
 from spd_hydra.run_files import LOCK, cannot
 from spd_hydra.saved_config import KIND, to_dict
-from spd_hydra.saved_run import from_sources, sources
 from spd_hydra.section import ConfigError, registered
+from spd_hydra.sources import from_sources, sources
 
 FILE = "sweep.json"
 CONFIGS = "configs.json"
