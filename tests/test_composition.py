@@ -576,7 +576,7 @@ def test_words_that_a_saved_run_cannot_follow_are_refused_for_that_and_not_by_th
         "A run that goes on takes train.steps, threads, device, train.accumulate, "
         "train.checkpoint_activations, train.shard, and keys of compiling, logging, evaluation and "
         "checkpoints, and of where model and text lie only; leave out decomposition.C=4, or begin a new run "
-        "with what this one has learned: start_from='\"mine\"'",
+        "with what this one has learned: 'start_from=\"mine\"'",
     ]
     for others in ([], ["launcher=local_parallel", "eval.every=3"]):
         assert errors(["resume=mine", "train.steps=-9", *others]) == ["train.steps: got -9, must be ≥ 1"]
