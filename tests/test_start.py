@@ -166,12 +166,28 @@ def test_a_begin_that_was_killed_is_begun_again_in_its_directory(
 ) -> None:
     place = str(trained.parent / "job")
     config = toy("train.steps=16", *CADENCE, f"start_from={trained}")
-    for at in ("write_config", "write_environment"):
+    for at in ("write_config", "write_environment", "write_summary"):
         with monkeypatch.context() as killed:
             killed.setattr(RunDirectory, at, Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 begin_or_go_on(config, place, None)
     assert begin_or_go_on(config, place, None).summary["steps"] == 16
+    assert not list(Path(place).glob(".start*"))
+
+
+def test_what_was_fetched_does_not_outlive_a_kill_right_after_the_first_checkpoint(
+    toy: Toy, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(trained.parent / "job")
+    config = toy("train.steps=16", *CADENCE, f"start_from={trained}")
+    with monkeypatch.context() as killed:
+        killed.setattr(pipeline, "forget_start", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            begin_or_go_on(config, place, None)
+    assert Path(place, "checkpoints", "step_12").is_dir()
+    assert Path(place, ".start").is_dir()
+    assert begin_or_go_on(config, place, None).summary["steps"] == 16
+    assert not list(Path(place).glob(".start*"))
 
 
 def test_a_run_with_another_target_than_that_of_its_steps_is_none_to_begin_with(

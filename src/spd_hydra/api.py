@@ -22,7 +22,7 @@ from spd_hydra.opened_run import Run as Run
 from spd_hydra.opened_sweep import Sweep as Sweep
 from spd_hydra.overrides import assignment
 from spd_hydra.plan import make_plan
-from spd_hydra.run import own_directory, run
+from spd_hydra.run import run
 from spd_hydra.saved_config import load_config
 from spd_hydra.section import ConfigError
 from spd_hydra.sources import elsewhere
@@ -101,7 +101,7 @@ def decompose(config: RunConfig | Sequence[str] = ()) -> Run:
             f"train.replicas: got {config.train.replicas}, but decompose() returns one run; train them with "
             "spd-run, then open each with load_run(...)"
         )
-    directory = own_directory(config)
+    directory = config.own_directory
     outcome = run(config) if directory is None else begin_or_go_on(config, str(directory), None)
     assert outcome.run_dir is not None, "the tasks that make none were refused"
     return load_run(outcome.run_dir, trust_remote_code=True)  # it has run here already

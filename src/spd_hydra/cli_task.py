@@ -24,7 +24,7 @@ from spd_hydra.plan import Plan
 from spd_hydra.preflight import preflight
 from spd_hydra.report.sweep import SweepRow
 from spd_hydra.result import Outcome
-from spd_hydra.run import RunError, own_directory, run
+from spd_hydra.run import RunError, run
 from spd_hydra.run_dir import RunDirectoryError
 from spd_hydra.run_files import CONFIG, cannot
 from spd_hydra.saved_config import to_dict
@@ -142,7 +142,7 @@ class Task:
         return self.planned(overrides)  # what a saved run says is not composed by Hydra
 
     def _run(self, job: Job, directory: Path | None) -> Outcome:
-        directory = own_directory(job.config) if directory is None else directory
+        directory = job.config.own_directory if directory is None else directory
         if job.config.launcher.local_ranks > 1 and job.config.run is None:
             return self._as_job(job, directory).outcome()
         with command_line(self.command):  # what the person typed goes into the record of the run

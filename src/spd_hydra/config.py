@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -117,6 +118,11 @@ class RunConfig(Section):
             settled = Divergence.kl if self.model.gives_logits() else Divergence.mse
             self.loss = dataclasses.replace(self.loss, divergence=settled)
         super().__post_init__()
+
+    @property
+    def own_directory(self) -> Path | None:
+        """Where `run_dir` says that the run is; None: in a new folder below `out_dir`."""
+        return None if self.run_dir is None else Path(self.run_dir).expanduser().absolute()
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

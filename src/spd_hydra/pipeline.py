@@ -44,7 +44,7 @@ from spd_hydra.saved_run import (
     write_target,
 )
 from spd_hydra.section import ConfigError
-from spd_hydra.start import begin_elsewhere, starting_target
+from spd_hydra.start import begin_elsewhere, forget_start, starting_target
 from spd_hydra.stop import StopSignals
 from spd_hydra.trainer import Trainer
 
@@ -224,6 +224,8 @@ def _restore(config: RunConfig, trainer: Trainer, directory: RunDirectory) -> No
         begins = checkpoint is None and begin_elsewhere(config, trainer)
         if begins:
             checkpoint = load_newest(directory.checkpoints)
+        if checkpoint is not None:
+            forget_start(directory)
         distributed.of_rank_0(None if checkpoint is None else checkpoint.path.name)
     if checkpoint is None:
         directory.truncate_metrics(0)  # of an attempt that was killed before its first checkpoint

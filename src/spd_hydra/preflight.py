@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +57,8 @@ def preflight(config: RunConfig) -> Parts:
 
 def is_begun(config: RunConfig) -> bool:
     """Whether a configuration goes on with a run: by `resume`, or since its `run_dir` holds one."""
-    return config.resume is not None or (
-        config.run_dir is not None and (Path(config.run_dir).expanduser() / CONFIG).is_file()
-    )
+    directory = config.own_directory
+    return config.resume is not None or (directory is not None and (directory / CONFIG).is_file())
 
 
 def _parts(config: RunConfig) -> tuple[Parts, AbstractContextManager[Any]]:

@@ -84,11 +84,6 @@ def run(
     return dataclasses.replace(outcome, late_stop=signals.late())
 
 
-def own_directory(config: RunConfig) -> Path | None:
-    """Where `run_dir` says that the run is; None: in a new folder below `out_dir`."""
-    return None if config.run_dir is None else Path(config.run_dir).expanduser().absolute()
-
-
 def _together(lead: Callable[[], Outcome], follow: Callable[[], Outcome]) -> Outcome:
     """Rank 0's work on rank 0 and the others' on the others; an error on one ends all."""
     size, rank = distributed.world_size(), distributed.rank()

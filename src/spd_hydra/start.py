@@ -250,8 +250,12 @@ def begin_elsewhere(config: RunConfig, trainer: Trainer) -> bool:
         f"begins at step {step} with the subcomponents of {config.start_from}"
         + (f"; other than there:\n{others}" if others else "")
     )
-    shutil.rmtree(origin.run, ignore_errors=True)
     return True
+
+
+def forget_start(directory: RunDirectory) -> None:
+    """Remove what was fetched, once the run has a checkpoint of its own."""
+    shutil.rmtree(directory.path / _FETCHED, ignore_errors=True)
 
 
 def _of_this_loss(moments: Mapping[str, Tensor], trainer: Trainer) -> dict[str, Tensor]:
