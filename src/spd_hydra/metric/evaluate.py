@@ -62,15 +62,10 @@ def evaluate(
             objective, sampler, terms, objective.scheduled(progress, terms), batches, ablated
         )
     if not activity.positions:
-        raise ConfigError(
-            "data: every position of the evaluation data is padding; there is nothing to measure"
-        )
+        raise ConfigError("data: every position to evaluate on is padding; there is nothing to measure")
     real = reference_positions * activity.positions / with_padding  # as in a training batch padded as much
     losses = _losses(objective, terms, totals, real)
-    verdict = None
-    if known is not None:  # in the precision of training
-        with model.uncompiled():
-            verdict = compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
+    verdict = None if known is None else _verdict(objective, known)
     recovery = None if verdict is None else verdict.recovery
     contributions = neuron_contributions(model)
     metrics = _metrics(losses, activity, verdict) | agreement_metrics(contributions)
@@ -91,6 +86,13 @@ def evaluate(
         strict=certified and verdict.holds(STRICT_TOLERANCE) if verdict and verdict.checks else None,
     )
     return with_extra(found, model)
+
+
+def _verdict(objective: Objective, known: KnownAnswer) -> Verdict:
+    """The comparison with the known answer, in the precision of training."""
+    model = objective.model
+    with model.uncompiled():
+        return compare(model, known, objective.inputs(known.probe.to(model.device)).ci)
 
 
 def _losses(
