@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.language import hand_made, objective_of
+from torch import Tensor
 
 from spd_hydra.build import Parts, assemble, untrained_target
 from spd_hydra.config import RunConfig
+from spd_hydra.data.base import Batches
 from spd_hydra.loss.base import LossInputs
 from spd_hydra.metric import evaluate as module
 from spd_hydra.metric.evaluate import evaluate
@@ -210,3 +213,38 @@ def test_what_cannot_be_measured_without_training_on_it_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^eval.also: got {name}, must be loss terms among .*hidden_acts"):
         toy(f"eval.also=[{name}]")
+
+
+class PaddingAlone(Batches):
+    """Rows of four tokens that are none."""
+
+    padded = True
+
+    def __call__(self, key: Tensor, rows: Tensor) -> Tensor:
+        return torch.full((len(rows), 4), -1)
+
+
+def test_where_all_that_is_evaluated_on_is_padding_nothing_is_measured_and_the_data_are_named() -> None:
+    objective = objective_of(hand_made())
+    terms = objective.losses.measured_terms()
+    sampler = Sampler(
+        PaddingAlone(),
+        seed=0,
+        purpose="eval",
+        rows=torch.arange(3, dtype=torch.int32),
+        rows_per_step=3,
+        columns=objective.columns(terms),
+        position_shape=(4,),
+    )
+    with pytest.raises(ConfigError, match=r"^data: every position to evaluate on is padding"):
+        evaluate(
+            objective,
+            sampler,
+            step=0,
+            progress=0.0,
+            batches=2,
+            reference_positions=12,
+            known=None,
+            certified=False,
+            ideal_l0={},
+        )
