@@ -184,6 +184,27 @@ def test_the_optimiser_of_the_warmup_is_forgotten(make: Make) -> None:
     assert all(parameter.grad is None for parameter in trainer.updates.components)
 
 
+def test_subcomponents_that_start_from_inputs_are_not_warmed_up(make: Make) -> None:
+    trainer = make(
+        "train.faithfulness_warmup.steps=3",
+        "~decomposition.tied.unembed",
+        "decomposition.sites.embed.init=inputs",
+    )
+    before = {site: values(trainer.model.pieces(site).parameters()) for site in trainer.model.site_names}
+    trainer.updates.fit_weights()
+    for site, old in before.items():
+        unchanged = map(torch.equal, trainer.model.pieces(site).parameters(), old)
+        assert list(unchanged) == [site == "embed"] * 2
+    assert all(parameter.grad is None for parameter in trainer.updates.components)
+
+
+def test_nor_are_sites_that_are_tied_to_them(make: Make) -> None:
+    trainer = make("train.faithfulness_warmup.steps=3", "decomposition.sites.embed.init=inputs")
+    before = values(trainer.updates.components)
+    trainer.updates.fit_weights()
+    assert all(map(torch.equal, trainer.updates.components, before))
+
+
 def test_without_warmup_training_starts_from_the_initial_values(make: Make) -> None:
     trainer = make("train.faithfulness_warmup.steps=0")
     before = values(trainer.updates.components)

@@ -32,7 +32,7 @@ from spd_hydra.model.users_code import told_of
 from spd_hydra.sampler import Sampler
 from spd_hydra.section import ConfigError
 
-_CANDIDATES = 16  # inputs per subcomponent from which `init=inputs` chooses
+_START_POSITIONS = 2**15  # whose inputs `init=inputs` looks at: a feature on in 1 % of rows is in 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,8 +306,7 @@ def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: in
     with torch.no_grad():
         first = next(iter(model.causal_importances(batches(key, _rows(1, model.device))).values()))
     positions = first.lower[..., 0].numel()  # of a row
-    wanted = _CANDIDATES * max(shape.C for shape in model.site_shapes().values())
-    start_from_inputs(model, batches(key, _rows(-(-wanted // positions), model.device)))
+    start_from_inputs(model, batches(key, _rows(-(-_START_POSITIONS // positions), model.device)))
 
 
 def _rows(number: int, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spd_hydra import distributed
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.loss.faithfulness import faithfulness_statistics
 from spd_hydra.optimizer import adamw, in_same_memory, load_state_tensors, state_tensors
 from spd_hydra.trainer_config import Sharding, Training
@@ -59,18 +60,25 @@ class Updates:
         return norms
 
     def fit_weights(self) -> None:
-        """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped."""
-        warmup = self.training.faithfulness_warmup
-        optimizer = adamw([self.updated["components"]], lr=warmup.lr, weight_decay=warmup.weight_decay)
+        """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped.
+
+        Those that start from inputs do so already, in the directions that were chosen for them, and stay.
+        """
+        warmup, model = self.training.faithfulness_warmup, self.model
+        own = (name for name in model.site_names if name not in model.config.tied)
+        unfit = model.matrices(name for name in own if model.inits[name] is not Init.inputs)
+        if not unfit:
+            return
+        optimizer = adamw([self._own(unfit)], lr=warmup.lr, weight_decay=warmup.weight_decay)
         for _ in range(warmup.steps):
-            optimizer.zero_grad()
-            statistics = faithfulness_statistics(self.model)
+            model.zero_grad()
+            statistics = faithfulness_statistics(model)
             torch.autograd.backward(statistics["sum"] / statistics["count"])
             if self.shards is not None:
                 self.shards.take_gradients(self.components)
             optimizer.step()
             self._gather(self.components)
-        optimizer.zero_grad()
+        model.zero_grad()
 
     def set_moments(self, moments: Mapping[str, Tensor], *, in_place: bool) -> None:
         """Go on with these moments (none: a new optimiser).
