@@ -2,10 +2,10 @@
 
     python benchmarks/start_noise.py resid_mlp3 --seed 2
 
-With one subcomponent at its full size and all others at random sizes in [0, 1], what the site writes is off in
-the mean by ¼ |W x - U_c V_c·x|² + 1/12 Σ_b≠c |U_b V_b·x|². Each feature has the subcomponent that is best for
-it, no two the same. Printed is that over |W x|², at the median, at nine in ten and at the worst of the features:
-a subcomponent that does nothing has 0.25.
+With one subcomponent at its full size and all others at random sizes in [0, 1], what the site writes is off
+in the mean by ¼ |W x - U_c V_c·x|² + 1/12 Σ_b≠c |U_b V_b·x|². Each feature has the subcomponent that is best
+for it, no two the same. Printed is that over |W x|², at the median, at nine in ten and at the worst of the
+features: a subcomponent that does nothing has 0.25.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from spd_hydra.composition import compose
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.factored import dense
+from spd_hydra.model.resid_mlp import ResidMLPModel
 from spd_hydra.model.tms import PROBE_MAGNITUDE
 
 
@@ -50,7 +51,8 @@ def main() -> None:
             entry.init = init
         model = assemble(config, target, device_of(config)).model
         with torch.no_grad():
-            probe = PROBE_MAGNITUDE * torch.eye(model.target.W_E.shape[0])  # type: ignore[operator, union-attr]
+            assert isinstance(model.target, ResidMLPModel)
+            probe = PROBE_MAGNITUDE * torch.eye(len(model.target.W_E))
             for site, inputs in model.clean_pass(probe).inputs.items():
                 if site.endswith("mlp_in"):
                     found = noise(model, site, dense(inputs)).quantile(torch.tensor([0.5, 0.9, 1.0]))
