@@ -100,7 +100,9 @@ def language_model(
         faithfulness=Faithfulness(coeff=0.1),
         stochastic_recon_layerwise=Recon(coeff=1.0, routing=LossSet().stochastic_recon_layerwise.routing),
         pgd_recon=PGDRecon(coeff=float(searches), n_steps=2, step_size=0.4),
-        importance_minimality=ImportanceMinimality(coeff=1.0, beta=beta, p_start=2.0, p_end=0.5, warmup=0.8),
+        importance_minimality=ImportanceMinimality(
+            coeff=1.0, beta=beta, p_start=2.0, p_end=0.5, squeeze=3.0, squeeze_from=0.2, squeeze_to=0.4
+        ),
     )
     objective = Objective(model, losses, precision=Precision.fp32, ci_threshold=0.1, padded=True)
     sampler = Sampler(
@@ -232,7 +234,7 @@ def test_what_a_search_finds_in_a_part_alone_would_be_something_else(toy: Toy) -
 def test_compiled_parts_have_the_gradients_of_the_whole_batch(toy: Toy) -> None:
     config = toy(
         "train.batch_size=21",
-        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,warmup:0.8}",
+        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,squeeze:3.0,squeeze_from:0.2}",
         *SEARCHES[1:],
     )
     made = assemble(config, untrained_target(config), torch.device("cpu"))
@@ -299,7 +301,7 @@ def of_a_rank(rank: int, size: int, port: int, config: RunConfig, out: Path) -> 
 def test_two_ranks_in_parts_have_the_gradients_of_the_whole_batch(toy: Toy, tmp_path: Path) -> None:
     config = toy(
         "train.batch_size=13",
-        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,warmup:0.8}",
+        "loss.importance_minimality={beta:0.5,p_start:2.0,p_end:1.0,squeeze:3.0,squeeze_from:0.2}",
         *SEARCHES,
     )
     made = assemble(config, untrained_target(config), torch.device("cpu"))

@@ -32,7 +32,7 @@ STEPS = 33
 EXACT = ("train.lr=0.0009765625", "train.lr_schedule.kind=linear", "train.log_every=8")
 CASES = {
     "adversarial": ["loss.pgd_recon.coeff=1"],
-    "annealed": ["loss.importance_minimality={p_end:0.5,warmup:0.6}"],
+    "annealed": ["loss.importance_minimality={p_end:0.5,squeeze:3.0,squeeze_from:0.3,squeeze_to:0.6}"],
     "clipped, subsets": [
         "train.clip_components=0.01",
         "train.clip_ci_fn=0.02",

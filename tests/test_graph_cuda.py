@@ -29,7 +29,7 @@ GPU = (
     "train.checkpoint_every=100",
 )
 ANNEALED_AND_CLIPPED = (
-    "loss.importance_minimality={p_end:0.5,warmup:0.6}",
+    "loss.importance_minimality={p_end:0.5,squeeze:3.0,squeeze_from:0.3,squeeze_to:0.6}",
     "train.clip_components=0.01",
     "train.clip_ci_fn=0.02",
 )

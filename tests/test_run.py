@@ -145,8 +145,9 @@ def test_advice_knows_the_keys_of_every_site(layers: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(("end", "late"), [(0.7, False), (0.8, True)])
-def test_a_coefficient_that_rises_in_the_last_quarter_moves_the_loss_late(end: float, late: bool) -> None:
-    _, settings = settings_for("experiment=tms_5-2", f"loss.importance_minimality.warmup={end}")
+def test_a_squeeze_in_the_last_quarter_moves_the_loss_late(end: float, late: bool) -> None:
+    squeeze = f"{{squeeze:3.0,squeeze_from:{end - 0.02},squeeze_to:{end}}}"
+    _, settings = settings_for("experiment=tms_5-2", f"loss.importance_minimality={squeeze}")
     assert settings.anneals_late is late
 
 

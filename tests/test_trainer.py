@@ -184,11 +184,11 @@ def test_the_optimiser_of_the_warmup_is_forgotten(make: Make) -> None:
     assert all(parameter.grad is None for parameter in trainer.updates.components)
 
 
-def test_subcomponents_that_start_from_inputs_are_not_warmed_up(make: Make) -> None:
+def test_subcomponents_that_start_as_detectors_are_not_warmed_up(make: Make) -> None:
     trainer = make(
         "train.faithfulness_warmup.steps=3",
         "~decomposition.tied.unembed",
-        "decomposition.sites.embed.init=inputs",
+        "decomposition.sites.embed.init=detectors",
     )
     before = {site: values(trainer.model.pieces(site).parameters()) for site in trainer.model.site_names}
     trainer.updates.fit_weights()
@@ -199,7 +199,7 @@ def test_subcomponents_that_start_from_inputs_are_not_warmed_up(make: Make) -> N
 
 
 def test_nor_are_sites_that_are_tied_to_them(make: Make) -> None:
-    trainer = make("train.faithfulness_warmup.steps=3", "decomposition.sites.embed.init=inputs")
+    trainer = make("train.faithfulness_warmup.steps=3", "decomposition.sites.embed.init=detectors")
     before = values(trainer.updates.components)
     trainer.updates.fit_weights()
     assert all(map(torch.equal, trainer.updates.components, before))

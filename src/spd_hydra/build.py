@@ -13,6 +13,7 @@ from spd_hydra.ci_fn.base import SiteActivation
 from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.detector_init import start_as_detectors
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.inputs import real_positions
@@ -32,7 +33,8 @@ from spd_hydra.model.users_code import told_of
 from spd_hydra.sampler import Sampler
 from spd_hydra.section import ConfigError
 
-_START_POSITIONS = 2**15  # whose inputs `init=inputs` looks at: a feature on in 1 % of rows is in 300
+_CANDIDATES = 16  # inputs per subcomponent from which `init=inputs` chooses
+_DETECTED = 2**15  # inputs that `init=detectors` looks at: a feature that is on in 1 % of them is in 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,13 +302,22 @@ def _positions(
 
 def _start(model: DecomposedModel, batches: Batches, config: RunConfig, seed: int) -> None:
     """Initial values that need data."""
-    if Init.inputs not in model.inits.values():
+    used = {Init.inputs, Init.detectors}.intersection(model.inits.values())
+    if not used:
         return
     key = rng.key(seed, "initial_inputs").to(model.device)
     with torch.no_grad():
         first = next(iter(model.causal_importances(batches(key, _rows(1, model.device))).values()))
     positions = first.lower[..., 0].numel()  # of a row
-    start_from_inputs(model, batches(key, _rows(-(-_START_POSITIONS // positions), model.device)))
+
+    def first_inputs(number: int) -> torch.Tensor:
+        return batches(key, _rows(-(-number // positions), model.device))
+
+    if Init.inputs in used:
+        C = max(shape.C for shape in model.site_shapes().values())
+        start_from_inputs(model, first_inputs(_CANDIDATES * C))
+    if Init.detectors in used:
+        start_as_detectors(model, first_inputs(_DETECTED))
 
 
 def _rows(number: int, device: torch.device) -> torch.Tensor:

@@ -62,11 +62,11 @@ class Updates:
     def fit_weights(self) -> None:
         """Faithfulness warmup: V and U alone learn to sum to the weights; its optimiser is then dropped.
 
-        Those that start from inputs do so already, in the directions that were chosen for them, and stay.
+        Those that start as detectors do so already, with what was chosen for them to read, and stay.
         """
         warmup, model = self.training.faithfulness_warmup, self.model
         own = (name for name in model.site_names if name not in model.config.tied)
-        unfit = model.matrices(name for name in own if model.inits[name] is not Init.inputs)
+        unfit = model.matrices(name for name in own if model.inits[name] is not Init.detectors)
         if not unfit:
             return
         optimizer = adamw([self._own(unfit)], lr=warmup.lr, weight_decay=warmup.weight_decay)

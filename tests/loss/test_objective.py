@@ -46,7 +46,9 @@ def draw(own: Objective, step: int = 0) -> Tensor:
 def everything() -> LossSet:
     return LossSet(
         faithfulness=Faithfulness(coeff=0.5),
-        importance_minimality=ImportanceMinimality(coeff=0.25, p_start=2, p_end=1, beta=0.5, warmup=0.8),
+        importance_minimality=ImportanceMinimality(
+            coeff=0.25, p_start=2, p_end=1, beta=0.5, squeeze=3, squeeze_from=0.4, squeeze_to=0.6
+        ),
         stochastic_recon=Recon(coeff=1.5, n_samples=2),
         stochastic_recon_layerwise=Recon(coeff=0.75, routing=Routing.layerwise),
         stochastic_recon_subset=Recon(coeff=0.3, routing=Routing.uniform_k),
@@ -110,7 +112,7 @@ def test_the_total_is_the_sum_of_coefficients_times_terms(chain: MakeModel) -> N
     loss = own(batch(), draw(own), own.scheduled(0.5))
     coefficients = {
         "faithfulness": 0.5,
-        "importance_minimality": 0.25 * 0.5 / 0.8,  # it rises until 80 % of training
+        "importance_minimality": 0.25 * 3,  # squeezed at half of the training
         "stochastic_recon": 1.5,
         "stochastic_recon_layerwise": 0.75,
         "stochastic_recon_subset": 0.3,
@@ -184,7 +186,7 @@ def test_only_terms_that_change_have_scheduled_values(chain: MakeModel) -> None:
     own = objective(chain(), everything())
     scheduled = own.scheduled(0.25)
     assert scheduled.keys() == {"importance_minimality"}
-    assert scheduled["importance_minimality"] == {"p": 1.75, "warmup": 0.3125}
+    assert scheduled["importance_minimality"] == {"p": 1.75, "pressure": 1}
     assert objective(chain(), LossSet()).scheduled(0.5) == {}
 
 

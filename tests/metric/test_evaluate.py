@@ -104,14 +104,14 @@ def test_every_term_that_is_cheap_is_measured_whether_trained_on_or_not(parts: P
     assert any(term.coeff == 0 for term in terms.values())
 
 
-def test_the_total_is_that_of_training_while_a_coefficient_rises(toy: Callable[..., RunConfig]) -> None:
-    config = toy("loss.importance_minimality.warmup=0.4")
+def test_the_total_is_that_of_training_while_a_term_is_squeezed(toy: Callable[..., RunConfig]) -> None:
+    config = toy("loss.importance_minimality={squeeze:3.0,squeeze_from:0.2,squeeze_to:0.4}")
     parts = assemble(config, untrained_target(config), torch.device("cpu"))
-    before, after = (measured(parts, progress=progress).metrics for progress in (0.1, 0.5))
+    before, within = (measured(parts, progress=progress).metrics for progress in (0.1, 0.3))
     name = "loss/importance_minimality"
-    assert after[name] == pytest.approx(before[name], rel=1e-6)
-    more = 0.75 * config.loss.importance_minimality.coeff * before[name]
-    assert after["loss/total"] == pytest.approx(before["loss/total"] + more, rel=1e-6)
+    assert within[name] == pytest.approx(before[name], rel=1e-6)
+    more = 2 * config.loss.importance_minimality.coeff * before[name]
+    assert within["loss/total"] == pytest.approx(before["loss/total"] + more, rel=1e-6)
     assert more > 0.01 * before["loss/total"]
 
 

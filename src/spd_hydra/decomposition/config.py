@@ -69,8 +69,8 @@ class Decomposition(Section):
     )
     init: Init = option(
         Init.normal,
-        "how V and U start: normal | aligned (unit vectors scaled to fit the weights) | inputs (V that "
-        "detect directions of the inputs of the site, far from each other)",
+        "how V and U start: normal | aligned (unit vectors scaled to fit the weights) | inputs (V along "
+        "inputs of the site, far from each other) | detectors (V read one direction of the inputs each)",
     )
 
     def __post_init__(self) -> None:

@@ -1,8 +1,10 @@
-"""`init=inputs`: subcomponents that begin by detecting directions in which the data lie."""
+"""`init=inputs`: subcomponents that begin by reading directions in which the data lie."""
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.inputs import real_positions
@@ -10,11 +12,9 @@ from spd_hydra.decomposition.subcomponents import Init, TiedSubcomponents
 from spd_hydra.factored import dense
 from spd_hydra.section import ConfigError
 
-_ABOUT_AS_FAR = 0.15  # difference of nearness that does not count
-_SAME = 0.9  # nearness of two pieces that are one
+_ABOUT_AS_FAR = 0.15  # difference of |cosine| that does not count
+_SAME = 0.9  # |cosine| of two vectors in one direction
 _ROWS = 1024  # that are compared with all others at a time
-_CANDIDATES = 32  # inputs per subcomponent from which directions are chosen
-_UNSEEN = 1e-6  # of the largest variance: a direction with less is outside the span of the inputs
 
 
 def require_vectors(model: DecomposedModel) -> None:
@@ -24,121 +24,89 @@ def require_vectors(model: DecomposedModel) -> None:
         ConfigError: such a site is an embedding, whose inputs are tokens.
     """
     for name, shape in model.site_shapes().items():
-        if shape.embedding and model.inits[name] is Init.inputs:
+        init = model.inits[name]
+        if shape.embedding and init in {Init.inputs, Init.detectors}:
             raise ConfigError(
-                f"decomposition.init: got inputs, but site {name!r} is an embedding, whose inputs are "
+                f"decomposition.init: got {init.name}, but site {name!r} is an embedding, whose inputs are "
                 "tokens; use normal or aligned, for that site alone by the init of its entry"
             )
 
 
 @torch.no_grad()
 def start_from_inputs(model: DecomposedModel, batch: Tensor) -> None:
-    """Where `init` is `inputs`, let V and U be those of `detectors` of the site's clean inputs.
+    """Where `init` is `inputs`: let V be inputs of the site, far from each other, and U what sums to W.
+
+    Of the clean inputs of a site, scaled to length 1, C are chosen one after another: of those about as far
+    in angle from all before as any is, the one in whose direction most inputs lie. Then V U = Wᵀ on the span
+    of V (`shares`). No answer is known here: a direction is chosen because inputs have it. With random
+    vectors a feature that a site serves only weakly often ends shared among other features' subcomponents.
 
     Args:
         model: gets the new V and U; tied sites follow their sources.
-        batch: input of the target, many times as many positions as the inputs of a site have dimensions;
-            negative token ids are padding, which is passed over.
+        batch: input of the target, several times as many positions as the largest C; negative token ids are
+            padding, which is passed over.
 
     Raises:
         ConfigError: a site is an embedding.
     """
     require_vectors(model)
-    for name, x in model.clean_pass(batch).inputs.items():
+    for name, inputs in inputs_of(model, batch, Init.inputs):
         pieces = model.pieces(name)
-        if isinstance(pieces, TiedSubcomponents) or model.inits[name] is not Init.inputs:
+        V = spread_directions(inputs.float(), pieces.C, pieces.V.detach())
+        pieces.V.copy_(V)
+        pieces.U.copy_(shares(V, model.weight(name).T.float()))
+
+
+def inputs_of(model: DecomposedModel, batch: Tensor, init: Init) -> Iterator[tuple[str, Tensor]]:
+    """Clean inputs `[n, d_in]` of every site that starts so and is not tied to another, without padding."""
+    for name, x in model.clean_pass(batch).inputs.items():
+        if isinstance(model.pieces(name), TiedSubcomponents) or model.inits[name] is not init:
             continue
         x = dense(x)
         real = real_positions(batch, x.shape[:-1])
-        inputs = x.flatten(0, -2) if real is None else x[real]
-        if inputs.any():
-            V, U = detectors(inputs, pieces.V.detach(), model.weight(name).T)
-            pieces.V.copy_(V)
-            pieces.U.copy_(U)
+        yield name, x.flatten(0, -2) if real is None else x[real]
 
 
-def detectors(
-    inputs: Float[Tensor, "n d_in"], otherwise: Float[Tensor, "d_in C"], weight: Float[Tensor, "d_in d_out"]
-) -> tuple[Float[Tensor, "d_in C"], Float[Tensor, "C d_out"]]:
-    """V that each read one direction of the inputs, and of all else little, and U that sum to W with them.
-
-    With Σ the mean of x xᵀ over inputs, directions r_c of r_cᵀ Σ⁻¹ r_c = 1 are chosen by `spread_pieces`, and
-
-        V_c ∝ (Σ_b r_b r_bᵀ + Σ)⁻¹ r_c,  V_c · r_c = 1,  U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
-
-    a matched filter: of all vectors that read r_c as strongly, V_c reads least of the other directions and of
-    the inputs as a whole. V along r_c itself would read what r_c shares with others too, such as what a layer
-    before adds for all of them. U_c takes what those before leave of W: a direction that is a sum of others
-    begins with next to nothing, and they with all of theirs. What is left then goes into V by the least
-    change that makes up for it, first where inputs lie, then elsewhere: V U = Wᵀ if C is at least d_out.
-
-    No answer is known here: a direction is chosen because inputs have it.
+def spread_directions(
+    inputs: Float[Tensor, "n d_in"], C: int, otherwise: Float[Tensor, "d_in C"]
+) -> Float[Tensor, "d_in C"]:
+    """C unit vectors along inputs, each far from those before and in a direction that many inputs have.
 
     Args:
-        inputs: of the site; all of them make Σ, directions are taken from the first 32 for each of C.
-        otherwise: directions where inputs have fewer than C, as seen in the inputs' span.
-        weight: Wᵀ.
-    """
-    x, W = inputs.double(), weight.double()
-    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
-    is_seen = variances > _UNSEEN * variances[-1]
-    scales, axes = variances[is_seen].sqrt(), axes[:, is_seen]
-    whiten, undo = axes / scales, axes * scales  # to where Σ is the unit matrix, and back
-    C = otherwise.shape[1]
-    candidates = x[x.any(dim=1)][: _CANDIDATES * C] @ whiten
-    directions = spread_pieces(candidates, undo.T @ W, undo.T @ otherwise.double())
-    noise = directions @ directions.T + torch.eye(len(scales)).to(x)
-    V = torch.linalg.solve(noise, directions)
-    V = V / (V * directions).sum(dim=0)
-    reads = (directions.T @ V).tril()  # of each direction, by its own subcomponent and those before
-    U = torch.linalg.solve_triangular(reads, directions.T @ undo.T @ W, upper=False, unitriangular=True)
-    V = whiten @ (V + _least_change(V, U, undo.T @ W))
-    norms = V.norm(dim=0)
-    V, U = V / norms, U * norms[:, None]
-    V = V + _least_change(V, U, W)
-    return V.to(weight.dtype), U.to(weight.dtype)
-
-
-def _least_change(
-    V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], weight: Float[Tensor, "d_in d_out"]
-) -> Float[Tensor, "d_in C"]:
-    """The smallest change of V with which V U is Wᵀ, or as near as U allows."""
-    inverse: Tensor = torch.linalg.pinv(U)
-    return (weight - V @ U) @ inverse
-
-
-def spread_pieces(
-    inputs: Float[Tensor, "n d_in"], weight: Float[Tensor, "d_in d_out"], otherwise: Float[Tensor, "d_in C"]
-) -> Float[Tensor, "d_in C"]:
-    """C unit vectors r along inputs, of which the pieces (W r) rᵀ are far from each other, and common.
-
-    One after another is chosen: of those about as far from all before as any is, the one whose piece most
-    inputs have. Two pieces are as near as the cosine of the vectors times that of what W makes of them. So
-    a direction and its opposite are one, and an input for which W does something else with a direction that
-    it shares is another.
-
-    Args:
-        inputs: candidates; those of which W makes nothing are left out.
-        weight: Wᵀ.
+        inputs: candidates; zero vectors are left out.
+        C: how many to choose.
         otherwise: columns that stay, scaled to length 1, where there are fewer directions than C.
     """
-    outputs = inputs @ weight
-    is_read = outputs.norm(dim=1) > 0
-    reads = nn.functional.normalize(inputs[is_read], dim=1)
-    writes = nn.functional.normalize(outputs[is_read], dim=1)
-    directions = nn.functional.normalize(otherwise, dim=0)
-    company = _company(reads, writes)
-    nearest = reads.new_zeros(len(reads))  # largest nearness to one that is chosen
-    for c in range(min(otherwise.shape[1], len(reads))):
+    norms = inputs.norm(dim=1)
+    candidates = inputs[norms > 0] / norms[norms > 0, None]
+    V: Tensor = otherwise / otherwise.norm(dim=0)
+    company = _company(candidates)
+    nearest = torch.zeros(len(candidates), device=inputs.device)  # largest |cosine| to one that is chosen
+    for c in range(min(C, len(candidates))):
         is_far = nearest <= nearest.min() + _ABOUT_AS_FAR
         index = torch.where(is_far, company, -1).argmax()
-        directions[:, c] = reads[index]
-        nearest = torch.maximum(nearest, (reads @ reads[index]) * (writes @ writes[index]))
+        V[:, c] = candidates[index]
+        nearest = torch.maximum(nearest, (candidates @ candidates[index]).abs())
         nearest[index] = torch.inf
-    return directions
+    return V
 
 
-def _company(reads: Float[Tensor, "n d"], writes: Float[Tensor, "n d_out"]) -> Int[Tensor, " n"]:
-    """How many pieces are nearly the same as each."""
-    parts = zip(torch.split(reads, _ROWS), torch.split(writes, _ROWS), strict=True)
-    return torch.cat([((some @ reads.T) * (made @ writes.T) > _SAME).sum(1) for some, made in parts])
+def shares(V: Float[Tensor, "d_in C"], weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "C d_out"]:
+    """U with V U = Wᵀ on the span of V, in which each subcomponent takes what those before it leave of Wᵀ.
+
+    So one whose direction is a sum of others' begins with next to nothing, and they with all of theirs.
+
+    Args:
+        V: unit vectors.
+        weight: Wᵀ.
+    """
+    # U_c + Σ_{b<c} (V_c · V_b) U_b = V_cᵀ Wᵀ
+    U: Tensor = torch.linalg.solve_triangular(V.T @ V, V.T @ weight, upper=False, unitriangular=True)
+    left = weight - V @ U  # V is not orthogonal
+    rest: Tensor = torch.linalg.pinv(V) @ left
+    return U + rest
+
+
+def _company(units: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """How many of the vectors lie in the direction of each, or in the opposite one."""
+    return torch.cat([((some @ units.T).abs() > _SAME).sum(1) for some in torch.split(units, _ROWS)])

@@ -14,13 +14,15 @@ class Init(Enum):
     """How V and U start.
 
     `normal`: V ~ N(0, 1/d_in), U ~ N(0, 1/C). `aligned`: unit vectors, then U_c scaled by ⟨U_c V_c, W⟩.
-    `inputs`: V that detect directions of the inputs of the site, U what sums to W with them
-    (`input_init.start_from_inputs`, from `normal`).
+    `inputs`: V along inputs of the site, U what sums to W (`input_init.start_from_inputs`, from `normal`).
+    `detectors`: V that each read one direction of the inputs and of all else little, U what sums to W
+    (`detector_init.start_as_detectors`, from `normal`).
     """
 
     normal = "normal"
     aligned = "aligned"
     inputs = "inputs"
+    detectors = "detectors"
 
 
 class Subcomponents(nn.Module):

@@ -30,7 +30,8 @@ USUAL = [
     "Loss terms over training, each before its coefficient, the total with them, lines from training batches "
     "and points from evaluations: reconstruction should fall and stay low while importance minimality goes "
     "down, and a late rise is a warning of collapse, but where the exponent p is annealed importance "
-    "minimality rises with it, as g^p does where 0 < g < 1, and while its coefficient rises the total may.",
+    "minimality rises with it, as g^p does where 0 < g < 1, and while a squeeze multiplies its coefficient "
+    "the total does too.",
 )
 def draw(evaluation: Evaluation, history: History) -> "Figure | None":
     """Log-scaled curves of every term that is ever above 0; the total in black."""

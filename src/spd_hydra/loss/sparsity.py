@@ -16,8 +16,9 @@ from spd_hydra.section import Problem, option
 class SparsityLoss(Loss):
     """A term of which one parameter moves linearly between two fractions of training.
 
-    Its coefficient may rise from 0, so that what is needed is known before there is pressure to do without.
-    The term itself, as it is logged, is without that factor.
+    Between two others its coefficient is `squeeze` times as large: what costs more than it is worth is
+    merged, and what is missed comes back after. At first it may rise from 0, so that what is needed is known
+    before there is pressure to do without. The term itself, as it is logged, is without these factors.
     """
 
     anneal_from: float = option(0.0, "fraction of training at which the parameter begins to move", ge=0, le=1)
@@ -25,32 +26,46 @@ class SparsityLoss(Loss):
     warmup: float = option(
         0.0, "fraction of training over which the coefficient rises linearly from 0; 0: none", ge=0, le=1
     )
+    squeeze: float = option(
+        1.0, "factor on the coefficient from squeeze_from on, until squeeze_to; 1: none", gt=0
+    )
+    squeeze_from: float = option(0.7, "fraction of training at which the factor begins", ge=0, le=1)
+    squeeze_to: float = option(0.8, "fraction of training at which it ends", ge=0, le=1)
 
     def problems(self) -> Iterator[Problem]:
         """Adds: nothing can end before it begins."""
         yield from super().problems()
-        if self.anneal_from > self.anneal_to:
-            wrong = f"got {self.anneal_from}, must be ≤ anneal_to, which is {self.anneal_to}"
-            yield Problem("anneal_from", wrong)
+        for what in ("anneal", "squeeze"):
+            begin, end = getattr(self, f"{what}_from"), getattr(self, f"{what}_to")
+            if begin > end:
+                yield Problem(f"{what}_from", f"got {begin}, must be ≤ {what}_to, which is {end}")
 
     def annealed(self, progress: float, start: float, end: float) -> float:
         """The parameter at `progress` in [0, 1] of training."""
         return annealed(progress, start, end, self.anneal_from, self.anneal_to)
 
     def scheduled(self, progress: float) -> dict[str, float]:
-        return {"warmup": min(1.0, progress / self.warmup)} if self.warmup else {}
+        if not self._moves:
+            return {}
+        squeeze = self.squeeze if self.squeeze_from <= progress < self.squeeze_to else 1.0
+        return {"pressure": squeeze * (min(1.0, progress / self.warmup) if self.warmup else 1.0)}
+
+    @property
+    def _moves(self) -> bool:
+        """Whether the coefficient is not always the same."""
+        return self.squeeze != 1 or self.warmup > 0
 
     def counts(self, inputs: LossInputs) -> Statistics:
-        """The number of positions, which statistics need beside the sums; with a warmup, its factor too."""
+        """The number of positions, which statistics need beside the sums; the factor too, if it moves."""
         count = inputs.n_positions
-        if not self.warmup:
+        if not self._moves:
             return {"count": count}
-        return {"count": count, "warmup": inputs.schedule["warmup"] * count}
+        return {"count": count, "pressure": inputs.schedule["pressure"] * count}
 
     def weight(self, statistics: Statistics) -> Float[Tensor, ""] | float:
-        if not self.warmup:
+        if not self._moves:
             return self.coeff
-        return self.coeff * mean(statistics["warmup"], statistics["count"])
+        return self.coeff * mean(statistics["pressure"], statistics["count"])
 
     @staticmethod
     def means(statistics: Statistics) -> Float[Tensor, " subcomponents"]:
