@@ -223,6 +223,11 @@ def assemble(
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
     batches = bound(config)
+    if config.train.join_every and batches.ordered:
+        raise ConfigError(
+            f"train.join_every: got {config.train.join_every}, must be 0 with data that are read in order, "
+            "as text is: what belongs together is judged by rows that are drawn beside those of the steps"
+        )
     if isinstance(target, TokensIn):
         target.expect_padding(takes_padding or batches.padded)
     model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(

@@ -228,6 +228,9 @@ class Replicas:
             self._share_moments()
         for trainer in self.trainers:
             trainer.step, trainer.lr = step + 1, lr
+        for number, trainer in enumerate(self.trainers):
+            if number not in self.failed:
+                trainer.join_if_due()
         return [self.failed.get(number, loss) for number, loss in enumerate(losses)]
 
     def _prepare(self) -> None:

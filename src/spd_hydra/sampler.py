@@ -72,6 +72,15 @@ class Sampler:
         # Found on the CPU, where the rows are: asking a GPU for them would wait for all it has to do.
         return send(self.batches(data_key, self._places + step * self.rows_per_step), device)
 
+    def others(self, purpose: str, step: int, number: int) -> Tensor:
+        """Rows drawn for something else, from rows that count from 0: the same ones on all ranks.
+
+        Of data that are drawn; an ordered stream has no others.
+        """
+        assert not self.batches.ordered, "rows of an ordered stream are those of its steps"
+        rows = torch.arange(number, dtype=torch.int32, device=self.rows.device)
+        return self.batches(send(rng.key(self.seed, purpose, step), self.rows.device), rows)
+
     def answers(self, step: int) -> Tensor | None:
         """What mask tokens of the batch of a step stand for; None: it has none."""
         places = self._places + (step * self.rows_per_step if self.batches.ordered else 0)

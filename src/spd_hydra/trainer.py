@@ -11,6 +11,7 @@ from spd_hydra.accumulation import AccumulatedStep
 from spd_hydra.checkpoint import Checkpoint, save_checkpoint
 from spd_hydra.compiling import can_compile
 from spd_hydra.decomposition.compiled_blocks import CompiledBlocks
+from spd_hydra.decomposition.joining import join, told
 from spd_hydra.finite import (
     require_finite,
     require_finite_evaluation,
@@ -34,6 +35,7 @@ from spd_hydra.updates import Updates
 
 logger = logging.getLogger(__name__)
 
+_JOINED_BY = 2**14  # rows by which it is judged what belongs together: a feature on in 1 % is on in 160
 _MOST_BLOCK_RUNS = 32  # in a step that is compiled as a whole, which takes seconds for each of them
 
 
@@ -184,7 +186,16 @@ class Trainer:
             loss = self._train_step()
         self.stopwatch.steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
+        self.join_if_due()
         return loss
+
+    def join_if_due(self) -> None:
+        """Join subcomponents that are two parts of one, where that is due; all ranks see the same rows."""
+        every = round(self.training.join_every * self.training.steps)
+        if not every or self.step % every or self.step == self.training.steps:
+            return
+        if found := join(self.model, self.sampler.others("join", self.step, _JOINED_BY)):
+            logger.info("step %d: joined %s", self.step, told(found))
 
     def _train_step(self) -> StepLoss:
         if not self._is_prepared:

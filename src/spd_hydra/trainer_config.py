@@ -69,6 +69,12 @@ class Training(Section):
         Sharding.none,
         "none | optimizer: of several ranks each keeps its part of AdamW's moments and gradients alone",
     )
+    join_every: float = option(
+        0.0,
+        "fraction of training, after each of which subcomponents that are parts of one are joined; 0: never",
+        ge=0,
+        le=1,
+    )
     clip_components: float | None = option(
         None, "largest gradient norm of V and U together; null: no limit", gt=0
     )
