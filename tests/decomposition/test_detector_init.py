@@ -12,17 +12,15 @@ from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.detector_init import detectors, spread_pieces, start_as_detectors
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.model.resid_mlp import MLPLayer, ResidMLPModel
-from spd_hydra.model.tms import TMSModel
-from spd_hydra.section import ConfigError
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def decomposed(target: nn.Module, tied: dict[str, str] | None = None, **c: int) -> DecomposedModel:
+def decomposed(target: nn.Module, **c: int) -> DecomposedModel:
     sites = {name: SitePattern(pattern=name.replace("__", "."), C=C) for name, C in c.items()}
-    config = Decomposition(sites=sites, tied=tied or {}, init=Init.detectors)
+    config = Decomposition(sites=sites, init=Init.detectors)
     return DecomposedModel(copy.deepcopy(target), config, MLPCausalImportance(hidden=2), seed=0)
 
 
@@ -127,48 +125,3 @@ def test_a_site_that_no_input_reaches_starts_as_it_would_else() -> None:
     before = model.pieces("2").V.clone()
     start_as_detectors(model, draw(20, 3))
     assert torch.equal(model.pieces("2").V, before)
-
-
-def test_tied_sites_follow_their_source() -> None:
-    model = decomposed(TMSModel(draw(2, 5), torch.zeros(5), 0), {"unembed": "embed"}, embed=6, unembed=6)
-    start_as_detectors(model, torch.eye(5))
-    torch.testing.assert_close(model.weight_delta("embed"), torch.zeros(2, 5), atol=1e-5, rtol=0)
-    assert torch.equal(model.pieces("unembed").V, model.pieces("embed").U.T)
-
-
-def test_a_site_may_start_otherwise_than_the_rest() -> None:
-    layer = MLPLayer(draw(3, 12, seed=1), draw(12, 3, seed=2))
-    sites = {
-        "mlp_in": SitePattern(pattern="layers.*.mlp_in", C=7, init=Init.detectors),
-        "mlp_out": SitePattern(pattern="layers.*.mlp_out", C=4),
-    }
-    target = ResidMLPModel(torch.linalg.qr(draw(12, 5, seed=3))[0].T, [layer])
-    model = DecomposedModel(target, Decomposition(sites=sites), MLPCausalImportance(hidden=2), seed=0)
-    before = {name: model.pieces(name).V.clone() for name in model.site_names}
-    start_as_detectors(model, draw(20, 5))
-    assert not torch.equal(model.pieces("layers.0.mlp_in").V, before["layers.0.mlp_in"])
-    assert torch.equal(model.pieces("layers.0.mlp_out").V, before["layers.0.mlp_out"])
-
-
-def test_tokens_are_no_directions() -> None:
-    target = nn.Sequential(nn.Embedding(5, 3))
-    config = Decomposition(sites={"all": SitePattern(pattern="0", C=4, init=Init.detectors)})
-    model = DecomposedModel(target, config, MLPCausalImportance(), seed=0)
-    with pytest.raises(ConfigError, match=r"decomposition.init: got detectors, but site '0' is an embedding"):
-        start_as_detectors(model, torch.arange(5))
-
-
-def test_padding_is_no_direction() -> None:
-    class Target(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.out = nn.Embedding.from_pretrained(torch.eye(4)), nn.Linear(4, 4)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            read: Tensor = self.out(self.embed(tokens.clamp(min=0)))  # padding is read as token 0
-            return read
-
-    model = decomposed(Target(), out=3)
-    start_as_detectors(model, torch.tensor([[3, -1], [-1, 1], [2, -1]]))
-    # Tokens 3, 1 and 2 are read by one each; token 0, which is padding alone, by what is left of the weights.
-    torch.testing.assert_close(model.pieces("out").V[1:], torch.eye(4)[1:, [3, 1, 2]])

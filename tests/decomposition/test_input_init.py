@@ -1,6 +1,7 @@
 """`init=inputs`: V along inputs of the site, far apart; U the smallest that sums to the weights."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.detector_init import start_as_detectors
 from spd_hydra.decomposition.input_init import shares, spread_directions, start_from_inputs
 from spd_hydra.decomposition.subcomponents import Init
 from spd_hydra.model.resid_mlp import MLPLayer, ResidMLPModel
@@ -20,9 +22,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def decomposed(target: nn.Module, tied: dict[str, str] | None = None, **c: int) -> DecomposedModel:
+STARTS: dict[str, Callable[[DecomposedModel, Tensor], None]] = {
+    "inputs": start_from_inputs,
+    "detectors": start_as_detectors,
+}
+either = pytest.mark.parametrize("init", STARTS)
+
+
+def decomposed(
+    target: nn.Module, tied: dict[str, str] | None = None, init: str = "inputs", **c: int
+) -> DecomposedModel:
     sites = {name: SitePattern(pattern=name.replace("__", "."), C=C) for name, C in c.items()}
-    config = Decomposition(sites=sites, tied=tied or {}, init=Init.inputs)
+    config = Decomposition(sites=sites, tied=tied or {}, init=Init[init])
     return DecomposedModel(copy.deepcopy(target), config, MLPCausalImportance(hidden=2), seed=0)
 
 
@@ -79,36 +90,41 @@ def test_every_lone_feature_gets_a_subcomponent_that_reads_it() -> None:
     torch.testing.assert_close(model.weight_delta("layers.0.mlp_out"), torch.zeros(12, 3), atol=1e-5, rtol=0)
 
 
-def test_tied_sites_follow_their_source() -> None:
-    model = decomposed(TMSModel(draw(2, 5), torch.zeros(5), 0), {"unembed": "embed"}, embed=6, unembed=6)
-    start_from_inputs(model, torch.eye(5))
+@either
+def test_tied_sites_follow_their_source(init: str) -> None:
+    target = TMSModel(draw(2, 5), torch.zeros(5), 0)
+    model = decomposed(target, {"unembed": "embed"}, init, embed=6, unembed=6)
+    STARTS[init](model, torch.eye(5))
     torch.testing.assert_close(model.weight_delta("embed"), torch.zeros(2, 5), atol=1e-5, rtol=0)
     assert torch.equal(model.pieces("unembed").V, model.pieces("embed").U.T)
 
 
-def test_a_site_may_start_otherwise_than_the_rest() -> None:
+@either
+def test_a_site_may_start_otherwise_than_the_rest(init: str) -> None:
     layer = MLPLayer(draw(3, 12, seed=1), draw(12, 3, seed=2))
     sites = {
-        "mlp_in": SitePattern(pattern="layers.*.mlp_in", C=7, init=Init.inputs),
+        "mlp_in": SitePattern(pattern="layers.*.mlp_in", C=7, init=Init[init]),
         "mlp_out": SitePattern(pattern="layers.*.mlp_out", C=4),
     }
     target = ResidMLPModel(torch.linalg.qr(draw(12, 5, seed=3))[0].T, [layer])
     model = DecomposedModel(target, Decomposition(sites=sites), MLPCausalImportance(hidden=2), seed=0)
     before = {name: model.pieces(name).V.clone() for name in model.site_names}
-    start_from_inputs(model, draw(20, 5))
+    STARTS[init](model, draw(20, 5))
     assert not torch.equal(model.pieces("layers.0.mlp_in").V, before["layers.0.mlp_in"])
     assert torch.equal(model.pieces("layers.0.mlp_out").V, before["layers.0.mlp_out"])
 
 
-def test_tokens_are_no_directions() -> None:
+@either
+def test_tokens_are_no_directions(init: str) -> None:
     target = nn.Sequential(nn.Embedding(5, 3))
-    config = Decomposition(sites={"all": SitePattern(pattern="0", C=4, init=Init.inputs)})
+    config = Decomposition(sites={"all": SitePattern(pattern="0", C=4, init=Init[init])})
     model = DecomposedModel(target, config, MLPCausalImportance(), seed=0)
-    with pytest.raises(ConfigError, match=r"decomposition.init: got inputs, but site '0' is an embedding"):
-        start_from_inputs(model, torch.arange(5))
+    with pytest.raises(ConfigError, match=f"decomposition.init: got {init}, but site '0' is an embedding"):
+        STARTS[init](model, torch.arange(5))
 
 
-def test_padding_is_no_direction() -> None:
+@either
+def test_padding_is_no_direction(init: str) -> None:
     class Target(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -118,6 +134,7 @@ def test_padding_is_no_direction() -> None:
             read: Tensor = self.out(self.embed(tokens.clamp(min=0)))  # padding is read as token 0
             return read
 
-    model = decomposed(Target(), out=3)
-    start_from_inputs(model, torch.tensor([[3, -1], [-1, 1], [2, -1]]))
-    assert torch.equal(model.pieces("out").V, torch.eye(4)[:, [3, 1, 2]])
+    model = decomposed(Target(), init=init, out=3)
+    STARTS[init](model, torch.tensor([[3, -1], [-1, 1], [2, -1]]))
+    # Token 0 is padding alone: detectors read it by what is left of the weights.
+    torch.testing.assert_close(model.pieces("out").V[1:], torch.eye(4)[1:, [3, 1, 2]])
