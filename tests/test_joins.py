@@ -61,6 +61,12 @@ def test_it_joins_after_every_such_fraction_of_training_but_the_last(
     }  # 6 is the end; of 20 others in two dimensions some may be near
 
 
+def test_a_fraction_of_less_than_a_step_is_every_step(make: Make) -> None:
+    trainer = halve(make(*WORDS, "train.join_every=0.01"))
+    trainer.train_step()
+    assert evenness(trainer) < 0.1
+
+
 def test_by_default_nothing_is_joined(make: Make) -> None:
     trainer = halve(make(*WORDS))
     trainer.fit()

@@ -223,11 +223,7 @@ def assemble(
         ConfigError: sites, ties, data or causal-importance function do not fit the target.
     """
     batches = bound(config)
-    if config.train.join_every and batches.ordered:
-        raise ConfigError(
-            f"train.join_every: got {config.train.join_every}, must be 0 with data that are read in order, "
-            "as text is: what belongs together is judged by rows that are drawn beside those of the steps"
-        )
+    _require_drawn(batches, config)
     if isinstance(target, TokensIn):
         target.expect_padding(takes_padding or batches.padded)
     model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
@@ -265,6 +261,15 @@ def assemble(
         position_shape=positions,
         reads_tokens=example.dim() == 2 and not example.is_floating_point(),
     )
+
+
+def _require_drawn(batches: Batches, config: RunConfig) -> None:
+    """Of data that are read in order there are no rows beside those of the steps, which joins look at."""
+    if config.train.join_every and batches.ordered:
+        raise ConfigError(
+            f"train.join_every: got {config.train.join_every}, must be 0 with data that are read in order, "
+            "as text is: what belongs together is judged by rows that are drawn beside those of the steps"
+        )
 
 
 def _require_one_tensor(output: Any) -> None:

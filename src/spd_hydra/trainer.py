@@ -186,13 +186,12 @@ class Trainer:
             loss = self._train_step()
         self.stopwatch.steps += not self._is_to_be_compiled
         self._is_to_be_compiled = False
-        self.join_if_due()
         return loss
 
     def join_if_due(self) -> None:
         """Join subcomponents that are two parts of one, where that is due; all ranks see the same rows."""
-        every = round(self.training.join_every * self.training.steps)
-        if not every or self.step % every or self.step == self.training.steps:
+        every = max(1, round(self.training.join_every * self.training.steps))
+        if not self.training.join_every or self.step % every or self.step == self.training.steps:
             return
         if found := join(self.model, self.sampler.others("join", self.step, _JOINED_BY)):
             logger.info("step %d: joined %s", self.step, told(found))
@@ -213,6 +212,7 @@ class Trainer:
         else:
             self._graph.update()
         self.step += 1
+        self.join_if_due()
         return loss
 
     def _prepare(self) -> None:

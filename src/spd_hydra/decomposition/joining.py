@@ -72,11 +72,11 @@ def parts_of_one(g: Float[Tensor, "positions C"], strengths: Float[Tensor, "posi
         strengths: inner activations times the norms of U.
     """
     on = g > _ON
-    number, both = on.sum(dim=0), on.float().T @ on.float()
+    both = on.float().T @ on.float()
+    number, size = on.sum(dim=0).tolist(), (strengths.square() * on).sum(dim=0).tolist()
     pairs: list[Pair] = []
     used: set[int] = set()
-    size = (strengths.square() * on).sum(dim=0)
-    for part in sorted(range(len(number)), key=lambda c: (int(number[c]), float(size[c]))):
+    for part in sorted(range(len(number)), key=lambda c: (number[c], size[c])):
         if number[part] < _ENOUGH or part in used:
             continue
         whole = int(both[part].index_fill(0, torch.tensor(part, device=g.device), -1).argmax())
