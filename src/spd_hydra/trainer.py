@@ -189,7 +189,7 @@ class Trainer:
         return loss
 
     def join_if_due(self) -> None:
-        """Join subcomponents that are two parts of one, where that is due; all ranks see the same rows."""
+        """Let one subcomponent do the work of two, where that is due; all ranks see the same rows."""
         every = max(1, round(self.training.join_every * self.training.steps))
         if not self.training.join_every or self.step % every or self.step == self.training.steps:
             return

@@ -71,7 +71,7 @@ class Training(Section):
     )
     join_every: float = option(
         0.0,
-        "fraction of training, after each of which subcomponents that are parts of one are joined; 0: never",
+        "fraction of training, after each of which one subcomponent takes over from two; 0: never",
         ge=0,
         le=1,
     )

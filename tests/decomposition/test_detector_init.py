@@ -90,6 +90,18 @@ def test_each_reads_its_own_direction_and_no_other() -> None:
     assert bool((others.amax(dim=1) < 1e-4 * read.amax(dim=1)).all())
 
 
+def test_what_the_weights_make_little_of_is_read_least_by_others() -> None:
+    angles = torch.tensor([0, 60, 120]).deg2rad()  # each as far from the two others: all can not be avoided
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    inputs = draw(6000, 1, seed=2) * features[torch.arange(6000) % 3]
+    across = torch.tensor([-features[2, 1], features[2, 0]])
+    weight = torch.outer(across, torch.tensor([1.0, 2])) + 0.05 * torch.outer(features[2], torch.ones(2))
+    V, _ = detectors(inputs, draw(2, 3, seed=3), weight)
+    read = (features @ V).abs()
+    first = read[:, read[0].argmax()]
+    assert float(first[2]) < 0.5 * float(first[1])
+
+
 @pytest.mark.parametrize("C", [3, 5, 9])
 def test_together_they_are_the_weights_also_where_no_input_lies(C: int) -> None:
     inputs = draw(500, 4) @ draw(4, 7, seed=1)  # four of seven dimensions

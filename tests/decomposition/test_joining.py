@@ -1,4 +1,4 @@
-"""Two parts of one subcomponent are found and joined; whatever else is on together stays."""
+"""A subcomponent takes over what another does for its inputs; whatever else is on together stays."""
 
 import copy
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from spd_hydra.ci_fn.mlp import MLPCausalImportance
 from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
-from spd_hydra.decomposition.joining import Pair, join, joined, parts_of_one, told
-from spd_hydra.decomposition.subcomponents import Init, Subcomponents
+from spd_hydra.decomposition.joining import Join, join, join_site, told
 from spd_hydra.model.tms import TMSModel
 
 POSITIONS = 100
+FIRST, SECOND = list(range(40)), list(range(40, 80))
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -21,68 +21,106 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def on(*columns: list[int]) -> Tensor:
-    """Causal importances: 1 at the positions named for each subcomponent."""
-    g = torch.zeros(POSITIONS, len(columns))
+    """The positions that need each subcomponent."""
+    needed = torch.zeros(POSITIONS, len(columns), dtype=torch.bool)
     for column, positions in enumerate(columns):
-        g[positions, column] = 1
-    return g
+        needed[positions, column] = True
+    return needed
 
 
-FIRST, SECOND = list(range(40)), list(range(40, 80))
+class Site:
+    """A site whose inputs hold what each subcomponent reads, one input dimension for each of them.
+
+    `wrote` and `writes`: what subcomponents wrote for the inputs before and write now, `[positions, C, d]`.
+    """
+
+    def __init__(self, needed: Tensor, h: Tensor, U: Tensor) -> None:
+        self.x, self.V, self.U = h, torch.eye(h.shape[1]), U.clone()
+        self.sum = self.V @ self.U
+        self.wrote = self.writes
+        self.joins = join_site(self.V, self.U, needed=needed, h=h.clone())
+
+    @property
+    def writes(self) -> Tensor:
+        return (self.x @ self.V)[:, :, None] * self.U
 
 
-def test_what_is_on_together_in_one_ratio_is_one() -> None:
+def test_of_two_halves_one_does_the_work_of_both_and_the_sum_stays() -> None:
     x = draw(POSITIONS, 2)
-    strengths = torch.stack([x[:, 0], -0.5 * x[:, 0], x[:, 1]], dim=1)
-    assert parts_of_one(on(FIRST, FIRST, SECOND), strengths) == [Pair(whole=0, part=1)]
+    h = torch.stack([x[:, 0], -0.5 * x[:, 0] + 0.01 * x[:, 1], x[:, 1]], dim=1)
+    site = Site(on(FIRST, FIRST, SECOND), h, draw(3, 4, seed=1))
+    (found,) = site.joins
+    assert {*found} == {0, 1}
+    torch.testing.assert_close(site.V @ site.U, site.sum)
+    both = site.wrote[FIRST][:, [0, 1]].sum(dim=1)
+    assert (site.writes[FIRST][:, found.whole] - both).norm() < 0.02 * both.norm()
+    assert site.writes[FIRST][:, found.part].norm() < 0.02 * both.norm()
+    torch.testing.assert_close(site.writes[:, 2], site.wrote[:, 2])
 
 
-def test_the_part_is_the_one_that_fewer_positions_need() -> None:
-    x = draw(POSITIONS, 1)
-    strengths = torch.cat([0.2 * x, x], dim=1)
-    assert parts_of_one(on(FIRST + SECOND, FIRST), strengths) == [Pair(whole=0, part=1)]
-    assert parts_of_one(on(FIRST, FIRST + SECOND), strengths) == [Pair(whole=1, part=0)]
+def test_a_part_that_others_need_too_keeps_what_it_does_for_them() -> None:
+    x = draw(POSITIONS, 1)[:, 0]
+    is_first = torch.zeros(POSITIONS).index_fill(0, torch.tensor(FIRST), 1)
+    h = torch.stack([x * is_first, 0.7 * x], dim=1)  # the second reads what the first does, and others
+    site = Site(on(FIRST, FIRST + SECOND), h, draw(2, 4, seed=1))
+    assert site.joins == [Join(whole=0, part=1)]
+    torch.testing.assert_close(site.writes[FIRST, 0], site.wrote[FIRST].sum(dim=1))
+    assert site.writes[FIRST, 1].abs().max() < 1e-6
+    torch.testing.assert_close(site.writes[SECOND], site.wrote[SECOND])
+
+
+def of_two_signs() -> tuple[Tensor, Tensor, Tensor]:
+    """What needs and reads a direction of both signs, and the positive sign alone."""
+    x = draw(POSITIONS, 1)[:, 0].abs().clamp(min=0.1)
+    sign = torch.ones(POSITIONS).index_fill(0, torch.tensor(SECOND), -1)
+    h = torch.stack([x * sign, x * (sign > 0)], dim=1)
+    h[80:] = 0
+    return on(FIRST + SECOND, FIRST), h, sign
+
+
+def test_where_one_will_do_for_both_signs_it_takes_over() -> None:
+    needed, h, _ = of_two_signs()
+    site = Site(needed, h, torch.tensor([[1.0, 0.0], [0.1, 0.1]]))
+    assert site.joins == [Join(whole=0, part=1)]
+
+
+def test_where_one_will_not_do_each_keeps_a_sign() -> None:
+    needed, h, _ = of_two_signs()
+    site = Site(needed, h, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert site.joins == [Join(whole=1, part=0)]
+    assert site.writes[FIRST, 0].abs().max() < 1e-6  # the negative sign's
+    assert site.writes[SECOND, 1].abs().max() < 1e-6  # the positive sign's
+    torch.testing.assert_close(site.writes.sum(dim=1), site.wrote.sum(dim=1))
+
+
+def test_others_would_hear_too_much_of_what_a_large_ratio_hands_on() -> None:
+    x = draw(POSITIONS, 1)[:, 0]
+    needed, U = on(FIRST, FIRST + SECOND), torch.diag(torch.tensor([5.0, 1.0]))
+    for noise, expected in ((0.01, [Join(0, 1)]), (0.5, [])):
+        weak = torch.where(torch.arange(POSITIONS) < 40, 0.1 * x, noise * draw(POSITIONS, seed=2))
+        assert Site(needed, torch.stack([weak, x], dim=1), U).joins == expected
 
 
 @pytest.mark.parametrize(
-    ("needs", "reads"),
+    ("needed", "h"),
     [
         pytest.param(on(FIRST, FIRST), draw(POSITIONS, 2), id="no ratio"),
-        pytest.param(
-            on(FIRST, FIRST), draw(POSITIONS, 2) * torch.tensor([1, 0.01]), id="no ratio, and small"
-        ),
-        pytest.param(on(FIRST, FIRST), draw(POSITIONS, 1) * torch.tensor([1, 0]), id="one does nothing"),
+        pytest.param(on(FIRST, FIRST), torch.zeros(POSITIONS, 2), id="both do nothing"),
         pytest.param(on(FIRST, SECOND), draw(POSITIONS, 1).expand(-1, 2), id="not together"),
-        pytest.param(on(FIRST[:30], FIRST[15:]), draw(POSITIONS, 1).expand(-1, 2), id="seldom together"),
+        pytest.param(on(FIRST[:30], FIRST[16:]), draw(POSITIONS, 1).expand(-1, 2), id="seldom together"),
         pytest.param(on(FIRST[:15], FIRST[:15]), draw(POSITIONS, 1).expand(-1, 2), id="too few to judge by"),
     ],
 )
-def test_others_are_not(needs: Tensor, reads: Tensor) -> None:
-    assert parts_of_one(needs, reads) == []
+def test_others_are_not_joined(needed: Tensor, h: Tensor) -> None:
+    site = Site(needed, h, draw(2, 4, seed=1))
+    assert site.joins == []
+    assert torch.equal(site.writes, site.wrote)
 
 
 def test_of_three_parts_two_are_joined_at_a_time() -> None:
-    strengths = draw(POSITIONS, 1) * torch.tensor([1.0, 2.0, 3.0])
-    (pair,) = parts_of_one(on(FIRST, FIRST, FIRST), strengths)
-    assert len({*pair}) == 2
-
-
-def test_joined_the_first_does_the_work_of_both_and_the_sum_stays() -> None:
-    pieces = Subcomponents(torch.zeros(4, 6), 3, Init.normal, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        pieces.V[:, 1] = -0.7 * pieces.V[:, 0] + 0.01 * pieces.V[:, 1]
-    x = draw(POSITIONS, 6)
-    V, U = pieces.V.detach().clone(), pieces.U.detach().clone()
-    g = on(FIRST, FIRST, SECOND)
-    with torch.no_grad():
-        joined(pieces, x @ V, g, [Pair(0, 1)])
-    torch.testing.assert_close(pieces.V @ pieces.U, V @ U)
-    assert torch.equal(pieces.V[:, 2], V[:, 2])
-    assert torch.equal(pieces.U[2], U[2])
-    wanted = x[FIRST] @ V[:, :2] @ U[:2]
-    parts = [x[FIRST] @ pieces.V[:, [c]] @ pieces.U[[c]] for c in (0, 1)]
-    assert (parts[0] - wanted).norm() < 0.02 * wanted.norm()
-    assert parts[1].norm() < 0.02 * wanted.norm()
+    h = draw(POSITIONS, 1) * torch.tensor([1.0, 2.0, 3.0])
+    (found,) = Site(on(FIRST, FIRST, FIRST), h, draw(1, 4, seed=1).expand(3, -1)).joins
+    assert found.whole != found.part
 
 
 def halved(target: nn.Module, site: str, tied: dict[str, str] | None = None) -> DecomposedModel:
@@ -102,7 +140,7 @@ def test_a_model_is_the_same_sum_after_and_says_what_was_joined() -> None:
     model = halved(nn.Sequential(nn.Linear(5, 3)), "0")
     before = model.weight_delta("0").detach().clone()
     found = join(model, draw(200, 5).abs())
-    assert found == {"0": [Pair(0, 1)]} or found == {"0": [Pair(1, 0)]}
+    assert found == {"0": [Join(0, 1)]} or found == {"0": [Join(1, 0)]}
     torch.testing.assert_close(model.weight_delta("0"), before)
     (pair,) = found["0"]
     left = model.pieces("0").V[:, pair.part].norm() * model.pieces("0").U[pair.part].norm()

@@ -101,6 +101,18 @@ def test_certification_measures_the_least_that_a_layer_adds_for_a_feature() -> N
     assert {m.name: m for m in spec.certify(module(first))}["layer_effect"].passed
 
 
+def test_certification_counts_neurons_that_no_feature_turns_on() -> None:
+    spec = ResidMLP(n_features=4, d_embed=8)
+    module = exact(4, 8)
+    assert {m.name: m.value for m in spec.certify(module)}["idle_neurons"] == 0
+    with torch.no_grad():
+        module.layers[0].mlp_in.weight[1] *= -1  # on for negative values of feature 1 alone
+        module.layers[0].mlp_in.weight[3] = 0
+    found = {m.name: m for m in spec.certify(module)}["idle_neurons"]
+    assert found.value == 2
+    assert not found.passed
+
+
 def test_known_answer_names_sites_of_the_module() -> None:
     spec = ResidMLP(n_features=6, d_embed=11, d_mlp=4, n_layers=2)
     module = spec.build(rng.generator(0, "t"))

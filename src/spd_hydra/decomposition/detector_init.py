@@ -12,6 +12,7 @@ _ABOUT_AS_FAR = 0.15  # difference of nearness that does not count
 _SAME = 0.9  # nearness of two pieces that are one
 _ROWS = 1024  # that are compared with all others at a time
 _CANDIDATES = 32  # inputs per subcomponent from which directions are chosen
+_MOST_WEIGHT = 100.0  # that a direction of which W makes little gets, over that of the median one
 _UNSEEN = 1e-6  # of the largest variance: a direction with less is outside the span of the inputs
 
 
@@ -43,13 +44,15 @@ def detectors(
 
     With Σ the mean of x xᵀ over inputs, directions r_c of r_cᵀ Σ⁻¹ r_c = 1 are chosen by `spread_pieces`, and
 
-        V_c ∝ (Σ_b r_b r_bᵀ + Σ)⁻¹ r_c,  V_c · r_c = 1,  U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
+        V_c ∝ (Σ_b w_b r_b r_bᵀ + Σ)⁻¹ r_c,  V_c · r_c = 1,  U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
 
     a matched filter: of all vectors that read r_c as strongly, V_c reads least of the other directions and of
-    the inputs as a whole. V along r_c itself would read what r_c shares with others too, such as what a layer
-    before adds for all of them. U_c takes what those before leave of W: a direction that is a sum of others
-    begins with next to nothing, and they with all of theirs. What is left then goes into V by the least
-    change that makes up for it, first where inputs lie, then elsewhere: V U = Wᵀ if C is at least d_out.
+    the inputs as a whole. With m the median of |W r| over directions, w_b = m² / |W r_b|², at most 100: what
+    is written for a direction in error counts by what should be written for it. V along r_c itself would read
+    what r_c shares with others too, such as what a layer before adds for all of them. U_c takes what those
+    before leave of W: a direction that is a sum of others begins with next to nothing, and they with all of
+    theirs. What is left then goes into V by the least change that makes up for it, first where inputs lie,
+    then elsewhere: V U = Wᵀ if C is at least d_out.
 
     No answer is known here: a direction is chosen because inputs have it.
 
@@ -66,7 +69,9 @@ def detectors(
     C = otherwise.shape[1]
     candidates = x[x.any(dim=1)][: _CANDIDATES * C] @ whiten
     directions = spread_pieces(candidates, undo.T @ W, undo.T @ otherwise.double())
-    noise = directions @ directions.T + torch.eye(len(scales)).to(x)
+    writes = (directions.T @ undo.T @ W).norm(dim=1)
+    weights = (writes.median() / writes).square().clamp(max=_MOST_WEIGHT)
+    noise = (directions * weights) @ directions.T + torch.eye(len(scales)).to(x)
     V = torch.linalg.solve(noise, directions)
     V = V / (V * directions).sum(dim=0)
     reads = (directions.T @ V).tril()  # of each direction, by its own subcomponent and those before

@@ -87,6 +87,20 @@ class ResidMLPModel(KeepsFactors):
             yield cast(MLPLayer, layer)
 
 
+def idle_neurons(module: ResidMLPModel, probe: Float[Tensor, "n_features n_features"]) -> int:
+    """How many neurons no lone feature turns on.
+
+    Args:
+        module: the residual MLP.
+        probe: row i has feature i alone.
+    """
+    residual, idle = probe @ module.W_E, 0
+    for layer in module.mlp_layers():
+        idle += int((layer.mlp_in(residual) <= 0).all(dim=0).sum())
+        residual = residual + layer(residual)
+    return idle
+
+
 def layer_effects(
     module: ResidMLPModel, probe: Float[Tensor, "n_features n_features"]
 ) -> Float[Tensor, "n_layers n_features"]:
@@ -160,8 +174,11 @@ class ResidMLP(TrainableTarget):
         `interference`: |output of another feature| / 0.75, largest over pairs; 0 is exact.
         `layer_effect`: norm of what a layer adds to the outputs / 0.75, smallest over layers and features;
         a layer that does next to nothing with a feature needs no subcomponent for it.
+        `idle_neurons`: neurons that none of these turns on, over all layers; `mlp_out` needs no subcomponent
+        for them.
         """
         probe = self._probe(module)
+        idle = idle_neurons(cast(ResidMLPModel, module), probe)
         output = module(probe).cpu() / PROBE_MAGNITUDE
         response = (output.diagonal() - 1).min().item()
         others = output.masked_fill(torch.eye(self.n_features, dtype=torch.bool), 0.0)
@@ -172,6 +189,7 @@ class ResidMLP(TrainableTarget):
                 name="interference", value=others.abs().max().item(), lower=0, upper=self.max_interference
             ),
             Measurement(name="layer_effect", value=effect, lower=self.min_layer_effect, upper=math.inf),
+            Measurement(name="idle_neurons", value=idle, lower=0, upper=0),
         ]
 
     def known_answer(self, module: nn.Module) -> KnownAnswer:
