@@ -12,7 +12,7 @@ _ABOUT_AS_FAR = 0.15  # difference of nearness that does not count
 _SAME = 0.9  # nearness of two pieces that are one
 _ROWS = 1024  # that are compared with all others at a time
 _CANDIDATES = 32  # inputs per subcomponent from which directions are chosen
-_MOST_WEIGHT = 100.0  # that a direction of which W makes little gets, over that of the median one
+_MOST_WEIGHT = 8.0  # of a direction of which W makes little; the median one has 1
 _UNSEEN = 1e-6  # of the largest variance: a direction with less is outside the span of the inputs
 
 
@@ -44,15 +44,16 @@ def detectors(
 
     With Σ the mean of x xᵀ over inputs, directions r_c of r_cᵀ Σ⁻¹ r_c = 1 are chosen by `spread_pieces`, and
 
-        V_c ∝ (Σ_b w_b r_b r_bᵀ + Σ)⁻¹ r_c,  V_c · r_c = 1,  U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
+        V_c ∝ (Σ_b w_b r_b r_bᵀ + C ⟨w x̂ x̂ᵀ⟩ + Σ)⁻¹ r_c,  V_c · r_c = 1,
+        U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
 
-    a matched filter: of all vectors that read r_c as strongly, V_c reads least of the other directions and of
-    the inputs as a whole. With m the median of |W r| over directions, w_b = m² / |W r_b|², at most 100: what
-    is written for a direction in error counts by what should be written for it. V along r_c itself would read
-    what r_c shares with others too, such as what a layer before adds for all of them. U_c takes what those
-    before leave of W: a direction that is a sum of others begins with next to nothing, and they with all of
-    theirs. What is left then goes into V by the least change that makes up for it, first where inputs lie,
-    then elsewhere: V U = Wᵀ if C is at least d_out.
+    a matched filter: of all vectors that read r_c as strongly, V_c reads least of the other directions, of
+    inputs as they come, scaled to x̂ᵀ Σ⁻¹ x̂ = 1, and of the inputs as a whole. With m the median of |W r|,
+    w = m² / |W r|², at most 8: what is written in error for a direction, or an input, counts by what should
+    be written for it. V along r_c itself would read what r_c shares with others too, such as what a layer
+    before adds for all of them. U_c takes what those before leave of W: a direction that is a sum of others
+    begins with next to nothing, and they with all of theirs. What is left then goes into V by the least
+    change that makes up for it, first where inputs lie, then elsewhere: V U = Wᵀ if C is at least d_out.
 
     No answer is known here: a direction is chosen because inputs have it.
 
@@ -66,21 +67,27 @@ def detectors(
     is_seen = variances > _UNSEEN * variances[-1]
     scales, axes = variances[is_seen].sqrt(), axes[:, is_seen]
     whiten, undo = axes / scales, axes * scales  # to where Σ is the unit matrix, and back
-    C = otherwise.shape[1]
-    candidates = x[x.any(dim=1)][: _CANDIDATES * C] @ whiten
-    directions = spread_pieces(candidates, undo.T @ W, undo.T @ otherwise.double())
-    writes = (directions.T @ undo.T @ W).norm(dim=1)
-    weights = (writes.median() / writes).square().clamp(max=_MOST_WEIGHT)
-    noise = (directions * weights) @ directions.T + torch.eye(len(scales)).to(x)
+    C, W_seen = otherwise.shape[1], undo.T @ W
+    seen = x[x.any(dim=1)] @ whiten
+    directions = spread_pieces(seen[: _CANDIDATES * C], W_seen, undo.T @ otherwise.double())
+    common = _weighted(nn.functional.normalize(seen, dim=1).T, W_seen) * (C / len(seen))
+    noise = _weighted(directions, W_seen) + common + torch.eye(len(scales)).to(x)
     V = torch.linalg.solve(noise, directions)
     V = V / (V * directions).sum(dim=0)
     reads = (directions.T @ V).tril()  # of each direction, by its own subcomponent and those before
-    U = torch.linalg.solve_triangular(reads, directions.T @ undo.T @ W, upper=False, unitriangular=True)
-    V = whiten @ (V + _least_change(V, U, undo.T @ W))
+    U = torch.linalg.solve_triangular(reads, directions.T @ W_seen, upper=False, unitriangular=True)
+    V = whiten @ (V + _least_change(V, U, W_seen))
     norms = V.norm(dim=0)
     V, U = V / norms, U * norms[:, None]
     V = V + _least_change(V, U, W)
     return V.to(weight.dtype), U.to(weight.dtype)
+
+
+def _weighted(r: Float[Tensor, "d n"], weight: Float[Tensor, "d d_out"]) -> Float[Tensor, "d d"]:
+    """Σ w r rᵀ over unit vectors r, with w = (m / |W r|)², at most 8; m is the median of |W r|."""
+    writes = (r.T @ weight).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
+    weights = (writes.median() / writes).square().clamp(max=_MOST_WEIGHT)
+    return (r * weights) @ r.T
 
 
 def _least_change(
