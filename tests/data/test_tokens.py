@@ -12,6 +12,7 @@ from tests.data.reader import END, ReaderSpec
 from tests.model.tiny_hf import saved_model
 
 from spd_hydra import rng
+from spd_hydra.data import token_store
 from spd_hydra.data.text_source import TextUnit
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.model.base import TargetSpec
@@ -144,8 +145,8 @@ def test_a_column_of_tokens_is_taken_as_it_is_also_beside_a_tokenizer_that_ends_
     assert batches.decode([104]) == ["h"]
 
 
-def test_held_out_data_of_their_own_lose_what_is_trained_on(
-    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_held_out_data_of_their_own_lose_what_is_trained_on_and_every_run_is_told(
+    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
@@ -153,8 +154,16 @@ def test_held_out_data_of_their_own_lose_what_is_trained_on(
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
     source = tokens(tmp_path / "saved", tmp_path, eval_split="test", pack=False, length=30)
-    assert sorted(texts_of(source.bind_eval(spec), 2)) == ["another one", "new text"]
-    assert "1 of 3 held-out documents are also among those to train on" in caplog.text
+    told = "data: 1 of 3 held-out documents are also among those to train on; they are left out of the "
+    for _ in ("made", "from the cache"):
+        held_out = source.bind_eval(spec)
+        assert sorted(texts_of(held_out, 2)) == ["another one", "new text"]
+        assert held_out.notes() == [f"{told}evaluation"]
+    assert caplog.text.count(told) == 1
+    monkeypatch.setattr(token_store, "_told", set())  # as in another process
+    texts_of(source.bind(spec), 1)
+    assert caplog.text.count(told) == 2
+    assert f"{told}evaluation" in source.prefetch(spec)
 
 
 def test_tokens_have_their_texts(spec: Any, tmp_path: Path) -> None:

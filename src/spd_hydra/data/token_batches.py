@@ -47,7 +47,8 @@ class TokenBatches(Batches):
     ordered = True
 
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
-        self._open_store = functools.cache(open_store)
+        self._open = open_store
+        self._store: TokenStore | None = None
         self._load_tokenizer = functools.cache(load_tokenizer)
         self._rows: np.ndarray | None = None
         self._repeats = False
@@ -81,8 +82,17 @@ class TokenBatches(Batches):
         """
         return self._open_store().content(self.part)
 
+    def _open_store(self) -> TokenStore:
+        if self._store is None:
+            self._store = self._open()
+            self._store.tell()
+        return self._store
+
     def notes(self) -> list[str]:
-        return [repeats(len(self._rows), self.length)] if self._repeats and self._rows is not None else []
+        found = [] if self._store is None else self._store.notes()
+        if self._repeats and self._rows is not None:
+            found.append(repeats(len(self._rows), self.length))
+        return found
 
     def tokenizer(self) -> Any:
         """The tokenizer of the text, if there is one."""

@@ -154,7 +154,8 @@ class Tokens(DataSource):
         rows = self._plan(target)
         if self.streaming:
             return [f"data {self.name}: {rows.source.where}; streamed, so nothing is kept"]
-        return [f"data {self.name}: {rows.source.where}", rows.open().describe()]
+        store = rows.open()
+        return [f"data {self.name}: {rows.source.where}", store.describe(), *store.notes()]
 
     def _batches(self, target: TargetSpec, part: str) -> Batches:
         rows = self._plan(target)
