@@ -262,7 +262,7 @@ class HuggingFace(TargetSpec):
             return getattr(auto_class, method)(source, **arguments)
         except hf_config.unusable(self.trust_remote_code) as error:
             reason = hf_config.first_line(error)
-            raise ConfigError(
+            raise hf_config.untrusted(self.name, error) or ConfigError(
                 f"model: {self.name} cannot be loaded as {self.auto_class.name}: {reason}"
             ) from error
 
