@@ -33,7 +33,9 @@ def untrusted(name: str, error: Exception) -> ConfigError | None:
     """What is said of a model that transformers refuses for Python code of its own; None: not for that."""
     if "argument `trust_remote_code=True`" not in str(error):
         return None
-    commit = "" if hub.is_local(name) else " and model.revision=<full commit hash>, the one that you have read"
+    commit = (
+        "" if hub.is_local(name) else " and model.revision=<full commit hash>, the one that you have read"
+    )
     return ConfigError(
         f"model.trust_remote_code: got false, but {name} comes with Python code of its own, which is not run "
         f"unasked; if you have read it and trust it, set model.trust_remote_code=true{commit}"
