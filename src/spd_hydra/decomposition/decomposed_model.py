@@ -71,7 +71,7 @@ class DecomposedModel(nn.Module):
     ) -> None:
         super().__init__()
         sites = find_sites(target, config.sites)
-        check_ties(target, config.tied, sites)
+        check_ties(target, config.tied, sites, config.sites)
         identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()

@@ -152,8 +152,19 @@ def _as_words(patterns: list[str]) -> list[str]:
     return list(words.values())
 
 
-def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, SitePattern]) -> None:
+def check_ties(
+    target: nn.Module,
+    tied: Mapping[str, str],
+    sites: Mapping[str, SitePattern],
+    patterns: Mapping[str, SitePattern],
+) -> None:
     """Check that tied sites and their sources are sites, transposes of each other, with equal C and start.
+
+    Args:
+        target: the model.
+        tied: by site, its source.
+        sites: the entry of each site.
+        patterns: the entries by name, for what is said of a tie that has their names in place of paths.
 
     Raises:
         ConfigError: naming the tie and what is wrong with it.
@@ -166,6 +177,7 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
                 is_layer = any(layer == site for layer, _ in target.named_modules())
                 advice = f"; drop the tie too: '~{where}'" if is_layer else ""
                 known = ", ".join(sites)
+                advice = advice or _tie_of_paths(name, source, sites, patterns)
                 raise ConfigError(f"{where}: {site!r} is not a site; the sites are {known}{advice}")
         if source in tied:
             raise ConfigError(
@@ -191,3 +203,20 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
             (weight == of_source.T).all() if weight.device.type != "meta" else True
         ):
             raise ConfigError(f"{where}: the weight is not the transpose of that of {source!r}")
+
+
+def _tie_of_paths(
+    name: str, source: str, sites: Mapping[str, SitePattern], patterns: Mapping[str, SitePattern]
+) -> str:
+    """What to write in place of a tie of names that are no paths, if it is clear which sites they mean."""
+    groups = site_groups(sites, patterns)
+
+    def meant(given: str) -> list[str]:
+        return (
+            [given] if given in sites else groups.get(given) or [p for p in sites if p.endswith(f".{given}")]
+        )
+
+    found = [meant(given) for given in (name, source)]
+    if any(len(paths) != 1 for paths in found) or found[0] == found[1]:
+        return ""
+    return f"; a tie names them by these paths: '+decomposition.tied.{found[0][0]}={found[1][0]}'"
