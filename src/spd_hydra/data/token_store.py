@@ -36,7 +36,6 @@ TRAIN, HELD_OUT = "train", "eval"
 _FACTS = "facts.json"
 
 _checked: set[tuple[int | str, ...]] = set()  # files of rows that this process has read whole
-_told: set[tuple[Path, str]] = set()  # notes that this process has logged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +105,6 @@ class TokenStore:
             f"data: {number} held-out documents are also among those to train on; they are left out of the "
             "evaluation"
         ]
-
-    def tell(self) -> None:
-        """Log the notes, once per process."""
-        for note in self.notes():
-            if (self.directory, note) not in _told:
-                _told.add((self.directory, note))
-                logger.warning(note)
 
 
 def write_store(

@@ -162,6 +162,10 @@ class HuggingFace(TargetSpec):
         """Number of tokens that the model knows."""
         return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))
 
+    def padding_token(self) -> int | None:
+        """The token that the model's configuration says stands for padding."""
+        return hf_config.padding_token(self._config())
+
     def tokenizer_name(self) -> str:
         """The model's own tokenizer comes with it."""
         return self.name
