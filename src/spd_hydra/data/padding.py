@@ -24,7 +24,7 @@ def padding_note(rows: Int[np.ndarray, "rows length"], padding: Collection[int])
         share = float((is_padding[:, 1:] & is_padding[:, :-1]).any(axis=1).mean()) if len(seen) else 0.0
         if share >= _MANY:
             return (
-                f"data.token_column: in many rows the padding token {token} stands several times in a row, and "
-                "counts as text; give the data a column attention_mask with 0 in its places, or leave it out"
+                f"data.token_column: in many rows the padding token {token} stands several times in a row, "
+                "and counts as text; give the data a column attention_mask with 0 in its places"
             )
     return None
