@@ -46,6 +46,13 @@ def test_whoever_deletes_an_entry_that_is_not_there_is_not_told_how_to_add_it(cf
     assert unknown_key(key, cfg).startswith(f"{without} An entry is added whole: ")
 
 
+def test_a_tie_is_added_with_two_paths(cfg: DictConfig) -> None:
+    assert unknown_key("decomposition.tied.h", cfg) == (
+        "decomposition.tied has no entry h. To add one give two sites by the paths of their "
+        "modules, e.g. +decomposition.tied.lm_head=model.embed_tokens"
+    )
+
+
 @pytest.mark.usefixtures("no_plug_in")
 def test_without_a_plug_in_no_term_is_suggested(cfg: DictConfig) -> None:
     none = "o plug-in offers loss terms; install the package that has yours (CONTRIBUTING.md, a plug-in)"

@@ -3,9 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tests.data.reader import save_byte_tokenizer
+from tests.model.tiny_hf import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 from spd_hydra import estimate as estimates
@@ -102,6 +106,24 @@ def test_parts_need_less_memory_for_the_same_operations(toy: Toy, more: list[str
     )
     assert parts.peak < whole.peak / 4
     assert parts.flops == whole.flops
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_mask_tokens_change_nothing_of_what_a_step_takes(streaming: str, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_byte_tokenizer(tmp_path / "model"))
+    tokenizer.mask_token = "~"
+    tokenizer.save_pretrained(tmp_path / "model")
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**(SMALL | {"vocab_size": 257})))
+    bert.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {number} of a text" for number in range(50)))
+    words = [
+        *("experiment=lm_hf", f"model.name={tmp_path / 'model'}", "model.auto_class=masked_lm", "ci_fn=mlp"),
+        *(f"data.name={tmp_path / 'a.txt'}", "data.length=16", f"data.streaming={streaming}", "device=cpu"),
+        *(f"cache_dir={tmp_path / 'cache'}", "decomposition.C=4", "train.batch_size=4"),
+    ]
+    masked, plain = (needs_of(compose([*words, f"data.mask_fraction={share}"])) for share in ("null", "0"))
+    assert masked == plain
+    assert masked.flops > 0
 
 
 def test_the_parts_are_as_they_were(toy: Toy) -> None:

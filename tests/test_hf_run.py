@@ -23,6 +23,7 @@ from spd_hydra.metric.evaluation import Evaluation
 from spd_hydra.model.base import TargetSpec
 from spd_hydra.model.hf import HuggingFace
 from spd_hydra.model.weights import WeightsError
+from spd_hydra.pipeline import remarks
 from spd_hydra.preflight import preflight
 from spd_hydra.run import run
 from spd_hydra.saved_run import TARGET_FILE
@@ -98,7 +99,7 @@ def some_masks(model: DecomposedModel) -> dict[str, SiteMask]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "bert", "falcon"])
 def test_a_decomposed_model_is_the_same_when_its_run_is_opened_again_without_its_files(
     tiny: Make, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,9 @@ def test_a_decomposed_model_is_the_same_when_its_run_is_opened_again_without_its
         assert all(torch.equal(found[site].lower, own.lower) for site, own in wanted.items())
         assert (masked - original).abs().max() > 0.01  # the masks matter
     assert opened.summary["steps"] == 50
+    left_out = "transformer.h.*.mlp.dense_4h_to_h, whose output the target changes in place"
+    notes = [f"not decomposed, though the patterns match: {left_out}"] if model == "falcon" else []
+    assert opened.summary["notes"] == notes
 
 
 @pytest.mark.slow
@@ -207,25 +211,41 @@ def test_an_output_that_there_is_not_is_found_before_launch(tiny: Make) -> None:
         preflight(tiny("gpt2", "model.output=logit"))
 
 
-@pytest.mark.parametrize(
-    ("model", "pattern", "others", "shape"),
-    [
-        ("gpt2", "transformer.w*", "transformer.wpe", [1, 12]),
-        ("bert_classifier", "*.[dq]*", "bert.pooler.dense", [8]),
-        ("bert_classifier", "classifier", "classifier", [8]),
-    ],
-)
-def test_sites_without_a_vector_per_row_and_position_are_named_with_patterns_for_the_others(
-    tiny: Make, model: str, pattern: str, others: str, shape: list[int]
+SHAPELESS = [  # a wide pattern, what of it has no vectors, a pattern for the rest
+    ("gpt2", "transformer.w*", "transformer.wpe", "transformer.wte", [1, 12]),
+    ("bert_classifier", "*.[dq]*", "bert.pooler.dense", "bert.encoder.*.[dq]*", [8]),
+    ("bert_classifier", None, "classifier", None, [8]),
+]
+
+
+@pytest.mark.parametrize(("model", "pattern", "others", "rest", "shape"), SHAPELESS[:2])
+def test_sites_without_a_vector_per_row_and_position_are_passed_over_by_wide_patterns(
+    tiny: Make, model: str, pattern: str | None, others: str, rest: str | None, shape: list[int]
 ) -> None:
+    parts = preflight(tiny(model, f"decomposition.default_pattern='{pattern}'"))
+    assert others not in parts.model.site_names
+    assert parts.model.site_names
+    assert remarks(parts)[0] == (
+        f"not decomposed, though the patterns match: {others}, which see no vector per row and position "
+        f"({shape} for 8 rows in place of [8, 12])"
+    )
+
+
+@pytest.mark.parametrize(("model", "pattern", "others", "rest", "shape"), SHAPELESS)
+def test_sites_without_a_vector_per_row_and_position_that_are_named_are_refused_with_others(
+    tiny: Make, model: str, pattern: str | None, others: str, rest: str | None, shape: list[int]
+) -> None:
+    words = [
+        f"decomposition.sites.{name}.pattern='{own}'" for name, own in {"a": others, "b": rest}.items() if own
+    ]
     with pytest.raises(ConfigError) as caught:
-        preflight(tiny(model, f"decomposition.default_pattern='{pattern}'"))
+        preflight(tiny(model, *words))
     reason, advice = str(caught.value).split("; ")
     assert reason == (
         f"decomposition.sites: got {others}, which see no vector per row and position ({shape} for 8 rows in "
         "place of [8, 12])"
     )
-    if pattern == "classifier":
+    if rest is None:
         assert advice.startswith("choose others with decomposition.sites.<name>.pattern, of bert.embeddings.")
         return
     assert advice.startswith("decompose the others alone: ")

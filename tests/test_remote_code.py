@@ -94,6 +94,29 @@ def told(folder: Path) -> Path:
     return folder / "told"
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("from_hub", [True, False])
+def test_a_model_with_code_of_its_own_is_refused_with_the_keys_that_allow_it(
+    from_hub: bool, is_known: bool, folder: Path, told: Path, tmp_path: Path
+) -> None:
+    files = shutil.copytree(folder / "files", tmp_path / "model")
+    if is_known:  # a configuration that transformers has, of which it has no causal language model
+        config = json.loads((files / "config.json").read_text())
+        del config["auto_map"]["AutoConfig"]
+        (files / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+    name = f"owner/with_code_{is_known}" if from_hub else str(files)
+    if from_hub:
+        cached_model(folder / "hub", name, files)
+    with pytest.raises(ConfigError) as caught:
+        HuggingFace(name=name).skeleton()
+    commit = " and model.revision=<full commit hash>, the one that you have read" if from_hub else ""
+    assert str(caught.value) == (
+        f"model.trust_remote_code: got false, but {name} comes with Python code of its own, which is not run "
+        f"unasked; if you have read it and trust it, set model.trust_remote_code=true{commit}"
+    )
+    assert not told.exists()
+
+
 @pytest.mark.slow
 def test_a_run_that_was_opened_runs_code_only_on_request(done: Path, told: Path) -> None:
     found = load_run(done)
@@ -256,7 +279,7 @@ def test_the_code_of_a_tokenizer_is_refused_from_another_repository(
 
 
 def test_without_trust_the_code_is_refused_when_a_model_is_built(folder: Path, told: Path) -> None:
-    with pytest.raises(ConfigError, match=re.escape("model.name: got owner/model, whose config.json")):
+    with pytest.raises(ConfigError, match=re.escape("model.trust_remote_code: got false, but owner/model")):
         HuggingFace(name=NAME).skeleton()
     assert not told.exists()
 

@@ -14,6 +14,7 @@ from spd_hydra.config import Device, RunConfig
 from spd_hydra.data.base import Batches
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.detector_init import start_as_detectors
+from spd_hydra.decomposition.fitting import fitting
 from spd_hydra.decomposition.identities import identity_groups
 from spd_hydra.decomposition.input_init import require_vectors, start_from_inputs
 from spd_hydra.decomposition.inputs import real_positions
@@ -58,7 +59,13 @@ class Parts:
         """Untrained subcomponents and causal-importance function of the `number`-th initialisation."""
         config = self.config
         seed = rng.derived_seed(config.seed, "restart", number) if number else config.seed
-        model = DecomposedModel(self.model.target, config.decomposition, config.ci_fn, seed=seed)
+        model = DecomposedModel(
+            self.model.target,
+            config.decomposition,
+            config.ci_fn,
+            seed=seed,
+            passed_over=self.model.passed_over,
+        )
         model.to(self.model.device)
         _start(model, self.batches, config, seed)
         return model.trainable_state()
@@ -226,21 +233,27 @@ def assemble(
     _require_drawn(batches, config)
     if isinstance(target, TokensIn):
         target.expect_padding(takes_padding or batches.padded)
-    model = DecomposedModel(target.to(device), config.decomposition, config.ci_fn, seed=config.seed).to(
-        device
-    )
     example = batches(rng.key(config.seed, "example").to(device), _rows(8, device))
     has_values = device.type != "meta"
-    require_vectors(model)
-    with passes or nullcontext(), torch.no_grad():
-        require_values_that_stay(model, example)
-        clean = model.clean_pass(example)
-        _require_one_tensor(clean.output)
-        if has_values:
-            model.roots = find_roots(model, example, clean)
-        activations = model.activations(clean)
-        positions = _positions(model, activations, example, padded=batches.padded)
-        model.importances(activations, valid=real_positions(example, torch.Size((len(example), *positions))))
+
+    def make(passed_over: Mapping[str, str]) -> DecomposedModel:
+        sites, ci_fn, seed = config.decomposition, config.ci_fn, config.seed
+        return DecomposedModel(target.to(device), sites, ci_fn, seed=seed, passed_over=passed_over).to(device)
+
+    def check(model: DecomposedModel) -> tuple[int, ...]:
+        require_vectors(model)
+        with passes or nullcontext(), torch.no_grad():
+            require_values_that_stay(model, example)
+            clean = model.clean_pass(example)
+            _require_one_tensor(clean.output)
+            if has_values:
+                model.roots = find_roots(model, example, clean)
+            activations = model.activations(clean)
+            found = _positions(model, activations, example, padded=batches.padded)
+            model.importances(activations, valid=real_positions(example, torch.Size((len(example), *found))))
+        return found
+
+    model, positions = fitting(make, check)
     if has_values and untrained:
         _start(model, batches, config, config.seed)
     return Parts(

@@ -16,6 +16,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 _EXAMPLES = {int: "64,32", float: "0.5,0.1", str: "first,second"}
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 TERMS, _EXTRA = "loss_term", "loss.extra"  # the config group of plug-ins' loss terms, and where they go
+_TIED = "decomposition.tied"
 NO_TERMS = "no plug-in offers loss terms; install the package that has yours (CONTRIBUTING.md, a plug-in)"
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
 
@@ -159,6 +160,9 @@ def _how_to_add(node: DictConfig, mapping: str, name: str) -> str:
         known = ", ".join(registered(TERMS))
         of = f", of {known}" if known and name not in registered(TERMS) else ""
         return f"To add one choose the term of a plug-in{of}: {_choice(name)}"
+    if mapping == _TIED:
+        example = f"+{_TIED}.lm_head=model.embed_tokens"
+        return f"To add one give two sites by the paths of their modules, e.g. {example}"
     if not _holds_sections(node):
         return f"To add it: +{mapping}.{name}=…"
     fields = ",".join(f"{field.name}:…" for field in dataclasses.fields(node._metadata.element_type))

@@ -14,6 +14,7 @@ from spd_hydra.config import RunConfig
 from spd_hydra.data.tokenizing import decoded
 from spd_hydra.decomposition.ablation import Chosen
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
+from spd_hydra.decomposition.fitting import passed_over_in
 from spd_hydra.decomposition.inputs import as_batch, real_positions
 from spd_hydra.explore.effects import (
     Decode,
@@ -100,8 +101,12 @@ class Run:
         checkpoint = self._checkpoint(step)
         require_same_target(target_digest(self.path), checkpoint.state, checkpoint.path.name)
         config = self.config
-        model = DecomposedModel(self._target(), config.decomposition, config.ci_fn, seed=config.seed)
-        model.load_trainable_state(checkpoint.tensors["model"])
+        target, state = self._target(), checkpoint.tensors["model"]
+        passed_over = passed_over_in(state, target, config.decomposition)
+        model = DecomposedModel(
+            target, config.decomposition, config.ci_fn, seed=config.seed, passed_over=passed_over
+        )
+        model.load_trainable_state(state)
         del checkpoint.tensors["model"]  # which the model has
         return model.eval().requires_grad_(False), checkpoint
 

@@ -11,6 +11,7 @@ from spd_hydra.build import Parts, assemble, device_of, obtain
 from spd_hydra.checkpoint import load_checkpoint, load_newest
 from spd_hydra.config import RunConfig, Task
 from spd_hydra.data.tokens import Tokens
+from spd_hydra.decomposition.fitting import passed_over_notes
 from spd_hydra.decomposition.left_out import left_out
 from spd_hydra.distributed import say
 from spd_hydra.estimate import Estimate, estimate
@@ -75,8 +76,9 @@ def check(config: RunConfig) -> dict[str, Any]:
 def remarks(parts: Parts) -> list[str]:
     """What is allowed and may not be meant, a line each."""
     config, model = parts.config, parts.model
-    found = []
-    if without := left_out(model.target, config.decomposition.sites, model.matrix_names):
+    found = passed_over_notes(model.passed_over)
+    layers = [*model.matrix_names, *model.passed_over]
+    if without := left_out(model.target, config.decomposition.sites, layers):
         found.append(without)
     if config.loss.divergence is Divergence.kl and not config.model.gives_logits():
         found.append(

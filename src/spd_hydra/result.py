@@ -8,6 +8,7 @@ from typing import Any
 
 from spd_hydra import report
 from spd_hydra.build import Parts
+from spd_hydra.decomposition.fitting import passed_over_notes
 from spd_hydra.decomposition.sites import site_groups
 from spd_hydra.distributed import say
 from spd_hydra.figure.base import Drawn, History, draw_all, remove_figures
@@ -75,7 +76,7 @@ def conclude(
         steps_per_second=steps_per_second,
         restarts=restarts,
         replicas=replicas,
-        notes=parts.eval_batches.notes(),
+        notes=[*passed_over_notes(parts.model.passed_over), *parts.eval_batches.notes()],
     )
     drawn: list[Drawn] = []
     if parts.config.eval.figures:

@@ -12,6 +12,7 @@ from tests.data.reader import END, ReaderSpec
 from tests.model.tiny_hf import saved_model
 
 from spd_hydra import rng
+from spd_hydra.data import token_batches
 from spd_hydra.data.text_source import TextUnit
 from spd_hydra.data.tokens import Tokens
 from spd_hydra.model.base import TargetSpec
@@ -144,8 +145,8 @@ def test_a_column_of_tokens_is_taken_as_it_is_also_beside_a_tokenizer_that_ends_
     assert batches.decode([104]) == ["h"]
 
 
-def test_held_out_data_of_their_own_lose_what_is_trained_on(
-    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_held_out_data_of_their_own_lose_what_is_trained_on_and_every_run_is_told(
+    spec: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
@@ -153,8 +154,16 @@ def test_held_out_data_of_their_own_lose_what_is_trained_on(
     saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
     source = tokens(tmp_path / "saved", tmp_path, eval_split="test", pack=False, length=30)
-    assert sorted(texts_of(source.bind_eval(spec), 2)) == ["another one", "new text"]
-    assert "1 of 3 held-out documents are also among those to train on" in caplog.text
+    told = "data: 1 of 3 held-out documents are also among those to train on; they are left out of the "
+    for _ in ("made", "from the cache"):
+        held_out = source.bind_eval(spec)
+        assert sorted(texts_of(held_out, 2)) == ["another one", "new text"]
+        assert held_out.notes() == [f"{told}evaluation"]
+    assert caplog.text.count(told) == 1
+    monkeypatch.setattr(token_batches, "_told", set())  # as in another process
+    texts_of(source.bind(spec), 1)
+    assert caplog.text.count(told) == 2
+    assert f"{told}evaluation" in source.prefetch(spec)
 
 
 def test_tokens_have_their_texts(spec: Any, tmp_path: Path) -> None:
@@ -392,3 +401,42 @@ def test_a_directory_without_a_tokenizer_is_not_taken_for_one(tmp_path: Path, sp
     write_text(tmp_path / "a.txt")
     with pytest.raises(ConfigError, match=r"^data\.tokenizer: got .*model, which has no tokenizer; name one"):
         tokens(tmp_path / "a.txt", tmp_path, tokenizer=str(tmp_path / "model")).bind(spec)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Padding(ReaderSpec):
+    """A target that takes token 0 for padding."""
+
+    def padding_token(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("ends", "mask", "told"),
+    [([0, 0, 0], None, True), ([0], None, False), ([7, 7, 7], None, False), ([0, 0, 0], 0, False)],
+)
+def test_padding_that_nothing_tells_from_text_is_said_to_count_as_text(
+    ends: list[int],
+    mask: int | None,
+    told: bool,
+    streaming: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lists = [[1 + n, 2, 3, 4, 5, *(ends if n % 3 else [])] for n in range(60)]
+    rows = [
+        {"ids": own} | ({} if mask is None else {"attention_mask": [int(t > 0) for t in own]})
+        for own in lists
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = tokens(
+        tmp_path / "a.jsonl", tmp_path, token_column="ids", length=8, pack=False, streaming=streaming
+    )
+    for batches in (source.bind(Padding()), source.bind_eval(Padding())):
+        batches(KEY, torch.arange(2))
+        notes = [note for note in batches.notes() if note.startswith("data.token_column: in many")]
+        assert len(notes) == told
+    assert caplog.text.count(
+        "the padding token 0 stands several times in a row, and counts as text"
+    ) == told * (2 if streaming else 1)

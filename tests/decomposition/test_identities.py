@@ -74,6 +74,18 @@ def test_a_site_stands_before_each_module_and_its_matrix_is_the_identity() -> No
     assert not any("identity" in name for name, _ in model.target.named_modules())
 
 
+def test_modules_within_others_of_a_pattern_are_passed_over() -> None:
+    assert decomposed("blocks.*").site_names == ("blocks.0.identity", "blocks.1.identity")
+    config = Decomposition(
+        identities={"a": SitePattern(pattern="blocks.*", C=3), "b": SitePattern(pattern="*.up", C=3)}
+    )
+    model = DecomposedModel(target(), config, SharedMLPCausalImportance(hidden=[4]), seed=0)
+    assert identity_groups(model.site_names, config.identities) == {
+        "a.identity": ["blocks.0.identity", "blocks.1.identity"],
+        "b.identity": ["blocks.0.up.identity", "blocks.1.up.identity"],
+    }
+
+
 def test_the_targets_output_stays_bit_for_bit() -> None:
     model = decomposed("blocks.?")
     plain = target()(TOKENS)

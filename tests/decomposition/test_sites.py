@@ -194,12 +194,12 @@ def entries(**C: int) -> dict[str, SitePattern]:
 
 
 def test_transposed_matrices_may_be_tied() -> None:
-    check_ties(tms(), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}))
-    check_ties(Target(), {"head": "wte"}, entries(**{"wte": 4, "head": 4}))
+    check_ties(tms(), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}), {})
+    check_ties(Target(), {"head": "wte"}, entries(**{"wte": 4, "head": 4}), {})
 
 
 def test_ties_need_no_values_on_the_meta_device() -> None:
-    check_ties(tms().to("meta"), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}))
+    check_ties(tms().to("meta"), {"unembed": "embed"}, entries(**{"embed": 4, "unembed": 4}), {})
 
 
 @pytest.mark.parametrize(
@@ -235,32 +235,48 @@ def test_ties_need_no_values_on_the_meta_device() -> None:
 )
 def test_an_impossible_tie_is_refused(tied: dict[str, str], sites: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_ties(tms(1), tied, entries(**sites))
+        check_ties(tms(1), tied, entries(**sites), {})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("tied", "clear"), [({"h": "e"}, True), ({"h": "wte"}, True), ({"h": "mlp"}, False), ({"h": "x"}, False)]
+)
+def test_a_tie_of_entries_is_told_with_the_paths_that_they_stand_for(
+    tied: dict[str, str], clear: bool
+) -> None:
+    given = patterns(e=("wte", 4), h=("hea*", 4), mlp=("layers.*.fc", 4))
+    target = Target()
+    with pytest.raises(ConfigError) as caught:
+        check_ties(target, tied, find_sites(target, given), given)
+    advice = "; a tie names them by these paths: '+decomposition.tied.head=wte'" if clear else ""
+    assert str(caught.value) == (
+        f"decomposition.tied.h: 'h' is not a site; the sites are wte, layers.0.fc, layers.1.fc, head{advice}"
+    )
 
 
 def test_a_tied_site_has_no_start_of_its_own() -> None:
     tied, same = {"unembed": "embed"}, entries(embed=4, unembed=4)
     same["unembed"].init = Init.inputs
     with pytest.raises(ConfigError) as caught:
-        check_ties(tms(), tied, same)
+        check_ties(tms(), tied, same, {})
     assert str(caught.value) == (
         "decomposition.tied.unembed: init is inputs here, but a tied site begins as 'embed'; set it there"
     )
     same["embed"].init = Init.inputs
-    check_ties(tms(), tied, same)
+    check_ties(tms(), tied, same, {})
 
 
 def test_a_tied_site_has_no_rate_of_its_own() -> None:
     tied, same = {"unembed": "embed"}, entries(embed=4, unembed=4)
     same["unembed"].lr_factor = 0.1
     with pytest.raises(ConfigError) as caught:
-        check_ties(tms(), tied, same)
+        check_ties(tms(), tied, same, {})
     assert str(caught.value) == (
         "decomposition.tied.unembed: lr_factor is 0.1 here, but a tied site learns as 'embed'; set it there"
     )
     same["embed"].lr_factor = 0.1
-    check_ties(tms(), tied, same)
+    check_ties(tms(), tied, same, {})
 
 
 def test_layers_that_give_something_else_than_the_product_are_no_sites() -> None:
@@ -280,7 +296,7 @@ def test_layers_that_give_something_else_than_the_product_are_no_sites() -> None
 def test_equal_shapes_are_not_enough_for_a_tie() -> None:
     target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
     with pytest.raises(ConfigError, match="the weight is not the transpose of that of '0'"):
-        check_ties(target, {"1": "0"}, entries(**{"0": 2, "1": 2}))
+        check_ties(target, {"1": "0"}, entries(**{"0": 2, "1": 2}), {})
 
 
 def test_weight_and_bias_of_every_kind_give_what_the_layer_computes() -> None:

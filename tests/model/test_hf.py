@@ -429,7 +429,7 @@ def test_without_it_foreign_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.XConfig"}}'
     )
-    with pytest.raises(ConfigError, match=r"whose config\.json cannot be used"):
+    with pytest.raises(ConfigError, match=r"^model\.trust_remote_code: got false"):
         HuggingFace(name=str(tmp_path)).skeleton()
     assert not Path("ran").exists()
 

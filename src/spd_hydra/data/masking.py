@@ -34,7 +34,7 @@ class MaskedBatches(Batches):
         assert inner.ordered, "rows number the places of a stream, of which each is masked in its own way"
         self.padded = inner.padded
         self._inner, self.fraction, self._mask = inner, fraction, mask
-        self._special = torch.tensor(sorted(special), dtype=torch.int64)
+        self._special = sorted(special)  # no tensor: this may be made on meta, for a check, and then read
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]
@@ -53,7 +53,8 @@ class MaskedBatches(Batches):
     def _hidden(self, key: Tensor, rows: Tensor, tokens: Tensor) -> Bool[Tensor, "batch length"]:
         columns = rng.columns("mask_tokens", tokens.shape[1]).to(tokens.device)
         drawn = rng.uniform(key.to(tokens.device), rows.to(torch.int32), columns)
-        fixed = (tokens < 0) | torch.isin(tokens, self._special.to(tokens.device))
+        special = torch.tensor(self._special, dtype=tokens.dtype, device=tokens.device)
+        fixed = (tokens < 0) | torch.isin(tokens, special)
         return (drawn < self.fraction) & ~fixed
 
     def content(self) -> str | None:

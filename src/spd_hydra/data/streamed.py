@@ -14,6 +14,7 @@ from torch import Tensor
 from spd_hydra import rng
 from spd_hydra.data.base import Batches
 from spd_hydra.data.packing import Document, Layout, Tally, repeats
+from spd_hydra.data.padding import padding_note
 from spd_hydra.data.tokenizing import decoded
 from spd_hydra.section import ConfigError
 
@@ -36,6 +37,7 @@ class StreamedBatches(Batches):
         documents: the text.
         remember: keep all rows in memory, for held-out rows that are asked for again and again.
         load_tokenizer: for `decode`.
+        padding: ids that are told of where they stand many times in a row.
     """
 
     ordered = True
@@ -47,11 +49,13 @@ class StreamedBatches(Batches):
         *,
         remember: bool,
         load_tokenizer: Callable[[], Any],
+        padding: frozenset[int] = frozenset(),
     ) -> None:
         self.padded = not layout.pack
         self._layout, self._documents, self._remember = layout, documents, remember
         self._load_tokenizer = functools.cache(load_tokenizer)
         self._notes: dict[str, None] = {}
+        self._padding = padding
         self._key: list[int] | None = None
         self._begin([])
 
@@ -67,6 +71,7 @@ class StreamedBatches(Batches):
             tally = Tally()
             documents = self._documents(rng.derived_seed(0, f"stream/{key}", epoch) % 2**32)
             for rows in self._layout.rows(documents, tally, at_once=_ROWS_AT_ONCE * self._layout.length):
+                self._look_for_padding(rows)
                 yield from rows
             if not tally.rows:
                 part = "held out" if self._remember else "left to train on"
@@ -75,6 +80,14 @@ class StreamedBatches(Batches):
                 note = repeats(tally.rows, self._layout.length)
                 self._notes[note] = None
                 logger.warning(note)
+
+    def _look_for_padding(self, rows: np.ndarray) -> None:
+        """Among the first rows."""
+        note = padding_note(rows, self._padding)
+        self._padding = frozenset()
+        if note is not None:
+            self._notes[note] = None
+            logger.warning(note)
 
     def __call__(
         self, key: Int32[Tensor, "2"], rows: Int32[Tensor, " batch"] | Int64[Tensor, " batch"]

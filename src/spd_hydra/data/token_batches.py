@@ -14,10 +14,13 @@ from torch import Tensor
 from spd_hydra import rng
 from spd_hydra.data.base import Batches
 from spd_hydra.data.packing import repeats
+from spd_hydra.data.padding import padding_note
 from spd_hydra.data.token_store import HELD_OUT, TokenStore
 from spd_hydra.data.tokenizing import decoded
 
 logger = logging.getLogger(__name__)
+
+_told: set[tuple[str, str]] = set()  # notes that this process has logged, with the digest of their rows
 
 OpenStore = Callable[[], TokenStore]
 LoadTokenizer = Callable[[], Any]
@@ -36,19 +39,23 @@ class TokenBatches(Batches):
         part: which of the rows.
         length: tokens per row.
         padded: whether rows may end in padding.
+        padding: ids that are told of where they stand many times in a row.
     """
 
     digest: str
     part: str
     length: int
     padded: bool
+    padding: frozenset[int] = frozenset()
     open_store: dataclasses.InitVar[OpenStore]
     load_tokenizer: dataclasses.InitVar[LoadTokenizer]
     ordered = True
 
     def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
-        self._open_store = functools.cache(open_store)
+        self._open = open_store
+        self._store: TokenStore | None = None
         self._load_tokenizer = functools.cache(load_tokenizer)
+        self._notes: list[str] = []
         self._rows: np.ndarray | None = None
         self._repeats = False
 
@@ -81,8 +88,25 @@ class TokenBatches(Batches):
         """
         return self._open_store().content(self.part)
 
+    def _open_store(self) -> TokenStore:
+        if self._store is None:
+            self._store = self._open()
+            note = padding_note(self._store.rows(self.part), self.padding)
+            self._notes = [*self._store.notes(), *([] if note is None else [note])]
+            self._tell()
+        return self._store
+
+    def _tell(self) -> None:
+        """Log the notes, each once per process."""
+        for note in self._notes:
+            if (self.digest, note) not in _told:
+                _told.add((self.digest, note))
+                logger.warning(note)
+
     def notes(self) -> list[str]:
-        return [repeats(len(self._rows), self.length)] if self._repeats and self._rows is not None else []
+        if self._repeats and self._rows is not None:
+            return [*self._notes, repeats(len(self._rows), self.length)]
+        return list(self._notes)
 
     def tokenizer(self) -> Any:
         """The tokenizer of the text, if there is one."""

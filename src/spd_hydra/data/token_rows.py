@@ -46,8 +46,13 @@ class TokenRows:
         """The rows, made now if they are not there."""
         return open_or_make(self.directory, self._make)
 
-    def streamed(self, part: str) -> StreamedBatches:
-        """The rows of a part as they come; held-out documents are left out of what is trained on by share."""
+    def streamed(self, part: str, padding: frozenset[int]) -> StreamedBatches:
+        """The rows of a part as they come; held-out documents are left out of what is trained on by share.
+
+        Args:
+            part: to train on, or held out.
+            padding: ids that are told of where they stand many times in a row.
+        """
         source, mask = self.source, self.masks[0]
         if part == HELD_OUT and self.held_out is not None:
             source, mask = self.held_out, self.masks[1]
@@ -62,7 +67,11 @@ class TokenRows:
                     yield one
 
         return StreamedBatches(
-            self.layout, documents, remember=part == HELD_OUT, load_tokenizer=self.reader.tokenizer
+            self.layout,
+            documents,
+            remember=part == HELD_OUT,
+            load_tokenizer=self.reader.tokenizer,
+            padding=padding,
         )
 
     def _make(self, directory: Path) -> TokenStore:

@@ -44,7 +44,7 @@ class TokenStore:
 
     Attributes:
         directory: holds `train.bin`, `eval.bin`, `facts.json`.
-        facts: `rows` and `sha256` by part, `length`, `dtype`, `overlap`.
+        facts: `rows` and `sha256` by part, `length`, `dtype`, `overlap` and of how many `held_out` documents.
     """
 
     directory: Path
@@ -95,6 +95,17 @@ class TokenStore:
             f"out, in {self.directory}"
         )
 
+    def notes(self) -> list[str]:
+        """What one has to know of these rows, a sentence each."""
+        overlap, of = self.facts["overlap"], self.facts.get("held_out")  # which older versions did not write
+        if not overlap:
+            return []
+        number = f"{overlap} of {of}" if of else f"{overlap}"
+        return [
+            f"data: {number} held-out documents are also among those to train on; they are left out of the "
+            "evaluation"
+        ]
+
 
 def write_store(
     directory: Path,
@@ -115,7 +126,7 @@ def write_store(
     Raises:
         ConfigError: a part has no row, or a token id is none of the target's.
     """
-    overlap = 0
+    overlap = n_held_out = 0
     if held_out is None:
         kept = chosen(documents(), lambda one: not is_held_out(one, held_out_fraction))
         others = chosen(documents(), lambda one: is_held_out(one, held_out_fraction))
@@ -124,21 +135,19 @@ def write_store(
         shared = wanted.intersection(fingerprint(one) for one in documents())
         kept = iter(documents())
         others = chosen(held_out(), lambda one: fingerprint(one) not in shared)
-        overlap = len(shared)
-        if overlap:
-            logger.warning(
-                "data: %d of %d held-out documents are also among those to train on; they are left out of "
-                "the evaluation",
-                overlap,
-                len(wanted),
-            )
+        overlap, n_held_out = len(shared), len(wanted)
     tallies, digests = {}, {}
     for part, own in ((TRAIN, kept), (HELD_OUT, others)):
         tallies[part], digests[part] = write_rows(directory / f"{part}.bin", own, layout)
     _require_rows(tallies, layout, overlap, has_own=held_out is not None)
     rows = {part: tally.rows for part, tally in tallies.items()}
-    facts = {"rows": rows, "length": layout.length, "dtype": layout.dtype.name, "overlap": overlap}
-    facts["sha256"] = digests
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "length": layout.length,
+        "dtype": layout.dtype.name,
+        "overlap": overlap,
+    }
+    facts |= {"sha256": digests, "held_out": n_held_out}
     with writing(directory / _FACTS):
         atomic.replace(directory / _FACTS, json.dumps(facts, indent=1))
     return TokenStore(directory, facts)

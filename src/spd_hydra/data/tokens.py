@@ -154,11 +154,13 @@ class Tokens(DataSource):
         rows = self._plan(target)
         if self.streaming:
             return [f"data {self.name}: {rows.source.where}; streamed, so nothing is kept"]
-        return [f"data {self.name}: {rows.source.where}", rows.open().describe()]
+        store = rows.open()
+        return [f"data {self.name}: {rows.source.where}", store.describe(), *store.notes()]
 
     def _batches(self, target: TargetSpec, part: str) -> Batches:
         rows = self._plan(target)
-        batches = rows.streamed(part) if self.streaming else self._stored(rows, part)
+        padding = self._unmasked_padding(target, rows, part)
+        batches = rows.streamed(part, padding) if self.streaming else self._stored(rows, part, padding)
         fraction = self.mask_fraction
         if fraction is None:
             fraction = USUAL if target.fills_masks() and not rows.reader.tokenised else 0.0
@@ -166,12 +168,21 @@ class Tokens(DataSource):
             return batches
         return masked(batches, fraction, rows.reader.tokenizer(), rows.layout.vocab_size)
 
-    def _stored(self, rows: TokenRows, part: str) -> TokenBatches:
+    def _unmasked_padding(self, target: TargetSpec, rows: TokenRows, part: str) -> frozenset[int]:
+        """Ids that would be padding, in lists of tokens beside which nothing says where that is."""
+        own = part == HELD_OUT and rows.held_out is not None
+        if not rows.reader.tokenised or rows.masks[own] is not None:
+            return frozenset()
+        known = {target.padding_token(), getattr(rows.reader.tokenizer(), "pad_token_id", None)}
+        return frozenset(token for token in known if token is not None)
+
+    def _stored(self, rows: TokenRows, part: str, padding: frozenset[int]) -> TokenBatches:
         return TokenBatches(
             digest=rows.digest,
             part=part,
             length=rows.layout.length,
             padded=not self.pack,
+            padding=padding,
             open_store=rows.open,
             load_tokenizer=rows.reader.tokenizer,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -51,6 +52,7 @@ class DecomposedModel(nn.Module):
         lr_factors: by site, what their learning rate is multiplied with.
         patched: the copy of the target on which masked passes run; it shares the target's tensors.
         number_of: C, the number of subcomponents, by site.
+        passed_over: layers that the patterns match and that are no sites, with the reason.
         roots: sites whose input no other site influences, whose clean quantities masked passes reuse.
         is_hooked: whether passes run with the hooks of `hooked`.
         compiled_blocks: compiles the blocks of masked passes that have gradients; None: they run as they are.
@@ -60,6 +62,7 @@ class DecomposedModel(nn.Module):
         config: sites, number of subcomponents, ties, sigmoid.
         ci_fn: the causal-importance function.
         seed: the run's seed; initial values come from it.
+        passed_over: layers that the patterns match and that are left out, with the reason.
 
     Raises:
         ConfigError: a pattern that matches nothing, a module matched twice, impossible ties, an identity in
@@ -67,11 +70,18 @@ class DecomposedModel(nn.Module):
     """
 
     def __init__(
-        self, target: nn.Module, config: Decomposition, ci_fn: CausalImportanceFn, *, seed: int
+        self,
+        target: nn.Module,
+        config: Decomposition,
+        ci_fn: CausalImportanceFn,
+        *,
+        seed: int,
+        passed_over: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        sites = find_sites(target, config.sites)
-        check_ties(target, config.tied, sites)
+        sites = find_sites(target, config.sites, passed_over)
+        self.passed_over = dict(passed_over)
+        check_ties(target, config.tied, sites, config.sites)
         identities = find_identities(target, config.identities)
         self.config = config
         self.target = target.requires_grad_(False).eval()

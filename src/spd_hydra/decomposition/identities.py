@@ -52,6 +52,8 @@ def find_identities(
 ) -> dict[str, tuple[SitePattern, Identity]]:
     """The entry and the identity matrix of every site, in the order of the target's modules.
 
+    Modules that lie in another one of the same pattern are passed over: `h.*` means each block.
+
     Raises:
         ConfigError: a pattern matches no module, a module is matched twice, or its width is not known.
     """
@@ -59,7 +61,7 @@ def find_identities(
     matched_by: dict[str, str] = {}
     for key, site in patterns.items():
         where = f"decomposition.identities.{key}.pattern"
-        found = [name for name in modules if fnmatchcase(name, site.pattern)]
+        found = _outermost(modules, site.pattern)
         if not found:
             raise ConfigError(f"{where}: {why_no_module(site.pattern, modules)}")
         for name in found:
@@ -80,11 +82,19 @@ def find_identities(
 def identity_groups(sites: Iterable[str], patterns: Mapping[str, SitePattern]) -> dict[str, list[str]]:
     """The identities that each pattern stands for, as `<name of the pattern>.identity`."""
     modules = {site: site.removesuffix(f".{SUFFIX}") for site in sites if site.endswith(f".{SUFFIX}")}
-    found = {
-        f"{name}.{SUFFIX}": [site for site, module in modules.items() if fnmatchcase(module, one.pattern)]
-        for name, one in patterns.items()
+    found = {name: _outermost(modules.values(), one.pattern) for name, one in patterns.items()}
+    return {
+        f"{name}.{SUFFIX}": [f"{own}.{SUFFIX}" for own in names] for name, names in found.items() if names
     }
-    return {name: own for name, own in found.items() if own}
+
+
+def _outermost(names: Iterable[str], pattern: str) -> list[str]:
+    """The modules that a pattern matches, without those in others of them, which come before."""
+    found: list[str] = []
+    for name in names:
+        if fnmatchcase(name, pattern) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def _width(name: str, module: nn.Module, key: str) -> int:

@@ -81,7 +81,7 @@ def patched_copy(
 
     def refused(site: str) -> ConfigError:
         reason = "whose matrix the target reads itself instead of calling the layer"
-        return unfit_sites(reason, [site], target, sites)
+        return unfit_sites(reason, [site], target, sites, is_first_of_kind=True)
 
     hooks = [hook for module in target.modules() for hook in hooks_of(module)]
     shared = {id(one): one for one in [*target.parameters(), *target.buffers(), *hooks]}

@@ -1,7 +1,7 @@
 """From patterns to sites: which modules of the target are decomposed."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
@@ -12,14 +12,35 @@ from spd_hydra.decomposition.layers import computes_otherwise, is_decomposable, 
 from spd_hydra.section import ConfigError
 
 
-def find_sites(target: nn.Module, patterns: Mapping[str, SitePattern]) -> dict[str, SitePattern]:
+class UnfitSitesError(ConfigError):
+    """Sites that no mask could stand for.
+
+    Attributes:
+        sites: their paths.
+        reason: what comes behind their names.
+        is_first_of_kind: whether the same ones of other blocks were not looked at.
+    """
+
+    def __init__(self, text: str, sites: Iterable[str], reason: str, *, is_first_of_kind: bool) -> None:
+        super().__init__(text)
+        self.sites, self.reason, self.is_first_of_kind = tuple(sites), reason, is_first_of_kind
+
+
+def find_sites(
+    target: nn.Module, patterns: Mapping[str, SitePattern], without: Collection[str] = ()
+) -> dict[str, SitePattern]:
     """The entry that each module path belongs to, in the order of the target's modules.
+
+    Args:
+        target: the model.
+        patterns: the entries by name.
+        without: paths of layers that are passed over.
 
     Raises:
         ConfigError: a pattern matches no decomposable module, or a module is matched twice.
     """
     modules = {name: module for name, module in target.named_modules() if name}
-    candidates = [name for name, module in modules.items() if is_decomposable(module)]
+    candidates = [name for name, module in modules.items() if is_decomposable(module) and name not in without]
     matched_by: dict[str, str] = {}
     for key, site in patterns.items():
         found = [name for name in candidates if fnmatchcase(name, site.pattern)]
@@ -80,13 +101,14 @@ def _nearest(pattern: str, candidates: list[str]) -> str | None:
 
 def _patterns_of(name: str, shortest: int = 1) -> Iterator[str]:
     """Patterns that match a path, the widest first and without any number; they keep so many parts."""
-    parts = _in_every_block(name).split(".")
+    parts = in_every_block(name).split(".")
     for end in range(shortest, len(parts)):
         yield f"{'.'.join(parts[:end])}.*".replace(".*.*", ".*")
     yield ".".join(parts)
 
 
-def _in_every_block(name: str) -> str:
+def in_every_block(name: str) -> str:
+    """The path with * for every number."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -100,7 +122,14 @@ def _shortened(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
-def unfit_sites(reason: str, unfit: Iterable[str], target: nn.Module, sites: Iterable[str]) -> ConfigError:
+def unfit_sites(
+    reason: str,
+    unfit: Iterable[str],
+    target: nn.Module,
+    sites: Iterable[str],
+    *,
+    is_first_of_kind: bool = False,
+) -> UnfitSitesError:
     """What a user is told of sites that no mask could stand for, with patterns for those that are left.
 
     Args:
@@ -108,14 +137,19 @@ def unfit_sites(reason: str, unfit: Iterable[str], target: nn.Module, sites: Ite
         unfit: their paths; if all of them are identities that were put into the target, these are named.
         target: the model.
         sites: paths of all layers that are decomposed.
+        is_first_of_kind: whether the same ones of other blocks were not looked at.
     """
-    sites = list(sites)
+
+    def error(text: str) -> UnfitSitesError:
+        return UnfitSitesError(text, unfit, reason, is_first_of_kind=is_first_of_kind)
+
+    unfit, sites = list(unfit), list(sites)
     found = [name for name in unfit if name in sites]
     if not found:
-        return ConfigError(f"decomposition.identities: got {_shortened([*unfit], 3)}, {reason}; leave it out")
-    kinds = {_in_every_block(name) for name in found}
+        return error(f"decomposition.identities: got {_shortened(unfit, 3)}, {reason}; leave it out")
+    kinds = {in_every_block(name) for name in found}
     layers = [name for name, module in target.named_modules() if name and is_decomposable(module)]
-    left = [name for name in sites if _in_every_block(name) not in kinds]  # blocks are alike
+    left = [name for name in sites if in_every_block(name) not in kinds]  # blocks are alike
     left = left or [name for name in sites if name not in found]
     others = [name for name in layers if name not in sites]
     if left:
@@ -124,7 +158,7 @@ def unfit_sites(reason: str, unfit: Iterable[str], target: nn.Module, sites: Ite
         advice = f"choose others with decomposition.sites.<name>.pattern, of {_shortened(others)}"
     else:
         advice = "the target has no other matrices"
-    return ConfigError(f"decomposition.sites: got {_shortened(found, 3)}, {reason}; {advice}")
+    return error(f"decomposition.sites: got {_shortened(found, 3)}, {reason}; {advice}")
 
 
 def _patterns_for(wanted: list[str], layers: list[str]) -> list[str]:
@@ -152,8 +186,19 @@ def _as_words(patterns: list[str]) -> list[str]:
     return list(words.values())
 
 
-def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, SitePattern]) -> None:
+def check_ties(
+    target: nn.Module,
+    tied: Mapping[str, str],
+    sites: Mapping[str, SitePattern],
+    patterns: Mapping[str, SitePattern],
+) -> None:
     """Check that tied sites and their sources are sites, transposes of each other, with equal C and start.
+
+    Args:
+        target: the model.
+        tied: by site, its source.
+        sites: the entry of each site.
+        patterns: the entries by name, for what is said of a tie that has their names in place of paths.
 
     Raises:
         ConfigError: naming the tie and what is wrong with it.
@@ -166,6 +211,7 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
                 is_layer = any(layer == site for layer, _ in target.named_modules())
                 advice = f"; drop the tie too: '~{where}'" if is_layer else ""
                 known = ", ".join(sites)
+                advice = advice or _tie_of_paths(name, source, sites, patterns)
                 raise ConfigError(f"{where}: {site!r} is not a site; the sites are {known}{advice}")
         if source in tied:
             raise ConfigError(
@@ -191,3 +237,20 @@ def check_ties(target: nn.Module, tied: Mapping[str, str], sites: Mapping[str, S
             (weight == of_source.T).all() if weight.device.type != "meta" else True
         ):
             raise ConfigError(f"{where}: the weight is not the transpose of that of {source!r}")
+
+
+def _tie_of_paths(
+    name: str, source: str, sites: Mapping[str, SitePattern], patterns: Mapping[str, SitePattern]
+) -> str:
+    """What to write in place of a tie of names that are no paths, if it is clear which sites they mean."""
+    groups = site_groups(sites, patterns)
+
+    def meant(given: str) -> list[str]:
+        return (
+            [given] if given in sites else groups.get(given) or [p for p in sites if p.endswith(f".{given}")]
+        )
+
+    found = [meant(given) for given in (name, source)]
+    if any(len(paths) != 1 for paths in found) or found[0] == found[1]:
+        return ""
+    return f"; a tie names them by these paths: '+decomposition.tied.{found[0][0]}={found[1][0]}'"

@@ -103,6 +103,10 @@ class TargetSpec(Section):
         """Number of tokens of a target that takes tokens."""
         return None
 
+    def padding_token(self) -> int | None:
+        """The token that stands for padding, if the target knows one."""
+        return None
+
     def tokenizer_name(self) -> str | None:
         """The tokenizer that belongs to the target, as transformers finds it."""
         return None

@@ -162,6 +162,10 @@ class HuggingFace(TargetSpec):
         """Number of tokens that the model knows."""
         return cast("int | None", getattr(self._config().get_text_config(), "vocab_size", None))
 
+    def padding_token(self) -> int | None:
+        """The token that the model's configuration says stands for padding."""
+        return hf_config.padding_token(self._config())
+
     def tokenizer_name(self) -> str:
         """The model's own tokenizer comes with it."""
         return self.name
@@ -262,7 +266,7 @@ class HuggingFace(TargetSpec):
             return getattr(auto_class, method)(source, **arguments)
         except hf_config.unusable(self.trust_remote_code) as error:
             reason = hf_config.first_line(error)
-            raise ConfigError(
+            raise hf_config.untrusted(self.name, error) or ConfigError(
                 f"model: {self.name} cannot be loaded as {self.auto_class.name}: {reason}"
             ) from error
 

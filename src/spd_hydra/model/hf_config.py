@@ -29,6 +29,19 @@ def first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def untrusted(name: str, error: Exception) -> ConfigError | None:
+    """What is said of a model that transformers refuses for Python code of its own; None: not for that."""
+    if "argument `trust_remote_code=True`" not in str(error):
+        return None
+    commit = (
+        "" if hub.is_local(name) else " and model.revision=<full commit hash>, the one that you have read"
+    )
+    return ConfigError(
+        f"model.trust_remote_code: got false, but {name} comes with Python code of its own, which is not run "
+        f"unasked; if you have read it and trust it, set model.trust_remote_code=true{commit}"
+    )
+
+
 def read(name: str, directory: Path, *, trusts_code: bool) -> Any:
     """The configuration in a directory.
 
@@ -47,7 +60,7 @@ def read(name: str, directory: Path, *, trusts_code: bool) -> Any:
             hub.require_own_code(name, directory / "config.json", "model.trust_remote_code")
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
     except unusable(trusts_code) as error:
-        raise ConfigError(
+        raise untrusted(name, error) or ConfigError(
             f"model.name: got {name}, whose config.json cannot be used: {first_line(error)}"
         ) from error
     if config.is_encoder_decoder:
