@@ -87,7 +87,8 @@ def _weighted(r: Float[Tensor, "d n"], weight: Float[Tensor, "d d_out"]) -> Floa
     """Σ w r rᵀ over unit vectors r, with w = (m / |W r|)², at most 8; m is the median of |W r|."""
     writes = (r.T @ weight).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
     weights = (writes.median() / writes).square().clamp(max=_MOST_WEIGHT)
-    return (r * weights) @ r.T
+    products: Tensor = (r * weights) @ r.T
+    return products
 
 
 def _least_change(
