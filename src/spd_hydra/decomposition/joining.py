@@ -13,8 +13,8 @@ from spd_hydra.decomposition.subcomponents import Subcomponents
 
 _ON = 0.3  # a causal importance that counts as needed
 _ENOUGH = 16  # positions that need both, to judge by
-_TOGETHER = 0.5  # of the positions that need the one that is needed less, so many need the other too
-_LEFT = 0.03  # of what both write, squared, so much may be left to the one that hands over
+_TOGETHER = 0.3  # of the positions that need the one that is needed less, so many need the other too
+_LEFT = 0.05  # of what both write, squared, so much may be left to the one that hands over
 _NOISE = 3.0  # times as much as before may both write, squared, where they are not needed
 
 
@@ -76,8 +76,8 @@ def join_site(
 
     V U stays what it is, for S a does what both did, and where h_a is 0 nothing changes. b is a part of a if
 
-    - at least 16 positions need both, and half of those that need the one that is needed less;
-    - what is left to b is little: ⟨(h_b - k h_a)²⟩ |U_b|² ≤ 0.03 ⟨|h_a U_a + h_b U_b|²⟩, over S and over the
+    - at least 16 positions need both, and 0.3 of those that need the one that is needed less;
+    - what is left to b is little: ⟨(h_b - k h_a)²⟩ |U_b|² ≤ 0.05 ⟨|h_a U_a + h_b U_b|²⟩, over S and over the
       positions that need both;
     - others hear little of it: the sum of ⟨h_a²⟩ |U_a|² over positions that do not need a, where its mask is
       random, and of b's over those that need neither, is at most three times what it was. A large k would
