@@ -80,8 +80,10 @@ def of_two_signs() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_where_one_will_do_for_both_signs_it_takes_over() -> None:
     needed, h, _ = of_two_signs()
-    site = Site(needed, h, torch.tensor([[1.0, 0.0], [0.1, 0.1]]))
-    assert site.joins == [Join(whole=0, part=1)]
+    for order in ([0, 1], [1, 0]):
+        U = torch.tensor([[1.0, 0.0], [0.4, 0.1]])
+        (found,) = Site(needed[:, order], h[:, order], U[order]).joins
+        assert (order[found.whole], order[found.part]) == (0, 1)
 
 
 def test_where_one_will_not_do_each_keeps_a_sign() -> None:
@@ -119,10 +121,21 @@ def test_others_are_not_joined(needed: Tensor, h: Tensor) -> None:
     assert torch.equal(site.writes, site.wrote)
 
 
-def test_of_three_parts_two_are_joined_at_a_time() -> None:
+def test_of_three_parts_two_are_joined_at_a_time_and_the_third_the_next_time() -> None:
     h = draw(POSITIONS, 1) * torch.tensor([1.0, 2.0, 3.0])
-    (found,) = Site(on(FIRST, FIRST, FIRST), h, draw(1, 4, seed=1).expand(3, -1)).joins
-    assert found.whole != found.part
+    needed, V, U = on(FIRST, FIRST, FIRST), torch.eye(3), draw(1, 4, seed=1).expand(3, -1).clone()
+    found = [join_site(V, U, needed=needed, h=h @ V) for _ in range(3)]
+    assert [len(joins) for joins in found] == [1, 1, 0]
+    (first,), (second,), _ = found
+    assert first.whole == second.whole
+    assert {first.whole, first.part, second.part} == {0, 1, 2}
+
+
+def test_one_that_writes_nothing_does_not_keep_others_from_being_joined() -> None:
+    h = draw(POSITIONS, 1).expand(-1, 3)
+    U = draw(1, 4, seed=1) * torch.tensor([[1.0], [1e-4], [1.0]])
+    (found,) = Site(on(FIRST, FIRST, FIRST), h, U).joins
+    assert {*found} == {0, 2}
 
 
 def halved(target: nn.Module, site: str, tied: dict[str, str] | None = None) -> DecomposedModel:

@@ -13,6 +13,7 @@ _SAME = 0.9  # nearness of two pieces that are one
 _ROWS = 1024  # that are compared with all others at a time
 _CANDIDATES = 32  # inputs per subcomponent from which directions are chosen
 _MOST_WEIGHT = 8.0  # of a direction of which W makes little; the median one has 1
+_UNREAD = 1e-5  # of the most that W makes of a direction: it makes nothing of it
 _UNSEEN = 1e-6  # of the largest variance: a direction with less is outside the span of the inputs
 
 
@@ -48,12 +49,13 @@ def detectors(
         U_c = W r_c - Σ_{b<c} (V_b · r_c) U_b,
 
     a matched filter: of all vectors that read r_c as strongly, V_c reads least of the other directions, of
-    inputs as they come, scaled to x̂ᵀ Σ⁻¹ x̂ = 1, and of the inputs as a whole. With m the median of |W r|,
-    w = m² / |W r|², at most 8: what is written in error for a direction, or an input, counts by what should
-    be written for it. V along r_c itself would read what r_c shares with others too, such as what a layer
-    before adds for all of them. U_c takes what those before leave of W: a direction that is a sum of others
-    begins with next to nothing, and they with all of theirs. What is left then goes into V by the least
-    change that makes up for it, first where inputs lie, then elsewhere: V U = Wᵀ if C is at least d_out.
+    inputs as they come, scaled to x̂ᵀ Σ⁻¹ x̂ = 1, and of the inputs as a whole. w is m² / |W r|², at most 8, m
+    the median of |W r| over directions, and over inputs for these: what is written in error for one counts by
+    what should be written for it. V along r_c itself would read what r_c shares with others too, such as what
+    a layer before adds for all of them. U_c takes what those before leave of W: a direction that is a sum of
+    others begins with next to nothing, and they with all of theirs. What is left then goes into V by the
+    least change that makes up for it, first where inputs lie, then elsewhere: V U = Wᵀ if C is at least
+    d_out.
 
     No answer is known here: a direction is chosen because inputs have it.
 
@@ -84,9 +86,11 @@ def detectors(
 
 
 def _weighted(r: Float[Tensor, "d n"], weight: Float[Tensor, "d d_out"]) -> Float[Tensor, "d d"]:
-    """Σ w r rᵀ over unit vectors r, with w = (m / |W r|)², at most 8; m is the median of |W r|."""
-    writes = (r.T @ weight).norm(dim=1).clamp(min=torch.finfo(r.dtype).tiny)
-    weights = (writes.median() / writes).square().clamp(max=_MOST_WEIGHT)
+    """Σ w r rᵀ over unit vectors r, with w = (m / |W r|)², at most 8; m the median of |W r| > 0."""
+    writes = (r.T @ weight).norm(dim=1)
+    read = writes[writes > _UNREAD * writes.max()]
+    typical = read.median() if len(read) else writes.new_ones(())
+    weights = (typical / writes.clamp(min=torch.finfo(r.dtype).tiny)).square().clamp(max=_MOST_WEIGHT)
     products: Tensor = (r * weights) @ r.T
     return products
 

@@ -15,6 +15,7 @@ _ON = 0.3  # a causal importance that counts as needed
 _ENOUGH = 16  # positions that need both, to judge by
 _TOGETHER = 0.3  # of the positions that need the one that is needed less, so many need the other too
 _LEFT = 0.05  # of what both write, squared, so much may be left to the one that hands over
+_HANDED = 0.01  # of what both write, squared, at least so much has to change hands
 _NOISE = 3.0  # times as much as before may both write, squared, where they are not needed
 
 
@@ -78,7 +79,7 @@ def join_site(
 
     - at least 16 positions need both, and 0.3 of those that need the one that is needed less;
     - what is left to b is little: ⟨(h_b - k h_a)²⟩ |U_b|² ≤ 0.05 ⟨|h_a U_a + h_b U_b|²⟩, over S and over the
-      positions that need both;
+      positions that need both, and what is handed over, ⟨(k h_a)²⟩ |U_b|², more than 0.01 of it;
     - others hear little of it: the sum of ⟨h_a²⟩ |U_a|² over positions that do not need a, where its mask is
       random, and of b's over those that need neither, is at most three times what it was. A large k would
       pass on to b what a reads of other inputs.
@@ -128,7 +129,8 @@ def _parts(
     for own, products, others in (over_first, over_both):
         left = (others - 2 * ratios * products + ratios.square() * own) * sizes
         both_write = own * sizes[:, None] + others * sizes + 2 * products * writes
-        is_part &= (left <= _LEFT * both_write) & (both_write > 0)
+        handed = ratios.square() * own * sizes
+        is_part &= (left <= _LEFT * both_write) & (handed > _HANDED * both_write)
     return ratios, is_part
 
 
