@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 from tests.ranks import begin, directory_in, ends, play, result_in, rows_of
 
+from spd_hydra.build import obtain
+from spd_hydra.composition import compose
+
 STEPS = 12
 SMOOTH = "decomposition.sigmoid=sigmoid"  # the gradient of a hard one jumps, and makes much of a last bit
 
@@ -23,6 +26,12 @@ def words_for(cache: Path, steps: int) -> list[str]:
         f"train={{steps:{steps},batch_size:6,checkpoint_every:3,log_every:2}}",
         "eval={every:4,batches:2,batch_size:6,subcomponents:2}",
     ]
+
+
+def test_its_target_is_named_in_the_cache_by_its_data(tmp_path: Path) -> None:
+    config = compose([*words_for(tmp_path, STEPS), "target_steps=1"])
+    assert not obtain(config, torch.device("cpu")).cached
+    assert obtain(config, torch.device("cpu")).cached
 
 
 @pytest.mark.slow

@@ -193,7 +193,9 @@ class Trainer:
         every = max(1, round(self.training.join_every * self.training.steps))
         if not self.training.join_every or self.step % every or self.step == self.training.steps:
             return
-        if found := join(self.model, self.sampler.others("join", self.step, _JOINED_BY)):
+        found = join(self.model, self.sampler.others("join", self.step, _JOINED_BY))
+        self.take_from_rank_0()  # a threshold makes much of a little difference
+        if found:
             logger.info("step %d: joined %s", self.step, told(found))
 
     def _train_step(self) -> StepLoss:

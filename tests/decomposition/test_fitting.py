@@ -10,6 +10,7 @@ from spd_hydra.decomposition.config import Decomposition, SitePattern
 from spd_hydra.decomposition.decomposed_model import DecomposedModel
 from spd_hydra.decomposition.fitting import fitting, passed_over_in, passed_over_notes
 from spd_hydra.decomposition.roots import require_values_that_stay
+from spd_hydra.decomposition.sites import unfit_sites
 from spd_hydra.section import ConfigError
 
 IN_PLACE = "whose output the target changes in place"
@@ -100,6 +101,30 @@ def test_what_is_tied_is_refused() -> None:
         patch.setattr("spd_hydra.decomposition.decomposed_model.check_ties", lambda *arguments: None)
         with pytest.raises(ConfigError, match=IN_PLACE):
             fitted({"blocks.0.changed": "blocks.0.plain"}, all="*")
+
+
+@pytest.mark.parametrize(
+    ("sites", "is_first_of_kind"),
+    [
+        (["blocks.0.identity"], True),  # put in, so of no pattern of sites
+        (["blocks.1.plain"], False),  # not of all blocks: other rows may run it
+    ],
+)
+def test_what_is_no_layer_of_all_blocks_is_refused(sites: list[str], is_first_of_kind: bool) -> None:
+    target = Target()
+    config = Decomposition(sites={"all": SitePattern(pattern="*.plain", C=3)})
+
+    def check(model: DecomposedModel) -> None:
+        names = model.matrix_names
+        raise unfit_sites("which is unfit", sites, target, names, is_first_of_kind=is_first_of_kind)
+
+    with pytest.raises(ConfigError, match=rf"got {sites[0]}, which is unfit"):
+        fitting(
+            lambda without: DecomposedModel(
+                target, config, MLPCausalImportance(hidden=2), seed=0, passed_over=without
+            ),
+            check,
+        )
 
 
 def test_a_saved_model_passes_over_what_its_state_lacks() -> None:

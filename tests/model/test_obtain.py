@@ -169,6 +169,22 @@ def test_the_cache_tells_specs_seeds_and_data_apart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "targets").iterdir())) == 4
 
 
+def test_a_cached_target_that_is_certified_no_more_gives_way_to_the_next_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert obtained(picky(wanted=0, max_tries=3), tmp_path).tries == 1
+    certify = PickyTMS.certify
+
+    def stricter(spec: PickyTMS, module: nn.Module) -> list[Measurement]:
+        return certify(dataclasses.replace(spec, wanted=2), module)
+
+    monkeypatch.setattr(PickyTMS, "certify", stricter)
+    for cached in (False, True):
+        target = obtained(picky(wanted=0, max_tries=3), tmp_path)
+        assert target.certified
+        assert (target.tries, target.cached) == (3, cached)
+
+
 @pytest.mark.parametrize(
     "damage", [lambda whole: b"", lambda whole: whole[:-1], lambda whole: whole[:-1] + b"\x55"]
 )

@@ -102,7 +102,7 @@ def test_certification_measures_the_least_that_a_layer_adds_for_a_feature() -> N
 
 
 def test_certification_counts_neurons_that_no_feature_turns_on() -> None:
-    spec = ResidMLP(n_features=4, d_embed=8)
+    spec = ResidMLP(n_features=4, d_embed=8, max_idle_neurons=1)
     module = exact(4, 8)
     assert {m.name: m.value for m in spec.certify(module)}["idle_neurons"] == 0
     with torch.no_grad():
@@ -111,6 +111,7 @@ def test_certification_counts_neurons_that_no_feature_turns_on() -> None:
     found = {m.name: m for m in spec.certify(module)}["idle_neurons"]
     assert found.value == 2
     assert not found.passed
+    assert all(m.passed for m in ResidMLP(n_features=4, d_embed=8).certify(module) if m.name == found.name)
 
 
 def test_known_answer_names_sites_of_the_module() -> None:

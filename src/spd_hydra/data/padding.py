@@ -10,9 +10,10 @@ _LOOKED_AT = 1000  # rows
 
 
 def padding_note(rows: Int[np.ndarray, "rows length"], padding: Collection[int]) -> str | None:
-    """What to say of rows that look padded: in many of them a padding token stands twice in a row.
+    """What to say of rows that look padded: in many of them a padding token stands three times in a row.
 
-    One by itself may be the end of a text, which many tokenizers also take for padding.
+    One may be the end of a text, which many tokenizers also take for padding, and two the end of one and the
+    beginning of the next.
 
     Args:
         rows: of tokens, of which the first are looked at.
@@ -21,7 +22,11 @@ def padding_note(rows: Int[np.ndarray, "rows length"], padding: Collection[int])
     seen = rows[:_LOOKED_AT]
     for token in padding:
         is_padding = seen == token
-        share = float((is_padding[:, 1:] & is_padding[:, :-1]).any(axis=1).mean()) if len(seen) else 0.0
+        share = (
+            float((is_padding[:, 2:] & is_padding[:, 1:-1] & is_padding[:, :-2]).any(axis=1).mean())
+            if len(seen)
+            else 0.0
+        )
         if share >= _MANY:
             return (
                 f"data.token_column: in many rows the padding token {token} stands several times in a row, "

@@ -39,6 +39,10 @@ class TokenBatches(Batches):
         part: which of the rows.
         length: tokens per row.
         padded: whether rows may end in padding.
+
+    Args:
+        open_store: opens the rows.
+        load_tokenizer: of the text.
         padding: ids that are told of where they stand many times in a row.
     """
 
@@ -46,12 +50,15 @@ class TokenBatches(Batches):
     part: str
     length: int
     padded: bool
-    padding: frozenset[int] = frozenset()
     open_store: dataclasses.InitVar[OpenStore]
     load_tokenizer: dataclasses.InitVar[LoadTokenizer]
+    padding: dataclasses.InitVar[frozenset[int]] = frozenset()
     ordered = True
 
-    def __post_init__(self, open_store: OpenStore, load_tokenizer: LoadTokenizer) -> None:
+    def __post_init__(
+        self, open_store: OpenStore, load_tokenizer: LoadTokenizer, padding: frozenset[int]
+    ) -> None:
+        self._padding = padding
         self._open = open_store
         self._store: TokenStore | None = None
         self._load_tokenizer = functools.cache(load_tokenizer)
@@ -91,7 +98,7 @@ class TokenBatches(Batches):
     def _open_store(self) -> TokenStore:
         if self._store is None:
             self._store = self._open()
-            note = padding_note(self._store.rows(self.part), self.padding)
+            note = padding_note(self._store.rows(self.part), self._padding)
             self._notes = [*self._store.notes(), *([] if note is None else [note])]
             self._tell()
         return self._store

@@ -31,16 +31,22 @@ def fitting(
         try:
             return model, check(model)
         except UnfitSitesError as error:
-            passed_over = {**passed_over, **dict.fromkeys(_to_pass_over(model, error), error.reason)}
+            unfit = _to_pass_over(model, error)
+            assert unfit, "each turn leaves out at least one layer"
+            passed_over = {**passed_over, **dict.fromkeys(unfit, error.reason)}
+            del model  # which holds what the next one needs room for
 
 
 def _to_pass_over(model: DecomposedModel, error: UnfitSitesError) -> set[str]:
     unfit = set(error.sites)
+    if not unfit <= set(model.matrix_names):  # an identity
+        raise error
+    kinds = {in_every_block(site) for site in unfit}
+    of_all_blocks = {site for site in model.matrix_names if in_every_block(site) in kinds}
     if error.is_first_of_kind:  # blocks are alike
-        kinds = {in_every_block(site) for site in unfit}
-        unfit = {site for site in model.matrix_names if in_every_block(site) in kinds}
+        unfit = of_all_blocks
     tied = {*model.config.tied, *model.config.tied.values()}
-    if not unfit <= set(model.matrix_names) or unfit & tied:
+    if unfit & tied or unfit != of_all_blocks:  # in some blocks alone: on other rows it may be in others
         raise error
     for name, own in site_groups(model.matrix_names, model.config.sites).items():
         if unfit.intersection(own) and (unfit.issuperset(own) or not _is_wide(model.config, name)):

@@ -88,7 +88,7 @@ def obtain_target(
         return _untrained(spec, seed, device, started)
     path = _cache_path(spec, batches, seed, device, cache_dir)
     target = _read_cache(spec, path, device, started) if path is not None else None
-    if target is None:
+    if target is None or (not target.certified and target.tries < spec.training.max_tries):
         target = _train_until_certified(spec, batches, held_out or batches, seed, device, progress, started)
         if path is not None:
             _write_cache(target, path)

@@ -140,6 +140,10 @@ class ResidMLP(TrainableTarget):
         0.0, "certified: norm of what each layer adds for a lone feature over its input, at least", ge=0
     )
 
+    max_idle_neurons: int | None = option(
+        None, "certified: neurons that no lone feature turns on, at most; null: no limit", ge=0
+    )
+
     def build(self, generator: torch.Generator) -> ResidMLPModel:
         """Rows of W_E uniform on the sphere; W_in ~ N(0, 2 / d_embed), W_out ~ N(0, 1 / d_mlp)."""
         embedding = torch.randn(self.n_features, self.d_embed, generator=generator)
@@ -174,11 +178,12 @@ class ResidMLP(TrainableTarget):
         `interference`: |output of another feature| / 0.75, largest over pairs; 0 is exact.
         `layer_effect`: norm of what a layer adds to the outputs / 0.75, smallest over layers and features;
         a layer that does next to nothing with a feature needs no subcomponent for it.
-        `idle_neurons`: neurons that none of these turns on, over all layers; `mlp_out` needs no subcomponent
-        for them.
+        `idle_neurons`: neurons that none of these turns on, over all layers: the known answer has a
+        subcomponent of `mlp_out` for each, of which the causal importances of these inputs show nothing.
         """
         probe = self._probe(module)
         idle = idle_neurons(cast(ResidMLPModel, module), probe)
+        most_idle = math.inf if self.max_idle_neurons is None else self.max_idle_neurons
         output = module(probe).cpu() / PROBE_MAGNITUDE
         response = (output.diagonal() - 1).min().item()
         others = output.masked_fill(torch.eye(self.n_features, dtype=torch.bool), 0.0)
@@ -189,7 +194,7 @@ class ResidMLP(TrainableTarget):
                 name="interference", value=others.abs().max().item(), lower=0, upper=self.max_interference
             ),
             Measurement(name="layer_effect", value=effect, lower=self.min_layer_effect, upper=math.inf),
-            Measurement(name="idle_neurons", value=idle, lower=0, upper=0),
+            Measurement(name="idle_neurons", value=idle, lower=0, upper=most_idle),
         ]
 
     def known_answer(self, module: nn.Module) -> KnownAnswer:
