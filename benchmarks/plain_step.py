@@ -136,8 +136,15 @@ class PlainStep:
         for (name, term), own in zip(recon.items(), torch.split(draws, widths, dim=1), strict=True):
             terms[name] = self._recon(term, lower, own, batch, clean)
         active = self.config.loss.active_terms()
-        terms["total"] = torch.stack([active[name].coeff * value for name, value in terms.items()]).sum()
+        pressure = active["importance_minimality"].scheduled(self._progress).get("pressure", 1.0)
+        weights = {name: active[name].coeff for name in terms}
+        weights["importance_minimality"] *= pressure
+        terms["total"] = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return terms
+
+    @property
+    def _progress(self) -> float:
+        return self.steps_done / self.config.train.steps
 
     def _recon_terms(self) -> dict[str, RoutedRecon]:
         terms = self.config.loss.active_terms().items()
@@ -220,7 +227,7 @@ class PlainStep:
         total = torch.zeros((), device=self.device)
         for value in z.values():
             upper = torch.where(value > 1, 1 + LEAK * (value - 1), value.clamp(0, 1))
-            f = ((upper + term.eps) ** term.p(self.steps_done / self.config.train.steps)).mean(dim=0)
+            f = ((upper + term.eps) ** term.p(self._progress)).mean(dim=0)
             total = total + (f * (1 + term.beta * torch.log2(1 + len(value) * f))).sum()
         return total
 

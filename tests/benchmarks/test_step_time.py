@@ -30,6 +30,12 @@ TINY = {
         DENSE,
     ],
     "resid_mlp3@16": ["model.d_embed=30", "model.n_features=8", "loss.importance_minimality.beta=0.5", DENSE],
+    "resid_mlp3@12": [
+        "model.d_embed=30",
+        "model.n_features=8",
+        "loss.importance_minimality={coeff:1,warmup:0,squeeze:3,squeeze_from:0}",
+        DENSE,
+    ],
     "tms_40-10-id@16": ["loss.stochastic_recon_subset.coeff=1.5"],
     "resid_mlp2@20": [
         "model.d_embed=20",

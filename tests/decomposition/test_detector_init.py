@@ -102,6 +102,15 @@ def test_what_the_weights_make_little_of_is_read_least_by_others() -> None:
     assert float(first[2]) < 0.5 * float(first[1])
 
 
+def test_a_difference_of_which_the_weights_make_nothing_does_not_make_two_directions_one() -> None:
+    alone = torch.eye(2).repeat(100, 1) * draw(200, 1, seed=2).abs().clamp(min=0.1)
+    difference = torch.tensor([[0.9, -1.0]]).repeat(4, 1)
+    V, U = detectors(torch.cat([alone, difference]), draw(2, 3, seed=3), torch.tensor([[1.0], [0.9]]))
+    written = V.abs() * U.norm(dim=1)  # for each direction alone
+    assert written.argmax(dim=1).unique().numel() == 2
+    assert float(written.amax(dim=1).min()) > 0.8
+
+
 @pytest.mark.parametrize("C", [3, 5, 9])
 def test_together_they_are_the_weights_also_where_no_input_lies(C: int) -> None:
     inputs = draw(500, 4) @ draw(4, 7, seed=1)  # four of seven dimensions
