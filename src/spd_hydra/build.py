@@ -241,17 +241,8 @@ def assemble(
         return DecomposedModel(target.to(device), sites, ci_fn, seed=seed, passed_over=passed_over).to(device)
 
     def check(model: DecomposedModel) -> tuple[int, ...]:
-        require_vectors(model)
         with passes or nullcontext(), torch.no_grad():
-            require_values_that_stay(model, example)
-            clean = model.clean_pass(example)
-            _require_one_tensor(clean.output)
-            if has_values:
-                model.roots = find_roots(model, example, clean)
-            activations = model.activations(clean)
-            found = _positions(model, activations, example, padded=batches.padded)
-            model.importances(activations, valid=real_positions(example, torch.Size((len(example), *found))))
-        return found
+            return _checked(model, example, padded=batches.padded)
 
     model, positions = fitting(make, check)
     if has_values and untrained:
@@ -274,6 +265,24 @@ def assemble(
         position_shape=positions,
         reads_tokens=example.dim() == 2 and not example.is_floating_point(),
     )
+
+
+def _checked(model: DecomposedModel, example: torch.Tensor, *, padded: bool) -> tuple[int, ...]:
+    """The shape of a row's positions, of a model of which a masked pass could be made; its roots are set.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    require_vectors(model)
+    require_values_that_stay(model, example)
+    clean = model.clean_pass(example)
+    _require_one_tensor(clean.output)
+    if not example.is_meta:
+        model.roots = find_roots(model, example, clean)
+    activations = model.activations(clean)
+    positions = _positions(model, activations, example, padded=padded)
+    model.importances(activations, valid=real_positions(example, torch.Size((len(example), *positions))))
+    return positions
 
 
 def _require_drawn(batches: Batches, config: RunConfig) -> None:

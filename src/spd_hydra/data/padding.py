@@ -22,11 +22,8 @@ def padding_note(rows: Int[np.ndarray, "rows length"], padding: Collection[int])
     seen = rows[:_LOOKED_AT]
     for token in padding:
         is_padding = seen == token
-        share = (
-            float((is_padding[:, 2:] & is_padding[:, 1:-1] & is_padding[:, :-2]).any(axis=1).mean())
-            if len(seen)
-            else 0.0
-        )
+        is_thrice = is_padding[:, 2:] & is_padding[:, 1:-1] & is_padding[:, :-2]
+        share = float(is_thrice.any(axis=1).mean()) if len(seen) else 0.0
         if share >= _MANY:
             return (
                 f"data.token_column: in many rows the padding token {token} stands several times in a row, "
